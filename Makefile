@@ -4,7 +4,7 @@ OUT ?= results
 ENV := .venv
 PY := $(ENV)/bin/python
 
-.PHONY: env optimize test check clean
+.PHONY: env optimize test lint check clean
 
 env: $(ENV)/.ready
 
@@ -21,11 +21,12 @@ optimize: env
 test: env
 	$(PY) -m pytest
 
-check: env
+lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+
+check: lint test
 
 clean:
 	rm -rf $(ENV) $(OUT)

@@ -1,0 +1,45 @@
+"""What to do at a decode step: policies, their signals, and the policy JSON."""
+
+from policies.base import StepPolicy
+from policies.budget_constrained import BudgetConstrained
+from policies.constant import AlwaysFull, NeverFull
+from policies.cosine_threshold import CosineThreshold
+from policies.features import FEATURES, Feature
+from policies.fixed_stride import FixedStride
+from policies.learned_logistic import LearnedLogistic
+from policies.max_age import MaxAge
+from policies.per_unit import PerUnit, as_per_unit
+from policies.policy_file import ModelShape, PolicyFile, check_fits
+from policies.registry import known_kinds, policy_class
+from policies.schedule import Schedule
+from policies.selection import GroupPooling, Ranking, Selection
+from policies.serialize import policy_from_json, policy_to_json
+from policies.signals import MEASURED_SIGNALS, StepSignals
+
+__all__ = [
+    "FEATURES",
+    "MEASURED_SIGNALS",
+    "AlwaysFull",
+    "BudgetConstrained",
+    "CosineThreshold",
+    "Feature",
+    "FixedStride",
+    "GroupPooling",
+    "LearnedLogistic",
+    "MaxAge",
+    "ModelShape",
+    "NeverFull",
+    "PerUnit",
+    "PolicyFile",
+    "Ranking",
+    "Schedule",
+    "Selection",
+    "StepPolicy",
+    "StepSignals",
+    "as_per_unit",
+    "check_fits",
+    "known_kinds",
+    "policy_class",
+    "policy_from_json",
+    "policy_to_json",
+]

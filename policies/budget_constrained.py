@@ -1,0 +1,54 @@
+"""A hard limit to how often units run full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from policies.arrays import Array
+from policies.base import StepPolicy
+from policies.per_unit import PerUnit, as_per_unit, numbers
+from policies.signals import StepSignals
+
+
+@dataclass(frozen=True)
+class BudgetConstrained(StepPolicy):
+    """Do what `policy` wants as far as each unit's token bucket allows.
+
+    After n steps a unit has run full at most `budget * n + burst` times, for every n. Buckets are per unit and per row,
+    so no unit waits for another, and in total full unit-steps stay below mean(budget) x unit-steps + sum(burst). The
+    guarantee covers decode steps; prefill always runs full and does not count.
+
+    Attributes:
+        policy: Who asks for full steps.
+        budget: Share of steps in [0, 1]; per unit, the mean over units is the budget of the whole.
+        burst: Full steps that a unit may take ahead of its budget, at least 0. With 0, the first full step is allowed
+            once `budget * n` reaches 1.
+    """
+
+    policy: StepPolicy
+    budget: PerUnit
+    burst: PerUnit = 0
+    kind: ClassVar[str] = "budget_constrained"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", as_per_unit("budget", self.budget, 0, 1))
+        object.__setattr__(self, "burst", as_per_unit("burst", self.burst, 0, float("inf")))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.policy.needs
+
+    @property
+    def mean_budget(self) -> float:
+        """Budget of all units together, in [0, 1]."""
+        return float(np.mean(list(numbers(self.budget))))
+
+    def decide(self, signals: StepSignals) -> Array:
+        wanted = self.policy.decide(signals)
+        allowance = signals.per_unit(self.budget) * (signals.step + 1)
+        affordable = signals.n_full + 1 <= allowance + signals.per_unit(self.burst)
+        signals.because("budget", wanted & ~affordable)
+        return wanted & affordable

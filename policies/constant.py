@@ -1,0 +1,30 @@
+"""The two ends of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from policies.arrays import Array
+from policies.base import StepPolicy
+from policies.signals import StepSignals
+
+
+@dataclass(frozen=True)
+class AlwaysFull(StepPolicy):
+    """Full attention at every step: the quality ceiling, and the price of it."""
+
+    kind: ClassVar[str] = "always_full"
+
+    def decide(self, signals: StepSignals) -> Array:
+        return signals.age >= 0
+
+
+@dataclass(frozen=True)
+class NeverFull(StepPolicy):
+    """The set chosen at the end of prefill, for ever: the floor."""
+
+    kind: ClassVar[str] = "never_full"
+
+    def decide(self, signals: StepSignals) -> Array:
+        return signals.age < 0

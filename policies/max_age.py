@@ -1,0 +1,38 @@
+"""A limit to how old a set may grow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from policies.arrays import Array
+from policies.base import StepPolicy
+from policies.per_unit import PerUnit, as_per_unit
+from policies.signals import StepSignals
+
+
+@dataclass(frozen=True)
+class MaxAge(StepPolicy):
+    """Do what `policy` does, and run full at the latest when the set is `max_age` steps old.
+
+    Attributes:
+        policy: Who decides before that.
+        max_age: Steps, at least 1. 1 means always full.
+    """
+
+    policy: StepPolicy
+    max_age: PerUnit
+    kind: ClassVar[str] = "max_age"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_age", as_per_unit("max_age", self.max_age, 1, float("inf")))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.policy.needs
+
+    def decide(self, signals: StepSignals) -> Array:
+        wanted = self.policy.decide(signals)
+        too_old = signals.age >= signals.per_unit(self.max_age)
+        signals.because("max_age", too_old & ~wanted)
+        return wanted | too_old

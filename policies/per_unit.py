@@ -1,0 +1,63 @@
+"""Parameters that are one number, or one number per unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+# One number for all units, or a (layers, kv_heads) table.
+PerUnit = float | tuple[tuple[float, ...], ...]
+
+
+def as_per_unit(name: str, value: Any, low: float, high: float) -> PerUnit:
+    """Check a parameter and make it hashable plain numbers.
+
+    Args:
+        name: What to call the parameter in a message.
+        value: A number, or a `(layers, kv_heads)` nested sequence or array.
+        low: Smallest value allowed.
+        high: Largest value allowed.
+
+    Raises:
+        ValueError: If the value is neither, is not finite, or lies outside [low, high].
+    """
+    try:
+        table = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.empty(0)
+    if table.ndim not in (0, 2) or table.size == 0 or isinstance(value, (str, bool)):
+        raise ValueError(
+            f"{name} must be one number, or a table with one row per layer and one column per KV head, "
+            f"not {_short(value)}."
+        )
+    wrong = table[~((table >= low) & (table <= high) & np.isfinite(table))]
+    if wrong.size:
+        bounds = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g}"
+        raise ValueError(f"{name} must be {bounds}, not {wrong[0]:g}.")
+    if table.ndim == 0:
+        return int(value) if isinstance(value, int) else float(table)
+    return tuple(tuple(float(number) for number in row) for row in table)
+
+
+def unit_shape(parameter: Any) -> tuple[int, int] | None:
+    """`(layers, kv_heads)` of a per-unit table; None for anything that fits every model."""
+    if isinstance(parameter, tuple) and parameter and isinstance(parameter[0], tuple):
+        return len(parameter), len(parameter[0])
+    return None
+
+
+def numbers(parameter: PerUnit) -> Iterator[float]:
+    """All the numbers of a parameter, flat."""
+    if isinstance(parameter, (int, float)):
+        yield parameter
+    else:
+        for row in parameter:
+            yield from row
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,128 @@
+"""The policy JSON: what the tuner hands to the decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from policies.base import StepPolicy
+from policies.schema import policy_file_problem
+from policies.selection import Selection
+from policies.serialize import policy_from_json, policy_to_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The model that a policy or a trace belongs to.
+
+    Attributes:
+        id: Hugging Face id, folder, or name of the embedded default.
+        layers: Attention layers.
+        kv_heads: KV heads per layer.
+        query_heads: Query heads per layer, a multiple of `kv_heads`.
+        head_dim: Numbers per head.
+    """
+
+    id: str
+    layers: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """`(layers, kv_heads)`."""
+        return self.layers, self.kv_heads
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """A policy with what it needs to run and where it came from.
+
+    Attributes:
+        policy: What to do at a step.
+        selection: How sets are chosen; a policy tuned for one selection says little about another.
+        model: The model that it was tuned on.
+        provenance: Free JSON values: digests of traces, budget, results, versions.
+    """
+
+    policy: StepPolicy
+    selection: Selection
+    model: ModelShape
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fits(self.policy, self.model)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values that `write` puts into the file."""
+        return {
+            "format": FORMAT,
+            "policy": policy_to_json(self.policy),
+            "selection": dataclasses.asdict(self.selection),
+            "model": dataclasses.asdict(self.model),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> PolicyFile:
+        """Read what `to_json` made.
+
+        Raises:
+            ValueError: With one sentence on what is wrong.
+        """
+        problem = policy_file_problem(values)
+        if problem is not None:
+            raise ValueError(problem)
+        return cls(
+            policy=policy_from_json(values["policy"]),
+            selection=Selection(**values["selection"]),
+            model=ModelShape(**values["model"]),
+            provenance=values.get("provenance", {}),
+        )
+
+    def write(self, path: Path | str) -> None:
+        """Write the file beside its place, then rename it there."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def read(cls, path: Path | str) -> PolicyFile:
+        """Read a policy file.
+
+        Raises:
+            ValueError: If there is no such file, it is no JSON, or its contents are not a policy; the path is named.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read the policy {path}: {error.strerror}.") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}.") from error
+        try:
+            return cls.from_json(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def check_fits(policy: StepPolicy, model: ModelShape) -> None:
+    """Refuse a policy whose per-unit parameters have another shape than the model.
+
+    Raises:
+        ValueError: With both shapes.
+    """
+    for layers, kv_heads in policy.unit_shapes():
+        if (layers, kv_heads) != model.units:
+            raise ValueError(
+                f"the policy is for {layers} layers x {kv_heads} KV heads, but {model.id} has "
+                f"{model.layers} layers x {model.kv_heads} KV heads."
+            )

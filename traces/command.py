@@ -1,0 +1,44 @@
+"""What every command of the project does alike: parse, fail in one sentence, end with one JSON line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+
+def run_command(command: Callable[..., dict[str, Any]], arguments: list[str] | None = None) -> NoReturn:
+    """Run a typed function as a command line and exit.
+
+    What the function returns is printed as one JSON line, the last of standard output. A ValueError is bad input: its
+    sentence goes to standard error and the exit code is 2, as for a command line that does not parse. An interrupt
+    exits with 130.
+
+    Args:
+        command: Function whose parameters typer turns into options and whose docstring is the help text.
+        arguments: Command line without the program's name; None takes the process's own.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        result = app(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except ValueError as error:
+        _fail(f"error: {error}", 2)
+    except Exception as error:
+        # The parser's own complaints; their base class has moved between typer releases.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"error: {error.format_message()}", 2)
+    if isinstance(result, dict):
+        print(json.dumps(result), flush=True)
+    sys.exit(0)
+
+
+def _fail(sentence: str, exit_code: int) -> NoReturn:
+    print(" ".join(sentence.split()), file=sys.stderr)
+    sys.exit(exit_code)

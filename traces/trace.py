@@ -1,0 +1,114 @@
+"""A trace: what one prompt's decode steps would have seen at every age."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FORMAT = "recycled-attention-trace/1"
+
+# Arrays over (steps, max_age, layers, kv_heads).
+BY_AGE = ("recovered_mass", "query_similarity", "overlap")
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """Where a trace comes from; plain JSON values, readable without loading an array.
+
+    Attributes:
+        model: `id`, `layers`, `kv_heads`, `query_heads`, `head_dim`, `dtype`.
+        selection: The fields of `policies.Selection`.
+        prompt: `name`, `kind`, `source`, `licence`, `n_prompt_tokens`.
+        n_steps: Decode steps recorded.
+        max_age: Oldest set recorded, in steps.
+        versions: Version of every package that shaped the numbers.
+    """
+
+    model: Mapping[str, Any]
+    selection: Mapping[str, Any]
+    prompt: Mapping[str, Any]
+    n_steps: int
+    max_age: int
+    versions: Mapping[str, str]
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """`(layers, kv_heads)`."""
+        return int(self.model["layers"]), int(self.model["kv_heads"])
+
+    def to_json(self) -> str:
+        """One line of JSON with sorted keys, so that equal headers are equal text."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> TraceHeader:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: If fields are missing or unknown.
+        """
+        try:
+            return cls(**json.loads(text))
+        except TypeError as error:
+            raise ValueError(f"the header has other fields than format {FORMAT}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything that a schedule could have met on one prompt, along the path of full attention.
+
+    Index `[t, a - 1]` of the arrays by age is decode step t with a set chosen a steps before, at step t - a. The set
+    that prefill chose counts as chosen at step -1; where t - a < -1 there is no such set and the value is NaN.
+
+    Attributes:
+        header: Where the trace comes from.
+        tokens: int32 `(n_prompt_tokens + n_steps,)`: the prompt, then the tokens fed at each step.
+        recovered_mass: float32 `(n_steps, max_age, layers, kv_heads)` in [0, 1]: share of the unit's attention, mean
+            over its query heads, on the set as it has become at that age.
+        query_similarity: The same shape, in [-1, 1]: cosine of the unit's query (mean over its query heads, after
+            rotary embedding) at t with that at t - a.
+        overlap: The same shape, in [0, 1]: share of the set that step t would choose which the aged set holds.
+        fresh_mass: float32 `(n_steps + 1, layers, kv_heads)`: recovered mass at age 0. Index 0 is the last token of
+            the prompt, index t + 1 step t.
+        token_log_prob: float32 `(n_steps,)`: natural log-probability that full attention gives, after step t, to the
+            token of step t + 1; NaN at the last step, whose next token is not in the trace.
+    """
+
+    header: TraceHeader
+    tokens: np.ndarray
+    recovered_mass: np.ndarray
+    query_similarity: np.ndarray
+    overlap: np.ndarray
+    fresh_mass: np.ndarray
+    token_log_prob: np.ndarray
+
+    def __post_init__(self) -> None:
+        header = self.header
+        by_age = (header.n_steps, header.max_age, *header.units)
+        shapes = {name: by_age for name in BY_AGE} | {
+            "tokens": (int(header.prompt["n_prompt_tokens"]) + header.n_steps,),
+            "fresh_mass": (header.n_steps + 1, *header.units),
+            "token_log_prob": (header.n_steps,),
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, not {getattr(self, name).shape}.")
+
+    @property
+    def name(self) -> str:
+        """Name of the prompt, and of the file without its ending."""
+        return str(self.header.prompt["name"])
+
+    @property
+    def kind(self) -> str:
+        """Kind of text."""
+        return str(self.header.prompt["kind"])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Name to array, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "header"}
