@@ -1,0 +1,45 @@
+"""A policy of its own for every row of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from policies import StepPolicy, StepSignals
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PerRow(StepPolicy):
+    """Row i of the batch follows `rows[i]`.
+
+    Many policies are compared on one prompt at the price of reading the weights once. A tool of measurement: it has no
+    place in a policy file, and its receipt names no reasons.
+
+    Attributes:
+        rows: As many policies as the batch has rows.
+    """
+
+    rows: tuple[StepPolicy, ...]
+    kind: ClassVar[str] = "per_row"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(policy.needs for policy in self.rows))
+
+    def decide(self, signals: StepSignals) -> Tensor:
+        if signals.age.shape[0] != len(self.rows):
+            raise ValueError(f"{len(self.rows)} policies cannot decide for a batch of {signals.age.shape[0]} rows.")
+        decisions = [policy.decide(_row(signals, row)) for row, policy in enumerate(self.rows)]
+        return torch.cat(decisions)
+
+
+def _row(signals: StepSignals, row: int) -> StepSignals:
+    arrays = {
+        field.name: getattr(signals, field.name)[row : row + 1]
+        for field in dataclasses.fields(signals)
+        if field.name not in ("layer", "reasons")
+    }
+    return StepSignals(layer=signals.layer, **arrays)

@@ -1,0 +1,81 @@
+"""The receipt of a run: what was really applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What every unit did, summed over rows and decode steps.
+
+    Attributes:
+        engine: What computed the attention.
+        n_steps: Decode steps; prefill is none.
+        n_rows: Rows of the batch.
+        full_steps: int `(layers, kv_heads)`: unit-steps that ran full.
+        tokens_read: int `(layers, kv_heads)`: tokens whose key and value were attended to.
+        tokens_dense: int `(layers, kv_heads)`: tokens that full attention would have read.
+        reasons: Unit-steps `(layers, kv_heads)` in which a wrapper overruled its policy, by reason: `max_age` forced a
+            full step, `budget` denied one.
+    """
+
+    engine: str
+    n_steps: int
+    n_rows: int
+    full_steps: np.ndarray
+    tokens_read: np.ndarray
+    tokens_dense: np.ndarray
+    reasons: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def unit_full_share(self) -> np.ndarray:
+        """Full share in [0, 1] per `(layer, kv_head)`; NaN before the first decode step."""
+        unit_steps = self.n_steps * self.n_rows
+        return self.full_steps / unit_steps if unit_steps else np.full(self.full_steps.shape, np.nan)
+
+    @property
+    def full_share(self) -> float:
+        """Share of all unit-steps that ran full; NaN before the first decode step."""
+        return float(self.unit_full_share.mean())
+
+    @property
+    def read_share(self) -> float:
+        """KV bytes read as a share of what full attention reads at every step; NaN before the first decode step."""
+        dense = int(self.tokens_dense.sum())
+        return int(self.tokens_read.sum()) / dense if dense else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """Totals, plain numbers."""
+        return {
+            "engine": self.engine,
+            "n_steps": self.n_steps,
+            "n_rows": self.n_rows,
+            "full_share": self.full_share,
+            "read_share": self.read_share,
+            "reasons": {reason: int(units.sum()) for reason, units in self.reasons.items()},
+        }
+
+    def print(self, console: Console) -> None:
+        """Print totals, then full share per layer and head."""
+        unit_steps = self.n_steps * self.n_rows * self.full_steps.size
+        console.print(
+            f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
+            f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
+        )
+        for reason, units in self.reasons.items():
+            verb = {"budget": "denied a full step", "max_age": "forced a full step"}.get(reason, "overruled the policy")
+            console.print(f"  {reason} {verb} in {units.sum() / max(unit_steps, 1):.1%} of unit-steps")
+        table = Table(title="full share per unit", caption="rows: KV heads, columns: layers, in percent")
+        table.add_column("head")
+        for layer in range(self.full_steps.shape[0]):
+            table.add_column(str(layer), justify="right", no_wrap=True)
+        for head, shares in enumerate(self.unit_full_share.T):
+            table.add_row(str(head), *("-" if np.isnan(share) else f"{100 * share:.0f}" for share in shares))
+        console.print(table)

@@ -1,0 +1,180 @@
+"""Recording traces: one pass of full attention, every age of every set."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from policies import ModelShape, Selection
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from traces import Trace, TraceHeader
+from transformers import PreTrainedModel
+
+from recycler.aged_sets import band, evictions, mass_by_age
+from recycler.attention import probabilities
+from recycler.hook import AttentionFunction, attention_replaced
+from recycler.model_shape import check_positions, model_shape
+from recycler.prefill import prefill
+from recycler.prompts import Prompt
+from recycler.recycled_set import select, token_scores
+
+# Arrays of (rows, tokens) floats alive at once per KV head, beside two per query head: mean attention, pooled scores,
+# ranks (twice as wide) and their copy, set masks.
+_ARRAYS_PER_HEAD = 9
+
+
+def record_trace(
+    model: PreTrainedModel,
+    prompt: Prompt,
+    selection: Selection,
+    *,
+    max_age: int,
+    model_id: str | None = None,
+    memory_mib: int = 1024,
+    chunk_tokens: int = 4096,
+) -> Trace:
+    """Record what every schedule would meet on one prompt.
+
+    The prompt runs through the model once, with full attention throughout. Its last `n_steps` tokens are the decode
+    steps, fed as they are (teacher-forced).
+
+    Args:
+        model: A causal language model.
+        prompt: The text.
+        selection: How sets are chosen.
+        max_age: Oldest set to record, in steps, at least 1.
+        model_id: Name of the model in the header; None takes its own.
+        memory_mib: Most memory that recording may take beside the model, its cache and its activations, in MiB. KV
+            heads are recorded together as far as it reaches.
+        chunk_tokens: Prompt tokens per forward.
+
+    Raises:
+        ValueError: If the text is longer than the model's positions, or one KV head does not fit into `memory_mib`.
+    """
+    if max_age < 1:
+        raise ValueError(f"max_age must be at least 1 step, not {max_age}.")
+    shape = model_shape(model, model_id)
+    check_positions(model, prompt.n_prompt_tokens, prompt.n_steps)
+    heads_at_once = _heads_at_once(shape, prompt, memory_mib)
+    first = prompt.n_prompt_tokens - 1
+    n_steps = prompt.n_steps
+    arrays = {
+        name: np.empty((n_steps, max_age, *shape.units), dtype=np.float32)
+        for name in ("recovered_mass", "query_similarity", "overlap")
+    }
+    fresh_mass = np.empty((n_steps + 1, *shape.units), dtype=np.float32)
+
+    def recording(stock: AttentionFunction) -> AttentionFunction:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            grouped = query[0].unflatten(0, (shape.kv_heads, -1))
+            for heads in torch.arange(shape.kv_heads).split(heads_at_once):
+                record = _record_heads(grouped[heads], key[0, heads], first, selection, max_age, kwargs["scaling"])
+                for name, values in record.items():
+                    by_step = values.movedim(0, -1).float().cpu().numpy()
+                    if name == "fresh_mass":
+                        fresh_mass[:, layer, heads] = by_step
+                    else:
+                        arrays[name][:, :, layer, heads] = by_step[1:]
+            return stock(module, query, key, value, mask, **kwargs)
+
+        return attend
+
+    tokens = torch.as_tensor(prompt.tokens.astype(np.int64), device=model.device)[None]
+    cache = prefill(model, tokens[:, :first], chunk_tokens) if first else None
+    with torch.inference_mode(), attention_replaced(model, recording):
+        logits = model(tokens[:, first:], past_key_values=cache, use_cache=True).logits[0, 1:]
+    return Trace(
+        header=TraceHeader(
+            model=dataclasses.asdict(shape) | {"dtype": str(model.dtype).removeprefix("torch.")},
+            selection=dataclasses.asdict(selection),
+            prompt={
+                "name": prompt.name,
+                "kind": prompt.kind,
+                "source": prompt.source,
+                "licence": prompt.licence,
+                "n_prompt_tokens": prompt.n_prompt_tokens,
+            },
+            n_steps=n_steps,
+            max_age=max_age,
+            versions=versions(),
+        ),
+        tokens=prompt.tokens,
+        fresh_mass=fresh_mass,
+        token_log_prob=_token_log_prob(logits, tokens[0, first + 1 :]),
+        **arrays,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape the numbers."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {package: of(package) for package in ("recycled-attention", "torch", "transformers")}
+
+
+def _record_heads(
+    query: Tensor, key: Tensor, first: int, selection: Selection, max_age: int, scaling: float
+) -> dict[str, Tensor]:
+    """All arrays of some KV heads of a layer.
+
+    Args:
+        query: `(heads, group, rows, head_dim)`; row i sits at place `first + i`.
+        key: `(heads, tokens, head_dim)`.
+        first: Place of row 0.
+        selection: How sets are chosen.
+        max_age: Oldest age.
+        scaling: Factor on query x key.
+
+    Returns:
+        Arrays by age `(heads, rows, max_age)`, and `fresh_mass` `(heads, rows)`.
+    """
+    rows, tokens = query.shape[2], key.shape[1]
+    row_end = first + 1 + torch.arange(rows, device=query.device)[:, None]
+    causal = torch.arange(tokens, device=query.device) < row_end
+    weights = probabilities(query @ key[:, None].transpose(-1, -2) * scaling, causal)
+    chosen = select(token_scores(weights.transpose(1, 2), selection), selection, 0, row_end)
+    left = evictions(chosen, weights, first, max_age)
+    mean_weights = weights.mean(1)
+    del weights
+    members = chosen.holds(tokens).to(mean_weights.dtype)
+    unit_query = normalize(query.mean(1, dtype=mean_weights.dtype), dim=-1)
+    recovered = mass_by_age(mean_weights, members, left, first)
+    fresh = (mean_weights * members).sum(-1)
+    return {
+        # Sums of parts of a distribution: rounding may leave [0, 1] by an ulp.
+        "recovered_mass": recovered.clamp_(0, 1),
+        "query_similarity": band(unit_query, unit_query, max_age),
+        "overlap": mass_by_age(members, members, left, first) / members.sum(-1, keepdim=True),
+        "fresh_mass": fresh.clamp_(0, 1),
+    }
+
+
+def _heads_at_once(shape: ModelShape, prompt: Prompt, memory_mib: int) -> int:
+    group = shape.query_heads // shape.kv_heads
+    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * (prompt.n_steps + 1) * len(prompt.tokens) * 4
+    if head_bytes > memory_mib * 2**20:
+        raise ValueError(
+            f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB for one "
+            f"KV head, more than the {memory_mib} MiB allowed: raise --memory-mib or record fewer steps."
+        )
+    return min(shape.kv_heads, memory_mib * 2**20 // head_bytes)
+
+
+def _token_log_prob(logits: Tensor, step_tokens: Tensor) -> np.ndarray:
+    """Log-probability of each next token; `(steps, vocabulary)` and `(steps,)` to `(steps,)`."""
+    result = np.full(len(step_tokens), np.nan, dtype=np.float32)
+    chosen = logits[:-1].float().log_softmax(-1).gather(-1, step_tokens[1:, None])
+    result[:-1] = chosen[:, 0].cpu().numpy()
+    return result

@@ -1,0 +1,119 @@
+"""The recycled set of a unit: chosen at a full step, kept up to date in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from policies import GroupPooling, Selection
+from torch import Tensor
+from torch.nn.functional import max_pool1d, pad
+
+# Rank of a token that must stay, above that of any score.
+_STAYS = torch.iinfo(torch.int64).max
+# Rank of an empty slot, below that of any score.
+_EMPTY = -1
+# Score of a token that arrived after the last full step: unknown, and ranked above all known ones.
+_UNSCORED = float("inf")
+
+
+def group_scores(probabilities: Tensor, group: GroupPooling) -> Tensor:
+    """Pool over the query heads of a group: `(..., group, tokens)` to `(..., tokens)`."""
+    return probabilities.amax(-2) if group == GroupPooling.MAX else probabilities.mean(-2)
+
+
+def token_scores(probabilities: Tensor, selection: Selection) -> Tensor:
+    """One score per token out of the attention of a unit's query heads.
+
+    Args:
+        probabilities: `(..., group, tokens)`, attention of each query head, at least 0.
+        selection: How to pool over the group and along tokens.
+
+    Returns:
+        `(..., tokens)`: score j is the best pooled probability among tokens `j - pool_forward ... j + pool_backward`.
+    """
+    scores = group_scores(probabilities, selection.group)
+    before, after = selection.pool_forward, selection.pool_backward
+    if before + after == 0:
+        return scores
+    rows = pad(scores.reshape(-1, 1, scores.shape[-1]), (before, after))
+    return max_pool1d(rows, before + after + 1, stride=1).view_as(scores)
+
+
+@dataclass
+class RecycledSet:
+    """At most k tokens for each of some units.
+
+    Attributes:
+        positions: int64 `(..., k)`, places in the cache; -1 marks an empty slot. In no order.
+        scores: float32 `(..., k)`, the scores by which tokens leave; infinite for tokens not scored yet.
+        selection: The settings it was chosen with.
+    """
+
+    positions: Tensor
+    scores: Tensor
+    selection: Selection
+
+    @property
+    def filled(self) -> Tensor:
+        """bool `(..., k)`: slots that hold a token."""
+        return self.positions >= 0
+
+    def admit(self, position: Tensor | int, start: Tensor | int) -> Tensor:
+        """Take in the token that has just arrived; in a full set the lowest leaves.
+
+        Sinks and the window, which has moved on by one, never leave. Of two equal scores the older token leaves.
+
+        Args:
+            position: Place of the new token, an int or `(..., 1)`.
+            start: Place of the row's first token, an int or `(..., 1)`.
+
+        Returns:
+            int64 `(..., 1)`: place of the token that left, -1 where a slot was empty.
+        """
+        selection = self.selection
+        stays = (self.positions < start + selection.sinks) | (self.positions > position - selection.window)
+        rank = _rank(self.scores, self.positions).masked_fill_(stays, _STAYS).masked_fill_(~self.filled, _EMPTY)
+        slot = rank.argmin(-1, keepdim=True)
+        left = self.positions.gather(-1, slot)
+        arrived = torch.as_tensor(position, device=left.device).expand_as(left)
+        self.positions = self.positions.scatter(-1, slot, arrived)
+        self.scores = self.scores.scatter(-1, slot, _UNSCORED)
+        return left
+
+    def holds(self, n_tokens: int) -> Tensor:
+        """bool `(..., n_tokens)`: which places of the cache are in the set."""
+        mask = self.positions.new_zeros((*self.positions.shape[:-1], n_tokens + 1), dtype=torch.bool)
+        # Empty slots write to a last place that is cut off.
+        places = self.positions.masked_fill(~self.filled, n_tokens)
+        return mask.scatter_(-1, places, True)[..., :-1]
+
+
+def select(scores: Tensor, selection: Selection, start: Tensor | int, end: Tensor | int) -> RecycledSet:
+    """Choose a set: sinks, window, and the top-scoring rest.
+
+    Args:
+        scores: `(..., tokens)`, at least 0. Compared in float32; of two equal scores the later token is taken.
+        selection: Settings.
+        start: Place of the row's first token (after left padding), an int or `(..., 1)`.
+        end: One past the row's last token, an int or `(..., 1)`.
+
+    Returns:
+        A set of `min(k, end - start)` tokens.
+    """
+    n_tokens = scores.shape[-1]
+    place = torch.arange(n_tokens, device=scores.device)
+    scores = scores.float()
+    rank = _rank(scores, place)
+    rank = rank.masked_fill_((place < start + selection.sinks) | (place >= end - selection.window), _STAYS)
+    rank = rank.masked_fill_((place < start) | (place >= end), _EMPTY)
+    best, positions = rank.topk(min(selection.k, n_tokens), sorted=False)
+    chosen_scores = scores.gather(-1, positions)
+    positions = positions.masked_fill(best == _EMPTY, -1)
+    missing = selection.k - positions.shape[-1]
+    return RecycledSet(pad(positions, (0, missing), value=-1), pad(chosen_scores, (0, missing)), selection)
+
+
+def _rank(scores: Tensor, positions: Tensor) -> Tensor:
+    """int64 order of (score, position): the bits of a float that is not negative sort as the float does."""
+    return (scores.view(torch.int32).to(torch.int64) << 32) | positions.clamp(min=0)

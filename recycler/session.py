@@ -1,0 +1,240 @@
+"""`with recycled(model, policy, selection):` around any `generate` that takes one token per step and row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from policies import ModelShape, Selection, StepPolicy, check_fits
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recycler.attention import attend_by_index, probabilities
+from recycler.hook import AttentionFunction, attention_replaced
+from recycler.model_shape import model_shape
+from recycler.receipt import Receipt
+from recycler.units import LayerUnits
+
+
+@contextmanager
+def recycled(model: PreTrainedModel, policy: StepPolicy, selection: Selection) -> Iterator[Session]:
+    """Decode with recycled attention inside the `with`.
+
+    Stock `generate`, greedy or sampling, and calls of the model itself work unchanged. A forward of several tokens,
+    or one that `generate` calls prefill, runs full and starts the schedule anew; every other forward is a decode step.
+    The model is as it was afterwards, also after an exception.
+
+    Args:
+        model: A causal language model with `sdpa` or `eager` attention.
+        policy: Who decides which units run full.
+        selection: How sets are chosen.
+
+    Yields:
+        The session; its `receipt()` tells what was done so far.
+
+    Raises:
+        ValueError: If the policy has the parameters of another model shape or the model cannot be recycled; during
+            decoding, if the cache changes in a way that sets cannot follow.
+    """
+    session = Session(model_shape(model), policy, selection)
+    with attention_replaced(model, session.attention), _prefill_marked(model, session):
+        yield session
+
+
+class Session:
+    """The state of one `recycled` block: the units of every layer and the receipt.
+
+    Args:
+        shape: The model's.
+        policy: Who decides.
+        selection: How sets are chosen.
+    """
+
+    def __init__(self, shape: ModelShape, policy: StepPolicy, selection: Selection) -> None:
+        check_fits(policy, shape)
+        self._shape = shape
+        self._policy = policy
+        self._selection = selection
+        self._layers: dict[int, LayerUnits] = {}
+        self._caches: dict[int, _CacheWatch] = {}
+        self._n_steps = 0
+        self._n_rows = 0
+        self._full_steps = np.zeros(shape.units, dtype=np.int64)
+        self._tokens_read = np.zeros(shape.units, dtype=np.int64)
+        self._tokens_dense = np.zeros(shape.units, dtype=np.int64)
+        self._reasons: dict[str, np.ndarray] = {}
+        self.in_prefill = False
+
+    def attention(self, stock: AttentionFunction) -> AttentionFunction:
+        """The attention function of this session, given the one that it replaces."""
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            _refuse_full_window(layer, key, kwargs.get("sliding_window"))
+            visible = None if mask is None else _visible(mask)
+            if self.in_prefill or query.shape[2] > 1 or layer not in self._layers:
+                self._begin(layer, query[:, :, -1:], key, visible, kwargs["scaling"])
+                return stock(module, query, key, value, mask, **kwargs)
+
+            def stock_output() -> Tensor:
+                return stock(module, query, key, value, mask, **kwargs)[0]
+
+            return self._step(layer, query, key, value, visible, kwargs["scaling"], stock_output), None
+
+        return attend
+
+    def receipt(self) -> Receipt:
+        """What was done since the `with` began."""
+        return Receipt(
+            engine="plain",
+            n_steps=self._n_steps,
+            n_rows=self._n_rows,
+            full_steps=self._full_steps.copy(),
+            tokens_read=self._tokens_read.copy(),
+            tokens_dense=self._tokens_dense.copy(),
+            reasons={reason: units.copy() for reason, units in self._reasons.items()},
+        )
+
+    def _begin(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
+        """Choose the first sets by the last query of a prompt or of a chunk of it."""
+        start, end = _row_bounds(key, visible)
+        grouped = _by_unit(query, self._shape)
+        seen = None if visible is None else visible[:, None, None, :end]
+        weights = probabilities(grouped @ key[:, :, :end].transpose(-1, -2) * scaling, seen)
+        self._layers[layer] = LayerUnits(layer, self._selection, self._policy.needs, grouped, weights, start, end)
+        self._caches[layer] = _CacheWatch(key, end)
+
+    def _step(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        scaling: float,
+        stock_output: Callable[[], Tensor],
+    ) -> Tensor:
+        units = self._layers[layer]
+        _, end = _row_bounds(key, visible)
+        self._caches[layer].follow(key, end)
+        grouped = _by_unit(query, self._shape)
+        reasons: dict[str, Tensor] = {}
+        units.admit()
+        full = units.decide(self._policy, grouped, reasons)
+        seen = None if visible is None else visible[:, :end]
+        attended = attend_by_index(grouped, key[:, :, :end], value[:, :, :end], seen, full, units.recycled, scaling)
+        self._count(layer, full, units, end, seen, reasons)
+        if attended.full[0].numel():
+            units.refresh(attended.full, attended.full_probabilities)
+        if attended.recycled[0].numel():
+            units.rescore(attended.recycled, attended.set_probabilities)
+        units.advance(full)
+        if not attended.recycled[0].numel():
+            # The very numbers of the stock function, so that always full is the stock decoder.
+            return stock_output()
+        return attended.output.flatten(1, 2)[:, None]
+
+    def _count(
+        self,
+        layer: int,
+        full: Tensor,
+        units: LayerUnits,
+        end: int,
+        visible: Tensor | None,
+        reasons: dict[str, Tensor],
+    ) -> None:
+        if layer == 0:
+            self._n_steps += 1
+            self._n_rows = max(self._n_rows, full.shape[0])
+        dense = full.new_full((full.shape[0], 1), end, dtype=torch.int64) if visible is None else visible.sum(-1, True)
+        read = torch.where(full, dense, units.recycled.filled.sum(-1))
+        self._full_steps[layer] += full.sum(0).cpu().numpy()
+        self._tokens_read[layer] += read.sum(0).cpu().numpy()
+        self._tokens_dense[layer] += int(dense.sum())
+        for reason, overruled in reasons.items():
+            table = self._reasons.setdefault(reason, np.zeros(self._shape.units, dtype=np.int64))
+            table[layer] += overruled.sum(0).cpu().numpy()
+
+
+class _CacheWatch:
+    """Notices when a layer's cache did anything but grow by the token of this step.
+
+    Sets name places in the cache, so rows that move or tokens that vanish would silently turn them into other tokens.
+    """
+
+    def __init__(self, key: Tensor, end: int) -> None:
+        self._remember(key, end)
+
+    def follow(self, key: Tensor, end: int) -> None:
+        """Raise unless the last token seen is still in its place and one more has come."""
+        same_shape = key.shape[0] == self._last_key.shape[0] and end == self._end + 1
+        if not same_shape or not torch.equal(key[:, :, end - 2], self._last_key):
+            raise ValueError(
+                "the KV cache changed between two decode steps (rows reordered, tokens removed, or another cache): "
+                "beam search and assisted decoding cannot run recycled; use greedy search or sampling."
+            )
+        self._remember(key, end)
+
+    def _remember(self, key: Tensor, end: int) -> None:
+        self._end = end
+        self._last_key = key[:, :, end - 1].clone()
+
+
+@contextmanager
+def _prefill_marked(model: PreTrainedModel, session: Session) -> Iterator[None]:
+    """Tell the session what `generate` regards as prefill: its last chunk may be one token, as a decode step is."""
+    stock = getattr(model, "_prefill", None)
+    if stock is None:
+        yield
+        return
+
+    def prefill(*args: Any, **kwargs: Any) -> Any:
+        session.in_prefill = True
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            session.in_prefill = False
+
+    before = model.__dict__.get("_prefill")
+    model.__dict__["_prefill"] = prefill
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.__dict__["_prefill"]
+        else:
+            model.__dict__["_prefill"] = before
+
+
+def _refuse_full_window(layer: int, key: Tensor, window: int | None) -> None:
+    if window is not None and key.shape[2] >= window:
+        raise ValueError(
+            f"layer {layer} attends to a sliding window of {window} tokens and the context has reached it: "
+            "recycled attention covers contexts within the window only."
+        )
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """bool `(rows, tokens)`: what the last query of each row may see, from a boolean or additive mask."""
+    last = mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last == 0
+
+
+def _row_bounds(key: Tensor, visible: Tensor | None) -> tuple[Tensor | int, int]:
+    """Place of each row's first token, an int or `(rows, 1, 1)`, and one past the last token of all rows."""
+    if visible is None:
+        return 0, key.shape[2]
+    seen = visible.expand(key.shape[0], -1).to(torch.uint8)
+    end = seen.shape[1] - int(seen.flip(-1).argmax(-1).min())
+    return seen.argmax(-1)[:, None, None], end
+
+
+def _by_unit(query: Tensor, shape: ModelShape) -> Tensor:
+    """`(rows, query_heads, 1, head_dim)` to `(rows, kv_heads, group, head_dim)`."""
+    rows, query_heads, _, head_dim = query.shape
+    return query.reshape(rows, shape.kv_heads, query_heads // shape.kv_heads, head_dim)

@@ -1,0 +1,121 @@
+"""The units of one layer while they decode: their sets, their schedule, their queries."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from policies import Ranking, Schedule, Selection, StepPolicy
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from recycler.recycled_set import RecycledSet, group_scores, select, token_scores
+
+# Row and KV head of each of some units, as indices.
+UnitIndex = tuple[Tensor, ...]
+
+
+class LayerUnits:
+    """State of all `(rows, kv_heads)` units of a layer, from the end of prefill on.
+
+    A decode step is `admit`, `decide`, attention by whoever holds the cache, `refresh` of the units that ran full, and
+    `advance`.
+
+    Args:
+        layer: Index of the layer.
+        selection: How sets are chosen.
+        needs: Measured signals that the policy reads; others are not measured.
+        query: `(rows, kv_heads, group, head_dim)`, the last query of the prompt.
+        probabilities: `(rows, kv_heads, group, tokens)`, its attention to the whole cache.
+        start: Place of each row's first token, an int or `(rows, 1, 1)`.
+        end: One past the last token.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        selection: Selection,
+        needs: Set[str],
+        query: Tensor,
+        probabilities: Tensor,
+        start: Tensor | int,
+        end: int,
+    ) -> None:
+        self._needs = needs
+        self._start = start
+        self._end = end
+        self._n_tokens = probabilities.shape[-1]
+        self.recycled = select(token_scores(probabilities, selection), selection, start, end)
+        self._full_query = self._last_query = _unit_query(query)
+        mass = _mass_on(probabilities, self.recycled).double() if "refresh_mass" in needs else None
+        zeros = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
+        self.schedule = Schedule(zeros, mass, layer)
+        self._refresh_mass = zeros + float("nan")
+        self._refresh_overlap = zeros + float("nan")
+
+    def admit(self) -> None:
+        """Take the newest token into every set."""
+        self.recycled.admit(self._end, self._start)
+        self._end += 1
+
+    def decide(self, policy: StepPolicy, query: Tensor, reasons: dict[str, Tensor] | None = None) -> Tensor:
+        """Ask the policy; bool `(rows, kv_heads)`, True = full.
+
+        Args:
+            policy: Who decides.
+            query: `(rows, kv_heads, group, head_dim)` of this step.
+            reasons: Where wrappers note what they overrule.
+        """
+        unit_query = _unit_query(query)
+        query_similarity = step_similarity = None
+        if "query_similarity" in self._needs:
+            query_similarity = cosine_similarity(unit_query, self._full_query, dim=-1).double()
+        if "step_similarity" in self._needs:
+            step_similarity = cosine_similarity(unit_query, self._last_query, dim=-1).double()
+        self._last_query = unit_query
+        full: Tensor = policy.decide(self.schedule.signals(query_similarity, step_similarity, reasons))
+        return full
+
+    def refresh(self, units: UnitIndex, probabilities: Tensor) -> None:
+        """Choose new sets for units that ran full.
+
+        Args:
+            units: Row and KV head of each of n units.
+            probabilities: `(n, group, tokens)`, their attention to the whole cache.
+        """
+        start = self._start if isinstance(self._start, int) else self._start[units[0], 0]
+        selection = self.recycled.selection
+        chosen = select(token_scores(probabilities, selection), selection, start, self._end)
+        if "refresh_overlap" in self._needs:
+            before = RecycledSet(self.recycled.positions[units], self.recycled.scores[units], selection)
+            kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
+            self._refresh_overlap[units] = kept.sum(-1).double() / chosen.filled.sum(-1)
+        if "refresh_mass" in self._needs:
+            self._refresh_mass[units] = _mass_on(probabilities, chosen).double()
+        self.recycled.positions[units] = chosen.positions
+        self.recycled.scores[units] = chosen.scores
+        self._full_query = self._full_query.index_put(units, self._last_query[units])
+
+    def rescore(self, units: UnitIndex, probabilities: Tensor) -> None:
+        """Let the attention of a recycled step over its set re-rank the set, where the selection asks for it.
+
+        Args:
+            units: Row and KV head of each of n units.
+            probabilities: `(n, group, k)`, their attention to the slots of their sets.
+        """
+        selection = self.recycled.selection
+        if selection.ranking == Ranking.UPDATED:
+            self.recycled.scores[units] = group_scores(probabilities, selection.group).float()
+
+    def advance(self, full: Tensor) -> None:
+        """End the step."""
+        self.schedule.advance(full, self._refresh_mass, self._refresh_overlap)
+
+
+def _unit_query(query: Tensor) -> Tensor:
+    return query.mean(2, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _mass_on(probabilities: Tensor, recycled: RecycledSet) -> Tensor:
+    """Recovered mass: mean over the group of the attention on a set; `(..., group, tokens)` to `(...)`."""
+    return (probabilities.mean(-2) * recycled.holds(probabilities.shape[-1])).sum(-1)
