@@ -12,9 +12,9 @@ Shapes: `heads` are the KV heads of a layer, `rows` consecutive query positions,
 from __future__ import annotations
 
 import torch
-from policies import Ranking, Selection
 from torch import Tensor
 
+from policies import Ranking, Selection
 from recycler.recycled_set import RecycledSet, group_scores
 
 

@@ -44,7 +44,7 @@ def attention_replaced(
         )
     function = make(_stock_attention(model, original))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         for name in _REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:

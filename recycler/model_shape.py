@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from policies import ModelShape
 from transformers import PreTrainedModel
+
+from policies import ModelShape
 
 _RECYCLABLE_LAYERS = {"full_attention", "sliding_attention"}
 

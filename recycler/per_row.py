@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from policies import StepPolicy, StepSignals
 from torch import Tensor
+
+from policies import StepPolicy, StepSignals
 
 
 @dataclass(frozen=True)

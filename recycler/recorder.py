@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from policies import ModelShape, Selection
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from traces import Trace, TraceHeader
 from transformers import PreTrainedModel
 
+from policies import ModelShape, Selection
 from recycler.aged_sets import band, evictions, mass_by_age
 from recycler.attention import probabilities
 from recycler.hook import AttentionFunction, attention_replaced
@@ -21,6 +20,7 @@ from recycler.model_shape import check_positions, model_shape
 from recycler.prefill import prefill
 from recycler.prompts import Prompt
 from recycler.recycled_set import select, token_scores
+from traces import Trace, TraceHeader
 
 # Arrays of (rows, tokens) floats alive at once per KV head, beside two per query head: mean attention, pooled scores,
 # ranks (twice as wide) and their copy, set masks.
@@ -166,10 +166,10 @@ def _heads_at_once(shape: ModelShape, prompt: Prompt, memory_mib: int) -> int:
     head_bytes = (2 * group + _ARRAYS_PER_HEAD) * (prompt.n_steps + 1) * len(prompt.tokens) * 4
     if head_bytes > memory_mib * 2**20:
         raise ValueError(
-            f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB for one "
-            f"KV head, more than the {memory_mib} MiB allowed: raise --memory-mib or record fewer steps."
+            f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB "
+            f"for one KV head, more than the {memory_mib} MiB allowed: raise --memory-mib or record fewer steps."
         )
-    return min(shape.kv_heads, memory_mib * 2**20 // head_bytes)
+    return int(min(shape.kv_heads, memory_mib * 2**20 // head_bytes))
 
 
 def _token_log_prob(logits: Tensor, step_tokens: Tensor) -> np.ndarray:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from policies import GroupPooling, Selection
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
+
+from policies import GroupPooling, Selection
 
 # Rank of a token that must stay, above that of any score.
 _STAYS = torch.iinfo(torch.int64).max

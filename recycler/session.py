@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from policies import ModelShape, Selection, StepPolicy, check_fits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from policies import ModelShape, Selection, StepPolicy, check_fits
 from recycler.attention import attend_by_index, probabilities
 from recycler.hook import AttentionFunction, attention_replaced
 from recycler.model_shape import model_shape

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Set
 
 import torch
-from policies import Ranking, Schedule, Selection, StepPolicy
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from policies import Ranking, Schedule, Selection, StepPolicy
 from recycler.recycled_set import RecycledSet, group_scores, select, token_scores
 
 # Row and KV head of each of some units, as indices.

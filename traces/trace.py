@@ -53,9 +53,12 @@ class TraceHeader:
             ValueError: If fields are missing or unknown.
         """
         try:
-            return cls(**json.loads(text))
-        except TypeError as error:
+            header = cls(**json.loads(text))
+            # What the shapes of the arrays follow from.
+            _ = header.units, int(header.prompt["n_prompt_tokens"])
+        except (TypeError, KeyError) as error:
             raise ValueError(f"the header has other fields than format {FORMAT}: {error}") from error
+        return header
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Trace:
     def __post_init__(self) -> None:
         header = self.header
         by_age = (header.n_steps, header.max_age, *header.units)
-        shapes = {name: by_age for name in BY_AGE} | {
+        shapes = dict.fromkeys(BY_AGE, by_age) | {
             "tokens": (int(header.prompt["n_prompt_tokens"]) + header.n_steps,),
             "fresh_mass": (header.n_steps + 1, *header.units),
             "token_log_prob": (header.n_steps,),

@@ -47,12 +47,19 @@ class TraceFile:
         try:
             return TraceHeader.from_json(metadata["header"])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{self.path} is no trace: {error}.") from error
+            raise ValueError(f"{self.path} is no trace: its header is missing or malformed ({error}).") from error
 
     def array(self, name: str) -> np.ndarray:
-        """Read one array of the trace."""
-        with safe_open(self.path, framework="np") as file:
-            return np.asarray(file.get_tensor(name))
+        """Read one array of the trace.
+
+        Raises:
+            ValueError: If the file has no such array.
+        """
+        try:
+            with safe_open(self.path, framework="np") as file:
+                return np.asarray(file.get_tensor(name))
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is no whole trace: {error}.") from error
 
     def load(self) -> Trace:
         """Read it whole.
@@ -62,7 +69,7 @@ class TraceFile:
         """
         header = self.header
         with safe_open(self.path, framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         try:
             return Trace(header=header, **arrays)
         except (TypeError, ValueError) as error:
