@@ -66,6 +66,19 @@ def attention_replaced(
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
+def refuse_full_window(layer: int, n_tokens: int, window: int | None) -> None:
+    """Refuse a context that a layer with a sliding window no longer sees as a whole.
+
+    Raises:
+        ValueError: With the layer and its window.
+    """
+    if window is not None and n_tokens >= window:
+        raise ValueError(
+            f"layer {layer} attends to a sliding window of {window} tokens and the context has reached it: "
+            "recycled attention covers contexts within the window only."
+        )
+
+
 def _stock_attention(model: PreTrainedModel, implementation: str) -> AttentionFunction:
     if implementation in ALL_ATTENTION_FUNCTIONS:
         function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[implementation]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from policies import ModelShape, Selection
+from policies import Selection
 from recycler.aged_sets import band, evictions, mass_by_age
 from recycler.attention import probabilities
 from recycler.hook import AttentionFunction, attention_replaced
@@ -55,11 +55,9 @@ def record_trace(
     Raises:
         ValueError: If the text is longer than the model's positions, or one KV head does not fit into `memory_mib`.
     """
-    if max_age < 1:
-        raise ValueError(f"max_age must be at least 1 step, not {max_age}.")
+    header = trace_header(model, prompt, selection, max_age=max_age, model_id=model_id)
     shape = model_shape(model, model_id)
-    check_positions(model, prompt.n_prompt_tokens, prompt.n_steps)
-    heads_at_once = _heads_at_once(shape, prompt, memory_mib)
+    n_heads = heads_at_once(model, prompt, memory_mib)
     first = prompt.n_prompt_tokens - 1
     n_steps = prompt.n_steps
     arrays = {
@@ -74,7 +72,7 @@ def record_trace(
         ) -> tuple[Tensor, Tensor | None]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             grouped = query[0].unflatten(0, (shape.kv_heads, -1))
-            for heads in torch.arange(shape.kv_heads).split(heads_at_once):
+            for heads in torch.arange(shape.kv_heads).split(n_heads):
                 record = _record_heads(grouped[heads], key[0, heads], first, selection, max_age, kwargs["scaling"])
                 for name, values in record.items():
                     by_step = values.movedim(0, -1).float().cpu().numpy()
@@ -91,25 +89,63 @@ def record_trace(
     with torch.inference_mode(), attention_replaced(model, recording):
         logits = model(tokens[:, first:], past_key_values=cache, use_cache=True).logits[0, 1:]
     return Trace(
-        header=TraceHeader(
-            model=dataclasses.asdict(shape) | {"dtype": str(model.dtype).removeprefix("torch.")},
-            selection=dataclasses.asdict(selection),
-            prompt={
-                "name": prompt.name,
-                "kind": prompt.kind,
-                "source": prompt.source,
-                "licence": prompt.licence,
-                "n_prompt_tokens": prompt.n_prompt_tokens,
-            },
-            n_steps=n_steps,
-            max_age=max_age,
-            versions=versions(),
-        ),
+        header=header,
         tokens=prompt.tokens,
         fresh_mass=fresh_mass,
         token_log_prob=_token_log_prob(logits, tokens[0, first + 1 :]),
         **arrays,
     )
+
+
+def trace_header(
+    model: PreTrainedModel, prompt: Prompt, selection: Selection, *, max_age: int, model_id: str | None = None
+) -> TraceHeader:
+    """The header that `record_trace` gives to a trace, known before anything is computed.
+
+    Args:
+        model: A causal language model.
+        prompt: The text.
+        selection: How sets are chosen.
+        max_age: Oldest set to record, in steps, at least 1.
+        model_id: Name of the model in the header; None takes its own.
+
+    Raises:
+        ValueError: If `max_age` is below 1, or the model has layers without a KV cache of tokens.
+    """
+    if max_age < 1:
+        raise ValueError(f"max_age must be at least 1 step, not {max_age}.")
+    return TraceHeader(
+        model=dataclasses.asdict(model_shape(model, model_id)) | {"dtype": str(model.dtype).removeprefix("torch.")},
+        selection=dataclasses.asdict(selection),
+        prompt={
+            "name": prompt.name,
+            "kind": prompt.kind,
+            "source": prompt.source,
+            "licence": prompt.licence,
+            "n_prompt_tokens": prompt.n_prompt_tokens,
+        },
+        n_steps=prompt.n_steps,
+        max_age=max_age,
+        versions=versions(),
+    )
+
+
+def heads_at_once(model: PreTrainedModel, prompt: Prompt, memory_mib: int) -> int:
+    """How many KV heads of a layer can be recorded together, at least 1.
+
+    Raises:
+        ValueError: If the text is longer than the model's positions, or one KV head does not fit into `memory_mib`.
+    """
+    check_positions(model, prompt.n_prompt_tokens, prompt.n_steps)
+    shape = model_shape(model)
+    group = shape.query_heads // shape.kv_heads
+    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * (prompt.n_steps + 1) * len(prompt.tokens) * 4
+    if head_bytes > memory_mib * 2**20:
+        raise ValueError(
+            f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB "
+            f"for one KV head, more than the {memory_mib} MiB allowed: raise --memory-mib or record fewer steps."
+        )
+    return int(min(shape.kv_heads, memory_mib * 2**20 // head_bytes))
 
 
 def versions() -> dict[str, str]:
@@ -159,17 +195,6 @@ def _record_heads(
         "overlap": mass_by_age(members, members, left, first) / members.sum(-1, keepdim=True),
         "fresh_mass": fresh.clamp_(0, 1),
     }
-
-
-def _heads_at_once(shape: ModelShape, prompt: Prompt, memory_mib: int) -> int:
-    group = shape.query_heads // shape.kv_heads
-    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * (prompt.n_steps + 1) * len(prompt.tokens) * 4
-    if head_bytes > memory_mib * 2**20:
-        raise ValueError(
-            f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB "
-            f"for one KV head, more than the {memory_mib} MiB allowed: raise --memory-mib or record fewer steps."
-        )
-    return int(min(shape.kv_heads, memory_mib * 2**20 // head_bytes))
 
 
 def _token_log_prob(logits: Tensor, step_tokens: Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from policies import ModelShape, Selection, StepPolicy, check_fits
 from recycler.attention import attend_by_index, probabilities
-from recycler.hook import AttentionFunction, attention_replaced
+from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model_shape import model_shape
 from recycler.receipt import Receipt
 from recycler.units import LayerUnits
@@ -75,10 +75,12 @@ class Session:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
-            _refuse_full_window(layer, key, kwargs.get("sliding_window"))
-            visible = None if mask is None else _visible(mask)
+            refuse_full_window(layer, key.shape[2], kwargs.get("sliding_window"))
+            visible = None if mask is None else _visible(mask, key)
             if self.in_prefill or query.shape[2] > 1 or layer not in self._layers:
-                self._begin(layer, query[:, :, -1:], key, visible, kwargs["scaling"])
+                # Several tokens without a mask are the first ones: after them a static cache has empty places.
+                begun = key[:, :, : query.shape[2]] if mask is None and query.shape[2] > 1 else key
+                self._begin(layer, query[:, :, -1:], begun, visible, kwargs["scaling"])
                 return stock(module, query, key, value, mask, **kwargs)
 
             def stock_output() -> Tensor:
@@ -211,17 +213,9 @@ def _prefill_marked(model: PreTrainedModel, session: Session) -> Iterator[None]:
             model.__dict__["_prefill"] = before
 
 
-def _refuse_full_window(layer: int, key: Tensor, window: int | None) -> None:
-    if window is not None and key.shape[2] >= window:
-        raise ValueError(
-            f"layer {layer} attends to a sliding window of {window} tokens and the context has reached it: "
-            "recycled attention covers contexts within the window only."
-        )
-
-
-def _visible(mask: Tensor) -> Tensor:
+def _visible(mask: Tensor, key: Tensor) -> Tensor:
     """bool `(rows, tokens)`: what the last query of each row may see, from a boolean or additive mask."""
-    last = mask[:, 0, -1]
+    last = mask[:, 0, -1].expand(key.shape[0], -1)
     return last if last.dtype == torch.bool else last == 0
 
 
@@ -229,7 +223,7 @@ def _row_bounds(key: Tensor, visible: Tensor | None) -> tuple[Tensor | int, int]
     """Place of each row's first token, an int or `(rows, 1, 1)`, and one past the last token of all rows."""
     if visible is None:
         return 0, key.shape[2]
-    seen = visible.expand(key.shape[0], -1).to(torch.uint8)
+    seen = visible.to(torch.uint8)
     end = seen.shape[1] - int(seen.flip(-1).argmax(-1).min())
     return seen.argmax(-1)[:, None, None], end
 

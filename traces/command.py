@@ -34,6 +34,11 @@ def run_command(command: Callable[..., dict[str, Any]], arguments: list[str] | N
         if not hasattr(error, "format_message"):
             raise
         _fail(f"error: {error.format_message()}", 2)
+    # Typer turns exits of its own, help and in some releases an interrupt, into their code.
+    if result == 130:
+        _fail("interrupted", 130)
+    if isinstance(result, int):
+        sys.exit(result)
     if isinstance(result, dict):
         print(json.dumps(result), flush=True)
     sys.exit(0)

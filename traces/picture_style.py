@@ -55,12 +55,20 @@ def style_axes(axes: Axes, title: str, x: str, y: str, *, grid: bool = True) -> 
         axes.grid(color=PALE, linewidth=0.8)
 
 
-def add_legend(place: Axes | Figure, loc: str, columns: int = 1) -> None:
-    """Name the labelled lines and bands of axes, or of the first axes of a figure."""
-    axes = place.axes[0] if isinstance(place, Figure) else place
-    handles, labels = axes.get_legend_handles_labels()
-    options = {"fontsize": 10.5, "framealpha": 0.9, "edgecolor": "none", "labelcolor": INK, "ncols": columns}
-    place.legend(handles, labels, loc=loc, **options)  # type: ignore[arg-type]
+def add_legend(axes: Axes, of: Axes | None = None) -> None:
+    """Name the labelled lines and bands of `axes` in its lower left; or those of `of`, in one row that fills `axes`."""
+    named, columns = (axes, 1) if of is None else (of, 8)
+    axes.legend(
+        *named.get_legend_handles_labels(),
+        loc="lower left",
+        ncols=columns,
+        fontsize=10.5,
+        framealpha=0.9,
+        edgecolor="none",
+        labelcolor=INK,
+        borderpad=0.2 if of else 0.4,
+        borderaxespad=0 if of else 0.5,
+    )
 
 
 def add_colour_bar(figure: Figure, image: ScalarMappable, axes: Axes, label: str, *, below: bool = False) -> None:
@@ -68,7 +76,7 @@ def add_colour_bar(figure: Figure, image: ScalarMappable, axes: Axes, label: str
     bar = figure.colorbar(image, ax=axes, extend="min" if below else "neither", fraction=0.05, pad=0.02)
     bar.set_label(label, fontsize=11.5, color=INK)
     bar.ax.tick_params(labelsize=10.5, colors=INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def age_axis(axes: Axes, first: float, last: float) -> None:

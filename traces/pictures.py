@@ -41,7 +41,7 @@ def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], captio
         means = np.concatenate([[summary.mean_fresh_mass], summary.by_age("recovered_mass")])
         _draw_line(curves, means, look, kind, first_age=0)
     style.age_axis(curves, 0, overall.max_age * 1.02)
-    style.add_legend(curves, "lower left")
+    style.add_legend(curves)
 
     layers, heads = overall.units
     # A scale down to the lowest cell of all would leave few colours for the rest.
@@ -98,7 +98,7 @@ def draw_similarity(overall: Summary, caption: str) -> Figure:
     axes.plot(centres, mean, color=style.ACCENT, linewidth=2.5, label="mean at this similarity")
     axes.plot(centres, low, "--", color=style.ACCENT, linewidth=1.3, label="10 % and 90 % quantiles")
     axes.plot(centres, high, "--", color=style.ACCENT, linewidth=1.3)
-    style.add_legend(axes, "lower left")
+    style.add_legend(axes)
     return figure
 
 
@@ -108,25 +108,26 @@ def draw_overlap(overall: Summary, by_kind: Mapping[str, Summary], caption: str)
     columns = {1: 1, 2: 2, 4: 2}.get(n, 3)
     rows = -(-n // columns)
     figure = style.new_figure(
-        "Overlap at refresh by stride", caption, (max(3.8 * columns + 1.2, 8.4), 3.4 * rows + 1.6)
+        "Overlap at refresh by stride", caption, (max(3.8 * columns + 1.2, 9.6), 3.5 * rows + 1.2)
     )
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for place, (panel, look, (kind, summary)) in enumerate(zip(panels, style.looks(n), by_kind.items(), strict=False)):
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=(0.06, *[1] * rows))
+    legend = figure.add_subplot(grid[0, :])
+    legend.set_axis_off()
+    for place, (look, (kind, summary)) in enumerate(zip(style.looks(n), by_kind.items(), strict=True)):
+        panel = figure.add_subplot(grid[1 + place // columns, place % columns])
         bottom, left = place + columns >= n, place % columns == 0
         style.style_axes(
             panel, kind, "stride (steps)" if bottom else "", "overlap (share of the new set)" if left else ""
         )
         _draw_bands(panel, summary.by_unit("overlap"))
         for number, other in enumerate(name for name in by_kind if name != kind):
-            label = "mean of the other kinds" if number == 0 else "_"
+            label = "other kinds" if number == 0 else "_"
             _draw_line(panel, by_kind[other].by_age("overlap"), (style.GREY, "-"), label, width=0.8)
-        _draw_line(panel, summary.by_age("overlap"), look, "mean")
+        _draw_line(panel, summary.by_age("overlap"), look, "mean of this kind")
         style.age_axis(panel, 0.93, overall.max_age * 1.07)
-        panel.tick_params(labelbottom=bottom)
         panel.set_ylim(0, 1.02)
-    for panel in panels[n:]:
-        panel.set_axis_off()
-    style.add_legend(figure, "outside upper left", columns=4)
+        panel.tick_params(labelbottom=bottom, labelleft=left)
+    style.add_legend(legend, of=figure.axes[1])
     return figure
 
 

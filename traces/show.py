@@ -36,26 +36,31 @@ def main(
 ) -> dict[str, Any]:
     """Show what traces hold: a table by kind of text and age, and three pictures."""
     files = TraceFolder(folder)
+    header = files[0].header
+    model, k = str(header.model["id"]), header.selection["k"]
+    out = folder / "pictures" if out is None else out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write pictures to {out}: {error.strerror}.") from error
+
     # One at a time: a folder of traces may be larger than memory.
     progress = tqdm(files, desc="reading", unit="trace", disable=len(files) < 8)
     overall, by_kind = summarise(file.load() for file in progress)
-    header = files[0].header
-    model, k = str(header.model["id"]), header.selection["k"]
+
+    caption = f"{model}, k = {k} tokens, traces: {overall.n_traces:,}, steps: {overall.n_steps:,}"
+    map_age = min(16, overall.max_age) if age is None else age
+    figures = {
+        "recovered-mass.png": draw_recovered_mass(overall, by_kind, caption, map_age),
+        "query-similarity.png": draw_similarity(overall, caption),
+        "overlap.png": draw_overlap(overall, by_kind, caption),
+    }
+    pictures = [write_picture(figure, out / name) for name, figure in figures.items()]
 
     # Piped, the tables keep one width; a terminal has its own.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     for table in _tables(overall, by_kind):
         console.print(table)
-
-    out = folder / "pictures" if out is None else out
-    caption = f"{model}, k = {k} tokens, {overall.n_traces:,} traces, {overall.n_steps:,} steps"
-    shown_age = min(16, overall.max_age) if age is None else age
-    figures = {
-        "recovered-mass.png": draw_recovered_mass(overall, by_kind, caption, shown_age),
-        "query-similarity.png": draw_similarity(overall, caption),
-        "overlap.png": draw_overlap(overall, by_kind, caption),
-    }
-    pictures = [write_picture(figure, out / name) for name, figure in figures.items()]
 
     mass = overall.by_age("recovered_mass")
     layers, kv_heads = overall.units

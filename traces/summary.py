@@ -104,6 +104,8 @@ class Summary:
         )
 
     def __add__(self, other: Summary) -> Summary:
+        if self.units != other.units:
+            raise ValueError(f"traces of other (layers, KV heads) do not add up: {self.units} and {other.units}.")
         return Summary(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
     @property
@@ -149,12 +151,14 @@ def summarise(traces: Iterable[Trace]) -> tuple[Summary, Mapping[str, Summary]]:
         The summary of all of them, and that of each kind of text, sorted by kind.
 
     Raises:
-        ValueError: If there are no traces.
+        ValueError: If there are no traces, or if they differ in layers or KV heads.
     """
     by_kind: dict[str, Summary] = {}
     for trace in traces:
         one = Summary.of(trace)
         by_kind[trace.kind] = by_kind[trace.kind] + one if trace.kind in by_kind else one
+        # Else this one stays in memory while the next is read.
+        del trace
     if not by_kind:
         raise ValueError("there are no traces to summarise.")
     first, *rest = by_kind.values()
@@ -173,7 +177,7 @@ def quantiles_over_units(by_unit: np.ndarray, quantiles: Sequence[float]) -> np.
 def quantiles_by_similarity(summary: Summary, quantiles: Sequence[float]) -> np.ndarray:
     """Quantiles of recovered mass within each bin of query similarity: `(quantiles, 200)`, NaN in empty bins.
 
-    They come from the table `joint`, as if values were evenly spread within a bin of mass: good to 0.01.
+    They are read off `joint`, as if values were evenly spread within a bin of mass, which is 0.01 wide.
     """
     result = np.full((len(quantiles), len(summary.joint)), np.nan)
     for row in np.flatnonzero(summary.joint.sum(axis=1)):

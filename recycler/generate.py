@@ -1,0 +1,137 @@
+"""Command: generate text with a policy, and show the receipt."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from transformers import TextStreamer
+
+from policies import PolicyFile, check_fits
+from recycler.generation import Generation, generate_tokens
+from recycler.model_shape import model_shape
+from recycler.models import LoadedModel, load_model
+from recycler.prompts.texts import leading_tokens, text_tokens
+from recycler.session import recycled
+from traces.command import run_command
+
+
+def main(
+    policy: Annotated[Path, typer.Option(help="Policy file, as python -m tuning.optimize writes it.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="UTF-8 file with the prompt; without both, standard input is read.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 256,
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face id or local folder; the model of the policy when not given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of the model.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Torch device; cuda where there is one, else cpu.")] = None,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawing at a temperature above 0.")] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Generate with full attention too, and compare tokens and speed.")
+    ] = False,
+) -> dict[str, Any]:
+    """Generate with recycled attention: the text as it comes, then what was really applied."""
+    policy_file = PolicyFile.read(policy)
+    text = _read_prompt(prompt, prompt_file)
+    loaded = _load(policy_file.model.id, model, dtype, device)
+    check_fits(policy_file.policy, model_shape(loaded.model, loaded.id))
+    tokens = _tokens(loaded, text, chat)
+
+    def generate(streamer: TextStreamer | None = None) -> Generation:
+        return generate_tokens(
+            loaded.model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            streamer=streamer,
+        )
+
+    with recycled(loaded.model, policy_file.policy, policy_file.selection) as session:
+        recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    receipt = session.receipt()
+    # Piped, the table is as wide as it needs to be; a terminal has its own width.
+    width = None if sys.stdout.isatty() else max(80, 8 + 6 * receipt.full_steps.shape[0])
+    receipt.print(Console(highlight=False, width=width))
+    applied = receipt.to_json()
+    return {
+        "new_tokens": len(recycled_run.tokens),
+        "tokens_per_s": _rounded(recycled_run.tokens_per_s),
+        "prefill_tokens": len(tokens),
+        "prefill_s": round(recycled_run.prefill_s, 3),
+        "full_share": _plain(applied["full_share"]),
+        "read_share": _plain(applied["read_share"]),
+        "engine": applied["engine"],
+        "reasons": applied["reasons"],
+        "model": loaded.id,
+        "policy": str(policy),
+        **(_compared(recycled_run, generate()) if compare else {}),
+    }
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("give the prompt by --prompt or by --prompt-file, not both.")
+    if prompt is not None:
+        text = prompt
+    elif file is not None:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt file {file} is not UTF-8 text: byte {error.start} is invalid.") from error
+        except OSError as error:
+            raise ValueError(f"the prompt file {file} cannot be read: {error.strerror}.") from error
+    elif sys.stdin.isatty():
+        raise ValueError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe the text in.")
+    else:
+        text = sys.stdin.read()
+    if not text.strip():
+        raise ValueError("the prompt is empty.")
+    return text
+
+
+def _load(tuned_on: str, name: str | None, dtype: str, device: str | None) -> LoadedModel:
+    loaded = load_model(tuned_on if name is None else name, dtype=dtype, device=device)
+    if loaded.id != tuned_on:
+        print(f"note: the policy was tuned on {tuned_on}, and runs on {loaded.id}.", file=sys.stderr)
+    return loaded
+
+
+def _tokens(loaded: LoadedModel, text: str, chat: bool) -> list[int]:
+    tokenizer = loaded.tokenizer
+    if not chat:
+        return [*leading_tokens(tokenizer), *text_tokens(tokenizer, text)]
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {loaded.id} has no chat template: leave out --chat.")
+    turns = [{"role": "user", "content": text}]
+    templated = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return text_tokens(tokenizer, str(templated))
+
+
+def _compared(recycled_run: Generation, full_run: Generation) -> dict[str, Any]:
+    """Speed of full attention, and the share of its tokens that recycled attention found at the same place."""
+    pairs = zip(recycled_run.tokens, full_run.tokens, strict=False)
+    equal = sum(ours == theirs for ours, theirs in pairs)
+    return {"tokens_per_s_full": _rounded(full_run.tokens_per_s), "equal_share": equal / len(full_run.tokens)}
+
+
+def _rounded(per_second: float | None) -> float | None:
+    return None if per_second is None else round(per_second, 2)
+
+
+def _plain(share: float) -> float | None:
+    """JSON has no NaN: the share of no steps is null."""
+    return None if math.isnan(share) else share
+
+
+if __name__ == "__main__":
+    run_command(main)

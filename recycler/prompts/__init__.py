@@ -1,0 +1,6 @@
+"""Prompts with a known continuation, to record traces on and to measure fidelity with."""
+
+from recycler.prompts.default_set import KINDS, default_prompts
+from recycler.prompts.prompt import Prompt, prompts_from_files
+
+__all__ = ["KINDS", "Prompt", "default_prompts", "prompts_from_files"]

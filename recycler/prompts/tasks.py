@@ -1,0 +1,197 @@
+"""What each kind of prompt is made of: one generator per kind.
+
+Natural texts are continued as they were written. The other kinds are long-context tasks after
+RULER (arXiv 2404.06654), reshaped so that a teacher-forced continuation of any length keeps asking:
+every step of it depends on something far back in the context.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from recycler.prompts.prompt import Prompt
+from recycler.prompts.texts import (
+    Corpus,
+    TextSource,
+    TokenisedCorpus,
+    copied_text,
+    haystack_text,
+    key_words,
+    leading_tokens,
+    text_tokens,
+)
+
+# With more keys in one text the default model finds fewer than half of them.
+_MAX_NEEDLES = 8
+_TOKENS_PER_NEEDLE = 128
+# Room for the first lines that are asked for, so that the continuation does not start cold.
+_ASKED_TOKENS = 32
+_TASK_LICENCE = "Apache-2.0 (this project)"
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt that is asked of a generator.
+
+    Attributes:
+        kind: the kind asked for.
+        index: which of the prompts of that kind, from 0 on.
+        context_tokens: tokens of the prompt.
+        n_steps: tokens of the continuation.
+        seed: of everything that is drawn.
+        tokenizer: the model's tokenizer.
+        texts: opens a source of natural text; each is opened once.
+    """
+
+    kind: str
+    index: int
+    context_tokens: int
+    n_steps: int
+    seed: int
+    tokenizer: PreTrainedTokenizerBase
+    texts: Callable[[TextSource], TokenisedCorpus]
+
+    @property
+    def n_context(self) -> int:
+        """Tokens of the prompt that are free to choose: all but a BOS."""
+        return self.context_tokens - len(leading_tokens(self.tokenizer))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text` alone."""
+        return text_tokens(self.tokenizer, text)
+
+    def rng(self) -> random.Random:
+        """A generator of its own for this kind, index and seed; a text seeds alike on every platform."""
+        return random.Random(f"{self.seed} {self.kind} {self.index}")
+
+    def prompt(self, tokens: Sequence[int] | npt.NDArray[np.int32], *, source: str, licence: str) -> Prompt:
+        """The prompt that reads `tokens`, ``n_context + n_steps`` of them."""
+        return Prompt(
+            name=f"{self.kind}-{self.index:03d}",
+            kind=self.kind,
+            tokens=np.array([*leading_tokens(self.tokenizer), *tokens]),
+            n_prompt_tokens=self.context_tokens,
+            source=source,
+            licence=licence,
+        )
+
+
+PromptGenerator = Callable[[PromptRequest], Prompt]
+
+
+def natural(source: TextSource) -> PromptGenerator:
+    """A generator of passages of `source`, each to be continued as it was written."""
+
+    def generate(request: PromptRequest) -> Prompt:
+        text = request.texts(source)
+        tokens = text.passage(request.index, request.n_context + request.n_steps)
+        return request.prompt(tokens, source=text.corpus.source, licence=text.corpus.licence)
+
+    return generate
+
+
+def copying(request: PromptRequest) -> Prompt:
+    """A passage and then the same passage again, with no instruction; the continuation copies on.
+
+    The passage fills three quarters of the context and its first third the rest. A continuation
+    that comes to the end of the passage starts it once more.
+    """
+    text = request.texts(copied_text)
+    separator = request.encode("\n\n")
+    n_passage = request.n_context * 3 // 4 - len(separator)
+    passage = text.passage(request.index, n_passage)
+    tokens = np.resize([*passage, *separator], request.n_context + request.n_steps)
+    return request.prompt(tokens, source=text.corpus.source, licence=text.corpus.licence)
+
+
+def needles(request: PromptRequest) -> Prompt:
+    """Numbers hidden in a long text, then questions about them with their answers.
+
+    RULER's multi-key needles with up to 8 keys, one per 128 tokens of context. Where RULER asks for
+    one key, this asks for all of them in a drawn order, and again in another, until the
+    continuation is full. The prompt ends with the first answer.
+    """
+    rng = request.rng()
+    n_needles = max(1, min(_MAX_NEEDLES, request.n_context // _TOKENS_PER_NEEDLE))
+    numbers = dict(zip(rng.sample(key_words(), n_needles), rng.sample(range(10**6, 10**7), n_needles), strict=True))
+    hidden = [
+        request.encode(f" One of the special magic numbers for {key} is: {number}.") for key, number in numbers.items()
+    ]
+    asked = [
+        request.encode(f"What is the special magic number for {key}? {number}\n") for key, number in numbers.items()
+    ]
+    separator = request.encode("\n\n")
+    questions = _reshuffled(asked, rng)
+    first_question = next(questions)
+
+    text = request.texts(haystack_text)
+    n_hay = request.n_context - sum(map(len, hidden)) - len(separator) - len(first_question)
+    if n_hay < n_needles:
+        raise ValueError(f"{request.context_tokens} tokens of context are too few to hide {n_needles} numbers in")
+    hay = text.passage(request.index, request.n_context)[:n_hay]
+    depths = sorted(rng.sample(range(n_hay), n_needles))
+    pieces = np.split(hay, _sentence_ends(hay, depths, request.tokenizer))
+    haystack = chain(pieces[0], *(chain(needle, piece) for needle, piece in zip(hidden, pieces[1:], strict=True)))
+    answers = islice(chain.from_iterable(questions), request.n_steps)
+    return request.prompt(
+        [*haystack, *separator, *first_question, *answers],
+        source=text.corpus.source,
+        licence=_task_licence(text.corpus),
+    )
+
+
+def key_values(request: PromptRequest) -> Prompt:
+    """A long list of ``key: value`` lines, then the same lines in a drawn order, and in another.
+
+    A key cannot be foreseen and its value can only be looked up. Keys and values are distinct.
+    """
+    rng = request.rng()
+    words = key_words()
+    keys = rng.sample(words, len(words))
+    values = rng.sample(range(1000, 10000), len(keys))
+    separator = request.encode("\n")
+    n_room = request.n_context - _ASKED_TOKENS - len(separator)
+    lines: list[list[int]] = []
+    for key, value in zip(keys, values, strict=True):
+        line = request.encode(f"{key}: {value}\n")
+        n_room -= len(line)
+        if n_room < 0:
+            break
+        lines.append(line)
+    else:
+        raise ValueError(
+            f"{len(keys)} distinct keys do not fill {request.context_tokens} tokens of context: ask for fewer tokens"
+        )
+    listing = [*chain.from_iterable(lines), *separator]
+    n_asked = request.n_context + request.n_steps - len(listing)
+    asked = islice(chain.from_iterable(_reshuffled(lines, rng)), n_asked)
+    return request.prompt([*listing, *asked], source="drawn by this project", licence=_TASK_LICENCE)
+
+
+def _reshuffled(lines: Sequence[list[int]], rng: random.Random) -> Iterator[list[int]]:
+    """All of `lines` in a drawn order, then all of them in another, without end."""
+    while True:
+        yield from rng.sample(lines, len(lines))
+
+
+def _sentence_ends(
+    tokens: npt.NDArray[np.int32], depths: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """For each depth the end of the sentence there; the depth itself where no end follows."""
+    closing = [token for token in np.unique(tokens).tolist() if _closes_sentence(str(tokenizer.decode([token])))]
+    ends = np.flatnonzero(np.isin(tokens, closing)) + 1
+    following = np.searchsorted(ends, depths)
+    return [int(ends[i]) if i < len(ends) else depth for i, depth in zip(following, depths, strict=True)]
+
+
+def _closes_sentence(piece: str) -> bool:
+    return piece.rstrip("\"')\n").endswith((".", "?", "!"))
+
+
+def _task_licence(corpus: Corpus) -> str:
+    return f"{corpus.licence} (text), {_TASK_LICENCE} (task)"

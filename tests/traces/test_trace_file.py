@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from traces import Trace, TraceFile, TraceFolder, TraceHeader, trace_file, write_trace
+from traces.trace import FORMAT
+
+MakeTrace = Callable[..., Trace]
+
+
+def assert_same_bits(mine: Trace, theirs: Trace) -> None:
+    assert mine.header == theirs.header
+    for name, array in theirs.arrays().items():
+        loaded = getattr(mine, name)
+        assert (loaded.dtype, loaded.shape) == (array.dtype, array.shape), name
+        # Bytes and not values: NaN is unequal to itself.
+        assert loaded.tobytes() == np.ascontiguousarray(array).tobytes(), name
+
+
+def write_with_header(path: Path, arrays: dict[str, np.ndarray], header: str) -> TraceFile:
+    save_file(arrays, path, metadata={"format": FORMAT, "header": header})
+    return TraceFile(path)
+
+
+class TestRoundTrip:
+    def test_a_trace_comes_back_bit_for_bit_with_its_nans(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        trace = make_trace()
+        assert np.isnan(trace.recovered_mass).any()
+        assert_same_bits(write_trace(trace, tmp_path).load(), trace)
+
+    @settings(max_examples=30, deadline=None)
+    @given(
+        n_steps=st.integers(0, 5),
+        max_age=st.integers(1, 5),
+        units=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        n_prompt_tokens=st.integers(1, 4),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_a_trace_of_any_shape_comes_back_bit_for_bit(self, make_trace: MakeTrace, **shape: Any) -> None:
+        trace = make_trace(**shape)
+        with tempfile.TemporaryDirectory() as folder:
+            assert_same_bits(write_trace(trace, folder).load(), trace)
+
+    def test_an_array_that_is_a_view_is_written_as_it_reads(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        trace = make_trace(units=(3, 3))
+        view = dataclasses.replace(trace, overlap=trace.overlap.swapaxes(2, 3))
+        assert_same_bits(write_trace(view, tmp_path).load(), view)
+
+    def test_one_array_can_be_read_alone(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        trace = make_trace()
+        assert np.array_equal(write_trace(trace, tmp_path).array("fresh_mass"), trace.fresh_mass)
+
+    def test_the_file_is_named_after_the_prompt_in_a_folder_made_for_it(
+        self, make_trace: MakeTrace, tmp_path: Path
+    ) -> None:
+        written = write_trace(make_trace("poem-3"), tmp_path / "new" / "folder")
+        assert written.path == tmp_path / "new" / "folder" / "poem-3.safetensors"
+
+    def test_writing_again_replaces_the_trace(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        write_trace(make_trace(seed=1), tmp_path)
+        write_trace(make_trace(seed=2), tmp_path)
+        assert_same_bits(TraceFolder(tmp_path)[0].load(), make_trace(seed=2))
+        assert len(TraceFolder(tmp_path)) == 1
+
+    def test_the_digest_is_that_of_the_bytes(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        written = write_trace(make_trace(), tmp_path)
+        assert written.digest() == "sha256:" + hashlib.sha256(written.path.read_bytes()).hexdigest()
+
+
+class TestInterruptedWriting:
+    @pytest.fixture
+    def failing_save(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def save_half(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+            Path(path).write_bytes(b"half a trace")
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(trace_file, "save_file", save_half)
+
+    @pytest.mark.usefixtures("failing_save")
+    def test_leaves_no_trace_under_the_final_name(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="no space"):
+            write_trace(make_trace(), tmp_path)
+        assert not list(tmp_path.glob("*.safetensors"))
+
+    def test_leaves_the_trace_that_was_there(
+        self, make_trace: MakeTrace, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        before = make_trace(seed=1)
+        write_trace(before, tmp_path)
+        request.getfixturevalue("failing_save")
+        with pytest.raises(OSError, match="no space"):
+            write_trace(make_trace(seed=2), tmp_path)
+        assert_same_bits(TraceFolder(tmp_path)[0].load(), before)
+
+    def test_its_remains_are_passed_over(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        write_trace(make_trace(), tmp_path)
+        (tmp_path / "two.safetensors.partial").write_bytes(b"half a trace")
+        (tmp_path / "notes.txt").write_text("not a trace")
+        assert [file.path.name for file in TraceFolder(tmp_path)] == ["one.safetensors"]
+
+    def test_the_name_is_taken_only_when_the_file_is_whole(
+        self, make_trace: MakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trace = make_trace()
+        whole = len(write_trace(trace, tmp_path / "elsewhere").path.read_bytes())
+        sizes = []
+
+        def replace(source: Path, target: Path) -> None:
+            sizes.append(Path(source).stat().st_size)
+            os.rename(source, target)
+
+        monkeypatch.setattr(trace_file.os, "replace", replace)
+        write_trace(trace, tmp_path)
+        assert sizes == [whole]
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.3, 0.5, 0.9, 0.999])
+    def test_a_truncated_file_is_named_and_the_sentence_says_to_record_it_again(
+        self, make_trace: MakeTrace, tmp_path: Path, share: float
+    ) -> None:
+        path = write_trace(make_trace(), tmp_path).path
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(share * len(whole))])
+        for read in (lambda: TraceFile(path).header, lambda: TraceFile(path).load(), lambda: TraceFolder(tmp_path)):
+            with pytest.raises(ValueError, match="record it again") as caught:
+                read()
+            assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize("missing", [1, 2, 7, 8, 9])
+    def test_a_file_short_of_a_few_bytes_is_truncated(
+        self, make_trace: MakeTrace, tmp_path: Path, missing: int
+    ) -> None:
+        path = write_trace(make_trace(), tmp_path).path
+        path.write_bytes(path.read_bytes()[:-missing])
+        with pytest.raises(ValueError, match=r"one\.safetensors is truncated.*record it again"):
+            TraceFolder(tmp_path)
+
+    def test_a_foreign_file_is_told_by_its_format(self, tmp_path: Path) -> None:
+        save_file({"weight": np.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"model\.safetensors is no trace: its format is 'pt', not '{FORMAT}'"):
+            TraceFolder(tmp_path)
+
+    def test_a_file_without_metadata_is_no_trace(self, tmp_path: Path) -> None:
+        save_file({"weight": np.zeros(3)}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="its format is None"):
+            TraceFolder(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "not json", "[]", "{}", '{"temperature": 1}'])
+    def test_a_header_of_other_fields_is_no_trace(self, make_trace: MakeTrace, tmp_path: Path, text: str) -> None:
+        file = write_with_header(tmp_path / "x.safetensors", make_trace().arrays(), text)
+        with pytest.raises(ValueError, match=r"x\.safetensors is no trace: its header is missing or malformed"):
+            _ = file.header
+
+    def test_a_file_without_a_header_is_no_trace(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        save_file(make_trace().arrays(), tmp_path / "x.safetensors", metadata={"format": FORMAT})
+        with pytest.raises(ValueError, match=r"x\.safetensors is no trace: its header is missing"):
+            _ = TraceFile(tmp_path / "x.safetensors").header
+
+    @pytest.mark.parametrize("name", ["tokens", "overlap", "token_log_prob"])
+    def test_a_missing_array_is_named(self, make_trace: MakeTrace, tmp_path: Path, name: str) -> None:
+        trace = make_trace()
+        arrays = trace.arrays()
+        del arrays[name]
+        file = write_with_header(tmp_path / "x.safetensors", arrays, trace.header.to_json())
+        with pytest.raises(ValueError, match=rf"x\.safetensors is no whole trace.*{name}"):
+            file.load()
+        with pytest.raises(ValueError, match=rf"x\.safetensors is no whole trace.*{name}"):
+            file.array(name)
+
+    def test_an_array_too_many_is_named(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        trace = make_trace()
+        arrays = trace.arrays() | {"entropy": np.zeros(3)}
+        file = write_with_header(tmp_path / "x.safetensors", arrays, trace.header.to_json())
+        with pytest.raises(ValueError, match=r"x\.safetensors is no whole trace.*entropy"):
+            file.load()
+
+    def test_an_array_of_another_shape_than_the_header_says_is_named(
+        self, make_trace: MakeTrace, tmp_path: Path
+    ) -> None:
+        trace = make_trace()
+        longer = dataclasses.replace(trace.header, n_steps=7)
+        file = write_with_header(tmp_path / "x.safetensors", trace.arrays(), longer.to_json())
+        with pytest.raises(ValueError, match=r"x\.safetensors is no whole trace: recovered_mass must have shape"):
+            file.load()
+
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"cannot read the trace .*gone\.safetensors"):
+            _ = TraceFile(tmp_path / "gone.safetensors").header
+
+    def test_a_folder_with_the_name_of_a_trace_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "x.safetensors").mkdir()
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            TraceFolder(tmp_path)
+
+
+class TestLaziness:
+    def test_opening_a_folder_and_reading_headers_reads_no_array(
+        self, make_trace: MakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("a", "b"):
+            write_trace(make_trace(name), tmp_path)
+        read = []
+
+        class Watched:
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                self._file = real_open(*arguments, **options)
+
+            def __enter__(self) -> Watched:
+                self._file.__enter__()
+                return self
+
+            def __exit__(self, *error: Any) -> None:
+                self._file.__exit__(*error)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._file, name)
+
+            def get_tensor(self, name: str) -> np.ndarray:
+                read.append(name)
+                return np.asarray(self._file.get_tensor(name))
+
+        real_open = trace_file.safe_open
+        monkeypatch.setattr(trace_file, "safe_open", Watched)
+        folder = TraceFolder(tmp_path)
+        assert [file.header.prompt["name"] for file in folder] == ["a", "b"]
+        assert read == []
+        folder[0].array("overlap")
+        assert read == ["overlap"]
+
+    def test_a_header_is_read_once(
+        self, make_trace: MakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = write_trace(make_trace(), tmp_path)
+        header = file.header
+        monkeypatch.setattr(trace_file, "safe_open", None)
+        assert file.header is header
+        assert isinstance(header, TraceHeader)
+
+
+def test_the_file_can_be_read_without_this_project(make_trace: MakeTrace, tmp_path: Path) -> None:
+    trace = make_trace()
+    path = write_trace(trace, tmp_path).path
+    assert np.array_equal(load_file(path)["tokens"], trace.tokens)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    metadata = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+    assert metadata["format"] == "recycled-attention-trace/1"
+    assert json.loads(metadata["header"])["prompt"]["name"] == "one"

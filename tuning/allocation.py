@@ -1,0 +1,83 @@
+"""Dividing a budget of full steps among units by what refreshing each of them is worth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Strides that allocation chooses among; between two of them it interpolates.
+STRIDES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256])
+
+
+def loss_by_stride(loss_by_age: np.ndarray, strides: np.ndarray = STRIDES) -> np.ndarray:
+    """Mean loss per step of refreshing every S steps, from the mean loss at each age.
+
+    Ages 1 to S - 1 occur equally often, and the full step itself loses nothing.
+
+    Args:
+        loss_by_age: `(max_age, ...)`; ages beyond take the last value.
+        strides: Whole strides S, at least 1.
+
+    Returns:
+        `(strides, ...)`.
+    """
+    total = np.cumsum(loss_by_age, axis=0)
+    max_age = len(loss_by_age)
+    rows = []
+    for stride in strides:
+        recorded = min(int(stride) - 1, max_age)
+        loss = total[recorded - 1] if recorded else np.zeros_like(loss_by_age[0])
+        rows.append((loss + (stride - 1 - recorded) * loss_by_age[-1]) / stride)
+    return np.stack(rows)
+
+
+def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> np.ndarray:
+    """Rates of full steps that minimise the total loss under a budget.
+
+    The loss of each unit is taken as the lower convex hull of its points (rate, loss); then buying the steepest
+    segments first until the budget is spent is optimal (the fractional knapsack). A stride between two points of the
+    hull realises the interpolated loss closely, not exactly.
+
+    Args:
+        loss: `(strides, units)`, loss per step of each unit at each stride.
+        budget: Mean rate over units, in (0, 1].
+        strides: Strides of the rows, increasing.
+
+    Returns:
+        float64 `(units,)`: full steps per step, in [1 / strides[-1], 1], with mean at most `budget`.
+
+    Raises:
+        ValueError: If the budget is below the rate of the longest stride.
+    """
+    rates = 1 / strides.astype(np.float64)
+    n_units = loss.shape[1]
+    if budget < rates[-1]:
+        raise ValueError(f"a budget of {budget:g} is below one full step in {strides[-1]}, the longest stride.")
+    segments = [
+        (-(loss[low, unit] - loss[high, unit]) / (rates[high] - rates[low]), unit, low, high)
+        for unit in range(n_units)
+        for low, high in _hull_segments(rates, loss[:, unit])
+    ]
+    allocated = np.full(n_units, rates[-1])
+    left = budget * n_units - allocated.sum()
+    for _, unit, low, high in sorted(segments):
+        bought = min(rates[high] - rates[low], left)
+        allocated[unit] += bought
+        left -= bought
+        if left <= 0:
+            break
+    return allocated
+
+
+def _hull_segments(rates: np.ndarray, loss: np.ndarray) -> list[tuple[int, int]]:
+    """Segments of the lower convex hull that lower the loss, as index pairs (lower rate, higher rate)."""
+    hull: list[int] = []
+    for point in reversed(range(len(rates))):
+        while len(hull) >= 2:
+            before, last = hull[-2], hull[-1]
+            slope_to_last = (loss[last] - loss[before]) * (rates[point] - rates[before])
+            slope_to_point = (loss[point] - loss[before]) * (rates[last] - rates[before])
+            if slope_to_last < slope_to_point:
+                break
+            hull.pop()
+        hull.append(point)
+    return [(low, high) for low, high in zip(hull, hull[1:], strict=False) if loss[high] < loss[low]]

@@ -1,0 +1,96 @@
+"""Replay: any schedule on recorded traces, with no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies import Schedule, StepPolicy
+from traces import Trace
+from tuning.trace_batch import TraceBatch
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a policy would have done along the recorded path.
+
+    Attributes:
+        full: bool `(steps, traces, layers, kv_heads)`: decisions.
+        lost_mass: float32 of the same shape, in [0, 1]: attention that the unit's set missed; 0 where it ran full.
+        beyond_max_age: Share of recycled unit-steps with a set older than the traces record. There the oldest
+            recorded age stands in, and replay is an estimate.
+    """
+
+    full: np.ndarray
+    lost_mass: np.ndarray
+    beyond_max_age: float
+
+    @property
+    def full_share(self) -> float:
+        """Share of unit-steps that ran full."""
+        return float(self.full.mean())
+
+    @property
+    def unit_full_share(self) -> np.ndarray:
+        """Full share `(layers, kv_heads)`."""
+        share: np.ndarray = self.full.mean((0, 1))
+        return share
+
+    @property
+    def recovered_mass(self) -> float:
+        """Mean recovered mass over unit-steps; 1 where a unit ran full."""
+        return 1 - float(self.lost_mass.mean(dtype=np.float64))
+
+
+def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
+    """Run a policy on traces as the decoder would, for all units of all traces at once.
+
+    Decisions equal the decoder's wherever it sees the same signals, that is as long as recycled steps have not moved
+    its path away from the recorded one, and no set grows older than the traces' `max_age`.
+
+    Args:
+        traces: One trace or several.
+        policy: Whom to replay.
+    """
+    batch = traces if isinstance(traces, TraceBatch) else TraceBatch([traces])
+    needs = policy.needs
+    wants_mass, wants_overlap = "refresh_mass" in needs, "refresh_overlap" in needs
+    fresh = batch.fresh_mass.astype(np.float64) if wants_mass else None
+    schedule = Schedule(np.zeros(batch.shape), None if fresh is None else fresh[0])
+    full = np.empty((batch.n_steps, *batch.shape), dtype=bool)
+    lost = np.empty((batch.n_steps, *batch.shape), dtype=np.float32)
+    n_beyond = 0
+    for step in range(batch.n_steps):
+        at = _At(step, schedule.age, batch.max_age)
+        full[step] = policy.decide(
+            schedule.signals(
+                query_similarity=at.age(batch.query_similarity) if "query_similarity" in needs else None,
+                step_similarity=at.last_step(batch.query_similarity) if "step_similarity" in needs else None,
+            )
+        )
+        lost[step] = np.where(full[step], 0, 1 - at.age(batch.recovered_mass))
+        n_beyond += int((~full[step] & (schedule.age > batch.max_age)).sum())
+        schedule.advance(
+            full[step],
+            refresh_mass=None if fresh is None else fresh[step + 1],
+            refresh_overlap=at.age(batch.overlap) if wants_overlap else None,
+        )
+    return Replay(full, lost, n_beyond / max(int((~full).sum()), 1))
+
+
+class _At:
+    """Reads arrays by age at one step, each unit at its own age."""
+
+    def __init__(self, step: int, age: np.ndarray, max_age: int) -> None:
+        self._step = step
+        self._units = np.arange(age.size)
+        self._index = np.minimum(age, max_age).astype(np.intp).ravel() - 1
+        self._shape = age.shape
+
+    def age(self, by_age: np.ndarray) -> np.ndarray:
+        slab = by_age[self._step].reshape(by_age.shape[1], -1)
+        return slab[self._index, self._units].reshape(self._shape).astype(np.float64)
+
+    def last_step(self, by_age: np.ndarray) -> np.ndarray:
+        return by_age[self._step, 0].astype(np.float64)

@@ -1,0 +1,86 @@
+"""Traces side by side, laid out for replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from traces import Trace, TraceFile
+
+
+class TraceBatch:
+    """Some traces of one model, one selection and one length, read as far as they are used.
+
+    Args:
+        files: Traces, on disk or in memory.
+
+    Raises:
+        ValueError: If there are none, or they differ in steps, ages or model shape.
+    """
+
+    def __init__(self, files: Sequence[TraceFile | Trace]) -> None:
+        if not files:
+            raise ValueError("there are no traces to replay.")
+        self.files = tuple(files)
+        headers = [file.header for file in files]
+        self.headers = tuple(headers)
+        first = headers[0]
+        for header in headers:
+            mine = header.n_steps, header.max_age, header.units
+            theirs = first.n_steps, first.max_age, first.units
+            if mine != theirs:
+                raise ValueError(
+                    "traces that are replayed together need the same steps, ages and units: "
+                    f"{header.prompt['name']} has {mine}, {first.prompt['name']} has {theirs}."
+                )
+        self.n_steps = first.n_steps
+        self.max_age = first.max_age
+        self.units = first.units
+        self.kinds = tuple(str(header.prompt["kind"]) for header in headers)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(traces, layers, kv_heads)`."""
+        return (len(self), *self.units)
+
+    @cached_property
+    def recovered_mass(self) -> np.ndarray:
+        """float32 `(steps, max_age, traces, layers, kv_heads)`."""
+        return self._stacked("recovered_mass")
+
+    @cached_property
+    def query_similarity(self) -> np.ndarray:
+        """float32 `(steps, max_age, traces, layers, kv_heads)`."""
+        return self._stacked("query_similarity")
+
+    @cached_property
+    def overlap(self) -> np.ndarray:
+        """float32 `(steps, max_age, traces, layers, kv_heads)`."""
+        return self._stacked("overlap")
+
+    @cached_property
+    def fresh_mass(self) -> np.ndarray:
+        """float32 `(steps + 1, traces, layers, kv_heads)`."""
+        return self._stacked("fresh_mass")
+
+    @cached_property
+    def lost_by_age(self) -> np.ndarray:
+        """float64 `(traces, max_age, layers, kv_heads)`: mean over steps of the mass that a set of that age misses.
+
+        NaN where no step has a set of that age.
+        """
+        lost = 1 - self.recovered_mass.astype(np.float64)
+        seen = ~np.isnan(lost)
+        count = seen.sum(0)
+        total = np.where(seen, lost, 0).sum(0)
+        return np.moveaxis(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0), 0, 1)
+
+    def _stacked(self, name: str) -> np.ndarray:
+        arrays = [file.array(name) if isinstance(file, TraceFile) else getattr(file, name) for file in self.files]
+        # Traces go before the units: what a step of replay reads lies together.
+        return np.stack(arrays, axis=-3)
