@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-# One number for all units, or a (layers, kv_heads) table.
-PerUnit = float | tuple[tuple[float, ...], ...]
+# One number for all units, or a (layers, kv_heads) table; policies keep tables as tuples, which hash.
+PerUnit = float | Sequence[Sequence[float]]
 
 
 def as_per_unit(name: str, value: Any, low: float, high: float) -> PerUnit:

@@ -41,6 +41,10 @@ class ModelShape:
         """`(layers, kv_heads)`."""
         return self.layers, self.kv_heads
 
+    def __str__(self) -> str:
+        heads = f"{self.kv_heads} KV heads, {self.query_heads} query heads"
+        return f"{self.id} ({self.layers} layers x {heads} of {self.head_dim})"
+
 
 @dataclass(frozen=True)
 class PolicyFile:
@@ -60,6 +64,15 @@ class PolicyFile:
 
     def __post_init__(self) -> None:
         check_fits(self.policy, self.model)
+
+    def check_model(self, model: ModelShape) -> None:
+        """Refuse to run on a model of another shape than the one that the policy was tuned on.
+
+        Raises:
+            ValueError: With both shapes.
+        """
+        if dataclasses.replace(model, id=self.model.id) != self.model:
+            raise ValueError(f"the policy was tuned on {self.model}, but {model} is of another shape.")
 
     def to_json(self) -> dict[str, Any]:
         """The values that `write` puts into the file."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from policies import Ranking, Selection
-from recycler.recycled_set import RecycledSet, group_scores
+from recycler.recycled_set import EMPTY, STAYS, RecycledSet, group_scores, ranks
 
 
 def evictions(chosen: RecycledSet, probabilities: Tensor, first: int, max_age: int) -> Tensor:
@@ -31,6 +32,53 @@ def evictions(chosen: RecycledSet, probabilities: Tensor, first: int, max_age: i
         int64 `(heads, rows, max_age)`: place of the token that the set of source i loses when it reaches age a, at
         index `[i, a - 1]`; -1 if none does, or if row i + a does not exist.
     """
+    if chosen.selection.ranking == Ranking.LAST_FULL:
+        left = _evictions_by_last_full(chosen, first, max_age)
+    else:
+        left = _evictions_step_by_step(chosen, probabilities, first, max_age)
+    rows = left.shape[1]
+    ages = torch.arange(1, max_age + 1, device=left.device)
+    beyond_last_row = torch.arange(rows, device=left.device)[:, None] + ages >= rows
+    return left.masked_fill_(beyond_last_row, -1)
+
+
+def _evictions_by_last_full(chosen: RecycledSet, first: int, max_age: int) -> Tensor:
+    """What `RecycledSet.admit` would evict, in one pass over the set per age instead of a dozen.
+
+    Scores do not change, so ranks are computed once. Tokens of the window wait until they fall out of it; when all
+    scored tokens are gone, the oldest of the new ones leaves.
+    """
+    selection = chosen.selection
+    heads, rows, k = chosen.positions.shape
+    source = first + torch.arange(rows, device=chosen.positions.device)[:, None]
+    # One slot more, always out of the running, stands for window tokens that are not there.
+    positions = pad(chosen.positions, (0, 1), value=-1)
+    rank = ranks(chosen.scores, chosen.positions).masked_fill_(chosen.positions < selection.sinks, STAYS)
+    rank = rank.masked_fill_(~chosen.filled, EMPTY)
+    # Not `pad`: it takes its value as a float, which cannot hold this one.
+    rank = torch.cat([rank, rank.new_full((heads, rows, 1), STAYS)], dim=-1)
+    released_at = positions - (source - selection.window)
+    waits = (released_at > 0) & (positions >= 0)
+    slot_released_at = positions.new_full((heads, rows, selection.window + 1), k)
+    slots = torch.arange(k + 1, device=positions.device).expand_as(positions)
+    slot_released_at.scatter_(-1, released_at.masked_fill(~waits, 0), slots)
+    running = rank.masked_fill(waits, STAYS)
+    n_new_gone = positions.new_zeros((heads, rows, 1))
+    left = positions.new_empty((heads, rows, max_age))
+    for age in range(1, max_age + 1):
+        if age <= selection.window:
+            released = slot_released_at[..., age, None]
+            running.scatter_(-1, released, rank.gather(-1, released))
+        lowest, slot = running.min(-1, keepdim=True)
+        all_gone = lowest == STAYS
+        left[..., age - 1] = torch.where(all_gone, source + 1 + n_new_gone, positions.gather(-1, slot))[..., 0]
+        n_new_gone += all_gone
+        running.scatter_(-1, slot, STAYS)
+    return left
+
+
+def _evictions_step_by_step(chosen: RecycledSet, probabilities: Tensor, first: int, max_age: int) -> Tensor:
+    """Age all sets together as the decoder ages one, re-ranking each by the attention of every step over it."""
     selection = chosen.selection
     heads, rows, _ = chosen.positions.shape
     left = chosen.positions.new_full((heads, rows, max_age), -1)
@@ -40,8 +88,7 @@ def evictions(chosen: RecycledSet, probabilities: Tensor, first: int, max_age: i
         place = first + age + torch.arange(alive, device=left.device)[:, None]
         aging = RecycledSet(aging.positions[:, :alive], aging.scores[:, :alive], selection)
         left[:, :alive, age - 1] = aging.admit(place, 0)[..., 0]
-        if selection.ranking == Ranking.UPDATED:
-            aging.scores = _scores_over_sets(aging, probabilities[:, :, age:], selection)
+        aging.scores = _scores_over_sets(aging, probabilities[:, :, age:], selection)
     return left
 
 

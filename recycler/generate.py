@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from transformers import TextStreamer
 
-from policies import PolicyFile, check_fits
+from policies import PolicyFile
 from recycler.generation import Generation, generate_tokens
 from recycler.model_shape import model_shape
 from recycler.models import LoadedModel, load_model
@@ -43,7 +43,7 @@ def main(
     policy_file = PolicyFile.read(policy)
     text = _read_prompt(prompt, prompt_file)
     loaded = _load(policy_file.model.id, model, dtype, device)
-    check_fits(policy_file.policy, model_shape(loaded.model, loaded.id))
+    policy_file.check_model(model_shape(loaded.model, loaded.id))
     tokens = _tokens(loaded, text, chat)
 
     def generate(streamer: TextStreamer | None = None) -> Generation:

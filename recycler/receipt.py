@@ -18,7 +18,8 @@ class Receipt:
     Attributes:
         engine: What computed the attention.
         n_steps: Decode steps; prefill is none.
-        n_rows: Rows of the batch.
+        n_rows: Rows of the largest batch.
+        row_steps: Decode steps, each counted once per row of its batch.
         full_steps: int `(layers, kv_heads)`: unit-steps that ran full.
         tokens_read: int `(layers, kv_heads)`: tokens whose key and value were attended to.
         tokens_dense: int `(layers, kv_heads)`: tokens that full attention would have read.
@@ -29,6 +30,7 @@ class Receipt:
     engine: str
     n_steps: int
     n_rows: int
+    row_steps: int
     full_steps: np.ndarray
     tokens_read: np.ndarray
     tokens_dense: np.ndarray
@@ -37,8 +39,7 @@ class Receipt:
     @property
     def unit_full_share(self) -> np.ndarray:
         """Full share in [0, 1] per `(layer, kv_head)`; NaN before the first decode step."""
-        unit_steps = self.n_steps * self.n_rows
-        return self.full_steps / unit_steps if unit_steps else np.full(self.full_steps.shape, np.nan)
+        return self.full_steps / self.row_steps if self.row_steps else np.full(self.full_steps.shape, np.nan)
 
     @property
     def full_share(self) -> float:
@@ -64,7 +65,7 @@ class Receipt:
 
     def print(self, console: Console) -> None:
         """Print totals, then full share per layer and head."""
-        unit_steps = self.n_steps * self.n_rows * self.full_steps.size
+        unit_steps = self.row_steps * self.full_steps.size
         console.print(
             f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
             f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
@@ -72,10 +73,11 @@ class Receipt:
         for reason, units in self.reasons.items():
             verb = {"budget": "denied a full step", "max_age": "forced a full step"}.get(reason, "overruled the policy")
             console.print(f"  {reason} {verb} in {units.sum() / max(unit_steps, 1):.1%} of unit-steps")
-        table = Table(title="full share per unit", caption="rows: KV heads, columns: layers, in percent")
-        table.add_column("head")
-        for layer in range(self.full_steps.shape[0]):
-            table.add_column(str(layer), justify="right", no_wrap=True)
-        for head, shares in enumerate(self.unit_full_share.T):
-            table.add_row(str(head), *("-" if np.isnan(share) else f"{100 * share:.0f}" for share in shares))
+        console.print("full share per unit in percent, a row per layer and a column per KV head:")
+        table = Table()
+        table.add_column("layer", justify="right")
+        for head in range(self.full_steps.shape[1]):
+            table.add_column(str(head), justify="right", no_wrap=True)
+        for layer, shares in enumerate(self.unit_full_share):
+            table.add_row(str(layer), *("-" if np.isnan(share) else f"{100 * share:.0f}" for share in shares))
         console.print(table)

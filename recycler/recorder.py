@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from policies import Selection
 from recycler.aged_sets import band, evictions, mass_by_age
 from recycler.attention import probabilities
-from recycler.hook import AttentionFunction, attention_replaced
+from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model_shape import check_positions, model_shape
 from recycler.prefill import prefill
 from recycler.prompts import Prompt
@@ -53,7 +53,8 @@ def record_trace(
         chunk_tokens: Prompt tokens per forward.
 
     Raises:
-        ValueError: If the text is longer than the model's positions, or one KV head does not fit into `memory_mib`.
+        ValueError: If the text is longer than the model's positions or reaches a sliding window, or one KV head does
+            not fit into `memory_mib`.
     """
     header = trace_header(model, prompt, selection, max_age=max_age, model_id=model_id)
     shape = model_shape(model, model_id)
@@ -72,7 +73,9 @@ def record_trace(
         ) -> tuple[Tensor, Tensor | None]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             grouped = query[0].unflatten(0, (shape.kv_heads, -1))
-            for heads in torch.arange(shape.kv_heads).split(n_heads):
+            refuse_full_window(layer, key.shape[2], kwargs.get("sliding_window"))
+            for begin in range(0, shape.kv_heads, n_heads):
+                heads = slice(begin, begin + n_heads)
                 record = _record_heads(grouped[heads], key[0, heads], first, selection, max_age, kwargs["scaling"])
                 for name, values in record.items():
                     by_step = values.movedim(0, -1).float().cpu().numpy()
@@ -139,7 +142,8 @@ def heads_at_once(model: PreTrainedModel, prompt: Prompt, memory_mib: int) -> in
     check_positions(model, prompt.n_prompt_tokens, prompt.n_steps)
     shape = model_shape(model)
     group = shape.query_heads // shape.kv_heads
-    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * (prompt.n_steps + 1) * len(prompt.tokens) * 4
+    number_bytes = torch.promote_types(model.dtype, torch.float32).itemsize
+    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * (prompt.n_steps + 1) * len(prompt.tokens) * number_bytes
     if head_bytes > memory_mib * 2**20:
         raise ValueError(
             f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB "

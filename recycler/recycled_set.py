@@ -11,9 +11,9 @@ from torch.nn.functional import max_pool1d, pad
 from policies import GroupPooling, Selection
 
 # Rank of a token that must stay, above that of any score.
-_STAYS = torch.iinfo(torch.int64).max
+STAYS = torch.iinfo(torch.int64).max
 # Rank of an empty slot, below that of any score.
-_EMPTY = -1
+EMPTY = -1
 # Score of a token that arrived after the last full step: unknown, and ranked above all known ones.
 _UNSCORED = float("inf")
 
@@ -74,7 +74,7 @@ class RecycledSet:
         """
         selection = self.selection
         stays = (self.positions < start + selection.sinks) | (self.positions > position - selection.window)
-        rank = _rank(self.scores, self.positions).masked_fill_(stays, _STAYS).masked_fill_(~self.filled, _EMPTY)
+        rank = ranks(self.scores, self.positions).masked_fill_(stays, STAYS).masked_fill_(~self.filled, EMPTY)
         slot = rank.argmin(-1, keepdim=True)
         left = self.positions.gather(-1, slot)
         arrived = torch.as_tensor(position, device=left.device).expand_as(left)
@@ -105,16 +105,16 @@ def select(scores: Tensor, selection: Selection, start: Tensor | int, end: Tenso
     n_tokens = scores.shape[-1]
     place = torch.arange(n_tokens, device=scores.device)
     scores = scores.float()
-    rank = _rank(scores, place)
-    rank = rank.masked_fill_((place < start + selection.sinks) | (place >= end - selection.window), _STAYS)
-    rank = rank.masked_fill_((place < start) | (place >= end), _EMPTY)
+    rank = ranks(scores, place)
+    rank = rank.masked_fill_((place < start + selection.sinks) | (place >= end - selection.window), STAYS)
+    rank = rank.masked_fill_((place < start) | (place >= end), EMPTY)
     best, positions = rank.topk(min(selection.k, n_tokens), sorted=False)
     chosen_scores = scores.gather(-1, positions)
-    positions = positions.masked_fill(best == _EMPTY, -1)
+    positions = positions.masked_fill(best == EMPTY, -1)
     missing = selection.k - positions.shape[-1]
     return RecycledSet(pad(positions, (0, missing), value=-1), pad(chosen_scores, (0, missing)), selection)
 
 
-def _rank(scores: Tensor, positions: Tensor) -> Tensor:
+def ranks(scores: Tensor, positions: Tensor) -> Tensor:
     """int64 order of (score, position): the bits of a float that is not negative sort as the float does."""
     return (scores.view(torch.int32).to(torch.int64) << 32) | positions.clamp(min=0)

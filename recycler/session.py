@@ -61,7 +61,7 @@ class Session:
         self._layers: dict[int, LayerUnits] = {}
         self._caches: dict[int, _CacheWatch] = {}
         self._n_steps = 0
-        self._n_rows = 0
+        self._n_rows = self._row_steps = 0
         self._full_steps = np.zeros(shape.units, dtype=np.int64)
         self._tokens_read = np.zeros(shape.units, dtype=np.int64)
         self._tokens_dense = np.zeros(shape.units, dtype=np.int64)
@@ -75,18 +75,17 @@ class Session:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
-            refuse_full_window(layer, key.shape[2], kwargs.get("sliding_window"))
-            visible = None if mask is None else _visible(mask, key)
+            end, visible = _visible(query, key, mask)
+            refuse_full_window(layer, end, kwargs.get("sliding_window"))
+            kept = key[:, :, :end], value[:, :, :end]
             if self.in_prefill or query.shape[2] > 1 or layer not in self._layers:
-                # Several tokens without a mask are the first ones: after them a static cache has empty places.
-                begun = key[:, :, : query.shape[2]] if mask is None and query.shape[2] > 1 else key
-                self._begin(layer, query[:, :, -1:], begun, visible, kwargs["scaling"])
+                self._begin(layer, query[:, :, -1:], kept[0], visible, kwargs["scaling"])
                 return stock(module, query, key, value, mask, **kwargs)
 
             def stock_output() -> Tensor:
                 return stock(module, query, key, value, mask, **kwargs)[0]
 
-            return self._step(layer, query, key, value, visible, kwargs["scaling"], stock_output), None
+            return self._step(layer, query, *kept, visible, kwargs["scaling"], stock_output), None
 
         return attend
 
@@ -96,6 +95,7 @@ class Session:
             engine="plain",
             n_steps=self._n_steps,
             n_rows=self._n_rows,
+            row_steps=self._row_steps,
             full_steps=self._full_steps.copy(),
             tokens_read=self._tokens_read.copy(),
             tokens_dense=self._tokens_dense.copy(),
@@ -104,12 +104,13 @@ class Session:
 
     def _begin(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
         """Choose the first sets by the last query of a prompt or of a chunk of it."""
-        start, end = _row_bounds(key, visible)
+        start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
         grouped = _by_unit(query, self._shape)
-        seen = None if visible is None else visible[:, None, None, :end]
-        weights = probabilities(grouped @ key[:, :, :end].transpose(-1, -2) * scaling, seen)
+        seen = None if visible is None else visible[:, None, None]
+        weights = probabilities(grouped @ key.transpose(-1, -2) * scaling, seen)
+        end = key.shape[2]
         self._layers[layer] = LayerUnits(layer, self._selection, self._policy.needs, grouped, weights, start, end)
-        self._caches[layer] = _CacheWatch(key, end)
+        self._caches[layer] = _CacheWatch(key, start)
 
     def _step(
         self,
@@ -122,15 +123,13 @@ class Session:
         stock_output: Callable[[], Tensor],
     ) -> Tensor:
         units = self._layers[layer]
-        _, end = _row_bounds(key, visible)
-        self._caches[layer].follow(key, end)
+        self._caches[layer].follow(key, visible)
         grouped = _by_unit(query, self._shape)
         reasons: dict[str, Tensor] = {}
         units.admit()
         full = units.decide(self._policy, grouped, reasons)
-        seen = None if visible is None else visible[:, :end]
-        attended = attend_by_index(grouped, key[:, :, :end], value[:, :, :end], seen, full, units.recycled, scaling)
-        self._count(layer, full, units, end, seen, reasons)
+        attended = attend_by_index(grouped, key, value, visible, full, units.recycled, scaling)
+        self._count(layer, full, units, key.shape[2], visible, reasons)
         if attended.full[0].numel():
             units.refresh(attended.full, attended.full_probabilities)
         if attended.recycled[0].numel():
@@ -153,6 +152,7 @@ class Session:
         if layer == 0:
             self._n_steps += 1
             self._n_rows = max(self._n_rows, full.shape[0])
+            self._row_steps += full.shape[0]
         dense = full.new_full((full.shape[0], 1), end, dtype=torch.int64) if visible is None else visible.sum(-1, True)
         read = torch.where(full, dense, units.recycled.filled.sum(-1))
         self._full_steps[layer] += full.sum(0).cpu().numpy()
@@ -169,22 +169,37 @@ class _CacheWatch:
     Sets name places in the cache, so rows that move or tokens that vanish would silently turn them into other tokens.
     """
 
-    def __init__(self, key: Tensor, end: int) -> None:
-        self._remember(key, end)
+    def __init__(self, key: Tensor, start: Tensor | int) -> None:
+        self._start = start
+        self._remember(key)
 
-    def follow(self, key: Tensor, end: int) -> None:
-        """Raise unless the last token seen is still in its place and one more has come."""
-        same_shape = key.shape[0] == self._last_key.shape[0] and end == self._end + 1
-        if not same_shape or not torch.equal(key[:, :, end - 2], self._last_key):
+    def follow(self, key: Tensor, visible: Tensor | None) -> None:
+        """Raise unless the last token seen is still in its place, one more has come, and padding is what it was."""
+        same_shape = key.shape[0] == self._last_key.shape[0] and key.shape[2] == self._end + 1
+        if not same_shape or not torch.equal(key[:, :, -2], self._last_key):
             raise ValueError(
                 "the KV cache changed between two decode steps (rows reordered, tokens removed, or another cache): "
                 "beam search and assisted decoding cannot run recycled; use greedy search or sampling."
             )
-        self._remember(key, end)
+        if visible is not None or not isinstance(self._start, int):
+            self._refuse_other_padding(
+                torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if visible is None else visible
+            )
+        self._remember(key)
 
-    def _remember(self, key: Tensor, end: int) -> None:
-        self._end = end
-        self._last_key = key[:, :, end - 1].clone()
+    def _refuse_other_padding(self, visible: Tensor) -> None:
+        start = self._start if isinstance(self._start, int) else self._start[:, 0]
+        expected = torch.arange(visible.shape[1], device=visible.device) >= start
+        wrong = (visible != expected).any(-1)
+        if wrong.any():
+            raise ValueError(
+                f"row {int(wrong.int().argmax())} of the batch has masked tokens after its first visible one, or "
+                "another mask than in prefill: recycled attention allows padding on the left only."
+            )
+
+    def _remember(self, key: Tensor) -> None:
+        self._end = key.shape[2]
+        self._last_key = key[:, :, -1].clone()
 
 
 @contextmanager
@@ -213,19 +228,15 @@ def _prefill_marked(model: PreTrainedModel, session: Session) -> Iterator[None]:
             model.__dict__["_prefill"] = before
 
 
-def _visible(mask: Tensor, key: Tensor) -> Tensor:
-    """bool `(rows, tokens)`: what the last query of each row may see, from a boolean or additive mask."""
+def _visible(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """Tokens in the cache, and bool `(rows, tokens)`: what the last query of each row may see, None if all of them."""
+    if mask is None:
+        # Several tokens without a mask are the first ones: after them, a static cache has empty places.
+        return query.shape[2] if query.shape[2] > 1 else key.shape[2], None
     last = mask[:, 0, -1].expand(key.shape[0], -1)
-    return last if last.dtype == torch.bool else last == 0
-
-
-def _row_bounds(key: Tensor, visible: Tensor | None) -> tuple[Tensor | int, int]:
-    """Place of each row's first token, an int or `(rows, 1, 1)`, and one past the last token of all rows."""
-    if visible is None:
-        return 0, key.shape[2]
-    seen = visible.to(torch.uint8)
-    end = seen.shape[1] - int(seen.flip(-1).argmax(-1).min())
-    return seen.argmax(-1)[:, None, None], end
+    visible = last if last.dtype == torch.bool else last == 0
+    end = visible.shape[1] - int(visible.flip(-1).to(torch.uint8).argmax(-1).min())
+    return end, visible[:, :end]
 
 
 def _by_unit(query: Tensor, shape: ModelShape) -> Tensor:

@@ -42,18 +42,21 @@ class TraceHeader:
         return int(self.model["layers"]), int(self.model["kv_heads"])
 
     def to_json(self) -> str:
-        """One line of JSON with sorted keys, so that equal headers are equal text."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """One line of JSON, the format included, with sorted keys, so that equal headers are equal text."""
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> TraceHeader:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: If fields are missing or unknown.
+            ValueError: If it is another format, or fields are missing or unknown.
         """
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError(f"the header is not of format {FORMAT!r}")
         try:
-            header = cls(**json.loads(text))
+            header = cls(**values)
             # What the shapes of the arrays follow from.
             _ = header.units, int(header.prompt["n_prompt_tokens"])
         except (TypeError, KeyError) as error:

@@ -13,9 +13,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from traces.trace import FORMAT, Trace, TraceHeader
+from traces.trace import Trace, TraceHeader
 
 SUFFIX = ".safetensors"
+# One key only: safetensors writes several in random order, and equal traces would be different bytes.
+METADATA_KEY = "recycled-attention-trace"
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class TraceFile:
             raise ValueError(f"{self.path} is truncated or no safetensors file ({error}): record it again.") from error
         except OSError as error:
             raise ValueError(f"cannot read the trace {self.path}: {error.strerror or error}.") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is no trace: its format is {metadata.get('format')!r}, not {FORMAT!r}.")
+        if METADATA_KEY not in metadata:
+            raise ValueError(f"{self.path} is no trace: its metadata has no {METADATA_KEY!r}.")
         try:
-            return TraceHeader.from_json(metadata["header"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{self.path} is no trace: its header is missing or malformed ({error}).") from error
+            return TraceHeader.from_json(metadata[METADATA_KEY])
+        except ValueError as error:
+            raise ValueError(f"{self.path} is no trace: {error}.") from error
 
     def array(self, name: str) -> np.ndarray:
         """Read one array of the trace.
@@ -87,7 +89,7 @@ def write_trace(trace: Trace, folder: Path | str) -> TraceFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     arrays = {name: np.ascontiguousarray(array) for name, array in trace.arrays().items()}
-    save_file(arrays, partial, metadata={"format": FORMAT, "header": trace.header.to_json()})
+    save_file(arrays, partial, metadata={METADATA_KEY: trace.header.to_json()})
     os.replace(partial, path)
     return TraceFile(path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 # Strides that allocation chooses among; between two of them it interpolates.
@@ -80,4 +82,4 @@ def _hull_segments(rates: np.ndarray, loss: np.ndarray) -> list[tuple[int, int]]
                 break
             hull.pop()
         hull.append(point)
-    return [(low, high) for low, high in zip(hull, hull[1:], strict=False) if loss[high] < loss[low]]
+    return [(low, high) for low, high in itertools.pairwise(hull) if loss[high] < loss[low]]

@@ -90,7 +90,9 @@ class _At:
 
     def age(self, by_age: np.ndarray) -> np.ndarray:
         slab = by_age[self._step].reshape(by_age.shape[1], -1)
-        return slab[self._index, self._units].reshape(self._shape).astype(np.float64)
+        values: np.ndarray = slab[self._index, self._units].reshape(self._shape).astype(np.float64)
+        return values
 
     def last_step(self, by_age: np.ndarray) -> np.ndarray:
-        return by_age[self._step, 0].astype(np.float64)
+        values: np.ndarray = by_age[self._step, 0].astype(np.float64)
+        return values

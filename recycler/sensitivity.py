@@ -1,0 +1,129 @@
+"""`python -m recycler.sensitivity FOLDER`: what each unit alone does to the model when it is never refreshed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from policies import FixedStride, Selection
+from recycler.closed_loop import run_closed_loop
+from recycler.model_shape import model_shape
+from recycler.models import LoadedModel, load_model
+from traces import TraceFile, TraceFolder
+from traces.command import run_command
+from traces.sensitivity import Sensitivity
+
+_NEVER = 1e9
+
+
+def unit_sensitivity(
+    loaded: LoadedModel,
+    tokens: np.ndarray,
+    n_prompt_tokens: int,
+    selection: Selection,
+    *,
+    units_at_once: int = 96,
+) -> np.ndarray:
+    """Mean KL to full attention when one unit keeps the prompt's set and all others run full, for every unit.
+
+    The ablations are rows of one batch, so the weights are read once per step for `units_at_once` of them.
+
+    Args:
+        loaded: The model.
+        tokens: int `(n_prompt_tokens + steps,)`.
+        n_prompt_tokens: Where decoding begins.
+        selection: How sets are chosen.
+        units_at_once: Rows of the batch.
+
+    Returns:
+        float64 `(layers, kv_heads)`, nats per step.
+    """
+    units = model_shape(loaded.model, loaded.id).units
+    policies = []
+    for unit in range(units[0] * units[1]):
+        strides = np.ones(units)
+        strides.flat[unit] = _NEVER
+        policies.append(FixedStride(strides.tolist()))
+    kl = np.concatenate(
+        [
+            run_closed_loop(
+                loaded.model, tokens, n_prompt_tokens, policies[begin : begin + units_at_once], selection
+            ).kl.mean(1)
+            for begin in range(0, len(policies), units_at_once)
+        ]
+    )
+    return kl.reshape(units)
+
+
+def measure_sensitivity(
+    loaded: LoadedModel, folder: Path | str, files: Sequence[TraceFile], *, n_steps: int = 32
+) -> Sensitivity:
+    """Measure the prompts of some traces and keep the results in their folder.
+
+    Prompts that the folder's file holds already are not measured again; the file is written after each prompt.
+
+    Args:
+        loaded: The model of the traces.
+        folder: Where the file is kept.
+        files: Traces of one model and selection.
+        n_steps: Decode steps, at least 1; no more than the traces have.
+
+    Raises:
+        ValueError: If the folder's file is damaged or was measured with another model, selection or number of steps.
+    """
+    first = files[0].header
+    selection = Selection(**first.selection)
+    n_steps = min(n_steps, first.n_steps)
+    known = Sensitivity.read(folder) or Sensitivity(first.model, first.selection, n_steps, {})
+    if (known.model, known.selection, known.n_steps) != (first.model, first.selection, n_steps):
+        raise ValueError(
+            f"{folder} holds a sensitivity of another model, selection or number of steps "
+            f"({known.n_steps}, not {n_steps}): remove it and measure again."
+        )
+    for file in tqdm(files, desc="sensitivity", unit="prompt", disable=len(known.kl) >= len(files)):
+        name = str(file.header.prompt["name"])
+        if name in known.kl:
+            continue
+        n_prompt_tokens = int(file.header.prompt["n_prompt_tokens"])
+        tokens = file.array("tokens")[: n_prompt_tokens + n_steps]
+        table = unit_sensitivity(loaded, tokens, n_prompt_tokens, selection)
+        known = dataclasses.replace(known, kl={**known.kl, name: table})
+        known.write(folder)
+    return known
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of traces.")],
+    steps: Annotated[int, typer.Option(help="Decode steps per prompt.", min=1)] = 32,
+    model: Annotated[str | None, typer.Option(help="Hugging Face id or folder; default: the embedded model.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+) -> dict[str, Any]:
+    """Measure, for every prompt of a folder of traces, how much each unit needs to be refreshed."""
+    began = time.perf_counter()
+    files = list(TraceFolder(folder))
+    loaded = load_model(model, dtype=dtype, device=device)
+    units = model_shape(loaded.model, loaded.id).units
+    if units != files[0].header.units:
+        raise ValueError(f"the traces are of {files[0].header.units} units, but {loaded.id} has {units}.")
+    sensitivity = measure_sensitivity(loaded, folder, files, n_steps=steps)
+    mean = np.mean(list(sensitivity.kl.values()), axis=0)
+    layer, head = np.unravel_index(int(mean.argmax()), mean.shape)
+    return {
+        "folder": str(folder),
+        "prompts": len(sensitivity.kl),
+        "steps": sensitivity.n_steps,
+        "most_sensitive": {"layer": int(layer), "kv_head": int(head), "kl": float(mean.max())},
+        "seconds": time.perf_counter() - began,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

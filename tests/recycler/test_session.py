@@ -1,0 +1,241 @@
+"""`with recycled(...)`: where it must be the stock decoder, where it must be the plain one, and what it refuses."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies import (
+    AlwaysFull,
+    BudgetConstrained,
+    CosineThreshold,
+    FixedStride,
+    LearnedLogistic,
+    NeverFull,
+    Selection,
+    StepPolicy,
+    StepSignals,
+)
+from recycler.hook import attention_replaced
+from recycler.session import recycled
+
+FAMILIES = ["llama", "qwen2", "mistral"]
+SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
+N_NEW = 16
+LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
+
+
+def generate(model: PreTrainedModel, tokens: Tensor, padding: tuple[int, ...] = (), **more: Any) -> Tensor:
+    """The new tokens; `padding` masks so many tokens at the left of each row."""
+    mask = torch.ones_like(tokens)
+    for row, width in enumerate(padding):
+        mask[row, :width] = 0
+    torch.manual_seed(5)
+    return model.generate(tokens, attention_mask=mask, max_new_tokens=N_NEW, **more)[:, tokens.shape[1] :]
+
+
+def generate_recycled(
+    model: PreTrainedModel, policy: StepPolicy, tokens: Tensor, *, selection: Selection = SELECTION, **more: Any
+) -> Tensor:
+    with recycled(model, policy, selection):
+        return generate(model, tokens, **more)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"padding": (0, 7, 19)},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "padding": (0, 7, 19)},
+        {"prefill_chunk_size": 9},
+        {"prefill_chunk_size": 19, "padding": (0, 7, 18)},
+        {"prefill_chunk_size": 19, "cache_implementation": "static"},
+        {"do_sample": True, "temperature": 2.0, "padding": (0, 7, 19)},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_always_full_is_the_stock_decoder(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    family: str,
+    attention: str,
+    how: dict[str, Any],
+) -> None:
+    model, tokens = make_model(family, torch.float32, attention), make_tokens(20, rows=3)
+    stock = generate(model, tokens, **how)
+    assert len(stock.unique()) > 5
+    assert torch.equal(generate_recycled(model, AlwaysFull(), tokens, **how), stock)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_set_as_large_as_the_context_finds_the_tokens_of_full_attention(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], family: str
+) -> None:
+    model, tokens = make_model(family), make_tokens(20, rows=3)
+    how: dict[str, Any] = {"padding": (0, 7, 19)}
+    for selection in (Selection(20 + N_NEW - 1, sinks=2, window=4), Selection(99, ranking="updated")):
+        found = generate_recycled(model, NeverFull(), tokens, selection=selection, **how)
+        assert torch.equal(found, generate(model, tokens, **how))
+    assert not torch.equal(generate_recycled(model, NeverFull(), tokens, **how), generate(model, tokens, **how))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "prefill_chunk_size": 19},
+        {"prefill_chunk_size": 9},
+        {"prefill_chunk_size": 19},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padding", [(), (0, 7, 18)])
+def test_neither_cache_nor_chunks_change_a_schedule(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    how: dict[str, Any],
+    padding: tuple[int, ...],
+) -> None:
+    model, tokens = make_model(), make_tokens(20, rows=3)
+    expected = generate_recycled(model, LOGISTIC, tokens, padding=padding)
+    assert torch.equal(generate_recycled(model, LOGISTIC, tokens, padding=padding, **how), expected)
+
+
+@pytest.mark.parametrize("padding", [(), (0, 7, 18)])
+def test_masks_of_eager_attention_are_understood(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], padding: tuple[int, ...]
+) -> None:
+    # In float64, transformers' own eager attention to padding is NaN.
+    found = [
+        generate_recycled(make_model("llama", torch.float32, attention), LOGISTIC, make_tokens(20, 3), padding=padding)
+        for attention in ("eager", "sdpa")
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "policy", [FixedStride(3), CosineThreshold(0.5), LOGISTIC, NeverFull()], ids=lambda policy: policy.kind
+)
+@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+def test_batch_is_its_rows_alone(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], policy: StepPolicy, ranking: str
+) -> None:
+    model, tokens, padding = make_model(), make_tokens(20, rows=3), (0, 7, 18)
+    selection = Selection(8, sinks=2, window=3, ranking=ranking)
+    together = generate_recycled(model, policy, tokens, selection=selection, padding=padding)
+    for row, width in enumerate(padding):
+        alone = generate_recycled(model, policy, tokens[row : row + 1, width:], selection=selection)
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize("group", ["max", "mean"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        NeverFull(),
+        FixedStride(((2, 3), (5, 1)), ((0, 1), (2, 0))),
+        CosineThreshold(0.6, check_every=2),
+        LOGISTIC,
+        BudgetConstrained(CosineThreshold(0.9), 0.3, 1),
+    ],
+    ids=lambda policy: policy.kind,
+)
+def test_logits_and_decisions_are_those_of_the_plain_decoder(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    plain_decoder: Callable[..., Any],
+    policy: StepPolicy,
+    group: str,
+    ranking: str,
+) -> None:
+    model, tokens = make_model(), make_tokens(14, rows=2)
+    selection = Selection(7, sinks=1, window=2, pool_backward=1, pool_forward=2, group=group, ranking=ranking)
+    mask = torch.tensor([[1] * 14, [0] * 5 + [1] * 9])
+    how: dict[str, Any] = {"max_new_tokens": N_NEW, "return_dict_in_generate": True, "output_logits": True}
+
+    def logits() -> Tensor:
+        return torch.stack(model.generate(tokens, attention_mask=mask, **how).logits)
+
+    plain = plain_decoder(policy, selection, [0, 5])
+    with attention_replaced(model, plain.attention):
+        expected = logits()
+    with recycled(model, policy, selection) as session:
+        torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-10)
+    full = np.array([[step["full"].sum(0) for step in plain.seen[layer]] for layer in (0, 1)])
+    assert session.receipt().full_steps.tolist() == full.sum(1).tolist()
+
+
+def test_generations_in_a_row_do_not_know_of_each_other(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model(), make_tokens(20, rows=2)
+    with recycled(model, LOGISTIC, SELECTION):
+        first, _, second = generate(model, tokens), generate(model, tokens[:, 3:]), generate(model, tokens)
+    assert torch.equal(first, second)
+    assert torch.equal(generate_recycled(model, LOGISTIC, tokens), first)
+
+
+def test_prompt_of_one_token_starts_anew(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model(), make_tokens(1)
+    selection = Selection(4, 1, 2)
+    with recycled(model, FixedStride(3), selection):
+        first, second = generate(model, tokens), generate(model, tokens)
+        static = generate(model, tokens, cache_implementation="static")
+    assert torch.equal(first, second)
+    assert torch.equal(first, static)
+
+
+def test_fresh_process_finds_the_same_tokens() -> None:
+    program = """if True:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from policies import CosineThreshold, Selection
+        from recycler.session import recycled
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, eos_token_id=None, pad_token_id=0)
+        model = LlamaForCausalLM(config).eval()
+        with recycled(model, CosineThreshold(0.5), Selection(8, 2, 3)) as session:
+            print(model.generate(torch.arange(1, 25)[None], max_new_tokens=16).tolist(), session.receipt().to_json())
+    """
+    with redirect_stdout(StringIO()) as here:
+        exec(program, {})
+    there = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert there.stdout == here.getvalue()
+    assert "full_share" in there.stdout
+
+
+@dataclass(frozen=True)
+class EveryOtherHead(StepPolicy):
+    """A policy of another author: heads take turns."""
+
+    kind: ClassVar[str] = "every_other_head"
+
+    def decide(self, signals: StepSignals) -> Any:
+        heads = signals.per_unit(((0.0, 1.0), (1.0, 0.0)))
+        return (signals.step + heads) % 2 < 1
+
+
+def test_policy_of_another_author_decides(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    with recycled(make_model(), EveryOtherHead(), SELECTION) as session:
+        generate(make_model(), make_tokens(20, rows=2))
+    assert session.receipt().full_steps.tolist() == [[16, 14], [14, 16]]

@@ -1,0 +1,148 @@
+"""Units: what policies are shown, and what no policy can make them do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies import (
+    MEASURED_SIGNALS,
+    AlwaysFull,
+    BudgetConstrained,
+    CosineThreshold,
+    FixedStride,
+    LearnedLogistic,
+    MaxAge,
+    NeverFull,
+    Selection,
+    StepPolicy,
+)
+from recycler.hook import attention_replaced
+from recycler.recycled_set import RecycledSet
+from recycler.session import recycled
+
+NAMES = ("step", "age", "n_full", *sorted(MEASURED_SIGNALS))
+
+
+def decode(model: PreTrainedModel, tokens: Tensor, n_steps: int = 20) -> None:
+    mask = torch.ones_like(tokens)
+    mask[1:, :5] = 0
+    model.generate(tokens, attention_mask=mask, max_new_tokens=n_steps + 1)
+
+
+POLICIES = [
+    AlwaysFull(),
+    NeverFull(),
+    FixedStride(((2, 3), (5, 1)), ((0, 1), (2, 0))),
+    MaxAge(CosineThreshold(0.5), ((3, 4), (5, 6))),
+    LearnedLogistic(("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.1, 1, 1, 1, 1), -2.0),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(8, sinks=2, window=3, pool_forward=2),
+        Selection(6, sinks=0, window=0, pool_backward=1, group="mean", ranking="updated"),
+        Selection(3, sinks=1, window=2, ranking="updated"),
+    ],
+    ids=["window", "bare", "tiny"],
+)
+def test_policies_are_shown_what_a_plain_decoder_measures(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    plain_decoder: Callable[..., Any],
+    spy: Callable[..., Any],
+    policy: StepPolicy,
+    selection: Selection,
+) -> None:
+    model, tokens = make_model(), make_tokens(14, rows=2)
+    plain = plain_decoder(policy, selection, [0, 5])
+    with attention_replaced(model, plain.attention):
+        decode(model, tokens)
+    spying = spy(policy)
+    with recycled(model, spying, selection):
+        decode(model, tokens)
+    for layer in (0, 1):
+        assert len(spying.seen[layer]) == len(plain.seen[layer]) == 20
+        for shown, expected in zip(spying.seen[layer], plain.seen[layer], strict=True):
+            for name in (*NAMES, "full"):
+                np.testing.assert_allclose(shown[name], expected[name], rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_signals_are_float64_and_unmeasured_ones_are_nan(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], spy: Callable[..., Any]
+) -> None:
+    for reads in (frozenset[str](), *(frozenset({name}) for name in sorted(MEASURED_SIGNALS))):
+        spying = spy(FixedStride(2), reads)
+        with recycled(make_model("llama", torch.float32), spying, Selection(8, 2, 3)):
+            decode(make_model("llama", torch.float32), make_tokens(14, rows=2), n_steps=4)
+        for shown in (step for layer in spying.seen.values() for step in layer):
+            assert {values.dtype for name, values in shown.items() if name != "full"} == {np.dtype("float64")}
+            assert all(values.shape == (2, 2) for values in shown.values())
+            for name in MEASURED_SIGNALS - reads:
+                assert np.isnan(shown[name]).all()
+        for name in reads:
+            last = spying.seen[1][-1][name]
+            assert (np.abs(last) <= 1 + 1e-6).all(), name
+
+
+@pytest.mark.parametrize("asked", [AlwaysFull(), MaxAge(CosineThreshold(0.6), 4)], ids=lambda policy: policy.kind)
+@pytest.mark.parametrize("burst", [0, 2.5])
+def test_budget_holds_at_every_prefix(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    spy: Callable[..., Any],
+    asked: StepPolicy,
+    burst: float,
+) -> None:
+    budget = ((0.1, 0.35), (0.0, 0.7))
+    spying = spy(BudgetConstrained(asked, budget, burst))
+    with recycled(make_model(), spying, Selection(8, 2, 3)):
+        decode(make_model(), make_tokens(14, rows=3), n_steps=60)
+    for layer, steps in spying.seen.items():
+        taken = np.cumsum([step["full"] for step in steps], axis=0)
+        allowed = np.array(budget[layer]) * np.arange(1, 61)[:, None, None] + burst
+        assert (taken <= allowed).all()
+        if isinstance(asked, AlwaysFull):
+            assert (taken == np.floor(allowed + 1e-9).clip(max=np.arange(1, 61)[:, None, None])).all()
+
+
+@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+def test_sets_in_use_hold_at_most_k_tokens_and_all_that_must_stay(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    policy: StepPolicy,
+    ranking: str,
+) -> None:
+    used: list[RecycledSet] = []
+
+    def noting(*arguments: Any) -> Any:
+        (recycled_set,) = (argument for argument in arguments if isinstance(argument, RecycledSet))
+        used.append(RecycledSet(recycled_set.positions.clone(), recycled_set.scores.clone(), recycled_set.selection))
+        return attend(*arguments)
+
+    from recycler import session
+
+    attend = session.attend_by_index
+    monkeypatch.setattr(session, "attend_by_index", noting)
+    selection = Selection(7, sinks=2, window=3, ranking=ranking)
+    with recycled(make_model(), policy, selection):
+        decode(make_model(), make_tokens(8, rows=2))
+    assert len(used) == 2 * 20
+    for index, recycled_set in enumerate(used):
+        newest = 8 + index // 2
+        for row, start in enumerate((0, 5)):
+            for unit in recycled_set.positions[row]:
+                held = unit[unit >= 0].tolist()
+                assert len(held) == len(set(held)) == min(7, newest + 1 - start)
+                assert {start, start + 1, newest - 2, newest - 1, newest} <= set(held)
+                assert min(held) == start
+                assert max(held) == newest

@@ -1,0 +1,35 @@
+"""Clocks: one for all units, or one for each."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import optuna
+
+from policies import FixedStride, StepPolicy
+from tuning.family import Family, staggered, within_budget, within_rates
+from tuning.tuning_data import TuningData
+
+
+class SharedStride(Family):
+    """One stride for all units; the search may put neighbouring units out of step."""
+
+    name: ClassVar[str] = "fixed_stride"
+
+    def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
+        stride = 1 / data.budget
+        step_apart = trial.suggest_int("phase_between_units", 0, max(math.ceil(stride) - 1, 0))
+        phases = np.arange(math.prod(data.traces.units)) * step_apart % stride
+        return within_budget(FixedStride(stride, phases.reshape(data.traces.units).tolist()), data.budget)
+
+
+class StrideProfile(Family):
+    """A stride for each unit, by what refreshing it is worth."""
+
+    name: ClassVar[str] = "stride_profile"
+
+    def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
+        rates = data.rates(trial.suggest_float("sharpness", 0.3, 1.2))
+        return within_rates(staggered(rates), rates)

@@ -1,0 +1,172 @@
+"""What a tuning run found out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from policies import ModelShape, Selection, StepPolicy
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts with a percentile bootstrap interval.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of the 95% interval.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(values: np.ndarray, *, n_resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """Mean of one number per prompt; prompts are resampled, because steps of one prompt are not independent.
+
+    Args:
+        values: `(prompts,)`, at least one.
+        n_resamples: Bootstrap samples.
+        seed: Of the resampling.
+    """
+    means = values[_resamples(len(values), n_resamples, seed)].mean(1)
+    return Estimate(float(values.mean()), *_interval(means))
+
+
+def bootstrap_ratio(values: np.ndarray, reference: np.ndarray, *, n_resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """Ratio of two means over the same prompts, resampled together.
+
+    Args:
+        values: `(prompts,)`.
+        reference: `(prompts,)`, above 0.
+        n_resamples: Bootstrap samples.
+        seed: Of the resampling.
+    """
+    index = _resamples(len(values), n_resamples, seed)
+    ratios = values[index].mean(1) / reference[index].mean(1)
+    return Estimate(float(values.mean() / reference.mean()), *_interval(ratios))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A policy in replay and in closed loop on the held-out prompts.
+
+    Attributes:
+        label: What tables and pictures call it.
+        policy: The policy.
+        replay_full_share: Full share in replay.
+        recovered_mass: Mean recovered mass in replay, in [0, 1].
+        prompt_kl: float64 `(prompts,)`: mean over steps of KL(full || policy), nats.
+        prompt_agreement: float64 `(prompts,)`: share of steps with the same most likely token as full attention.
+        prompt_accuracy: float64 `(prompts,)`: share of steps whose most likely token is the text's next one.
+        prompt_full_share: float64 `(prompts,)`: full share in closed loop.
+        unit_full_share: float64 `(layers, kv_heads)`: full share in closed loop per unit.
+    """
+
+    label: str
+    policy: StepPolicy
+    replay_full_share: float
+    recovered_mass: float
+    prompt_kl: np.ndarray
+    prompt_agreement: np.ndarray
+    prompt_accuracy: np.ndarray
+    prompt_full_share: np.ndarray
+    unit_full_share: np.ndarray
+
+    @property
+    def kl(self) -> Estimate:
+        """KL to full attention per step, nats."""
+        return bootstrap(self.prompt_kl)
+
+    @property
+    def agreement(self) -> Estimate:
+        """Next-token agreement with full attention, in [0, 1]."""
+        return bootstrap(self.prompt_agreement)
+
+    @property
+    def full_share(self) -> float:
+        """Full share in closed loop."""
+        return float(self.prompt_full_share.mean())
+
+
+@dataclass(frozen=True)
+class FamilyResult:
+    """The winner of a family.
+
+    Attributes:
+        family: Its name.
+        parameters: What the search chose, plain numbers.
+        measured: The winner on the held-out prompts.
+        tune_kl: Mean KL in closed loop on the tuning prompts; by this the best family was chosen.
+        trials: `(full share, loss)` in replay of every trial, float64 `(trials, 2)`.
+    """
+
+    family: str
+    parameters: Mapping[str, Any]
+    measured: Measured
+    tune_kl: float
+    trials: np.ndarray
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """Everything that the table, the report and the last JSON line are made of.
+
+    Attributes:
+        model: Shape and name of the model.
+        selection: How sets were chosen, by all policies alike.
+        budget: Share of unit-steps that may run full.
+        families: Winners, best `tune_kl` first; the first one is exported.
+        baseline: Fixed stride of 1 / budget, all units at once, same selection.
+        references: Other policies at other budgets, for the Pareto front.
+        prompt_kinds: Kind of text of each held-out prompt, `(prompts,)`.
+        prompt_names: Their names.
+        tune_names: Names of the prompts that were tuned on.
+        n_steps: Decode steps per prompt.
+        context_tokens: Prompt tokens per prompt, mean.
+        versions: Of the packages that shaped the numbers.
+    """
+
+    model: ModelShape
+    selection: Selection
+    budget: float
+    families: Sequence[FamilyResult]
+    baseline: Measured
+    references: Sequence[Measured]
+    prompt_kinds: Sequence[str]
+    prompt_names: Sequence[str]
+    tune_names: Sequence[str]
+    n_steps: int
+    context_tokens: float
+    versions: Mapping[str, str]
+
+    @property
+    def best(self) -> FamilyResult:
+        """The family that was exported."""
+        return self.families[0]
+
+    def kl_ratio(self, measured: Measured) -> Estimate:
+        """KL of a policy as a share of the baseline's, over the same prompts."""
+        return bootstrap_ratio(measured.prompt_kl, self.baseline.prompt_kl)
+
+    def kl_by_kind(self, measured: Measured) -> dict[str, float]:
+        """Mean KL per kind of text, nats."""
+        kinds = np.asarray(self.prompt_kinds)
+        return {kind: float(measured.prompt_kl[kinds == kind].mean()) for kind in dict.fromkeys(self.prompt_kinds)}
+
+
+def _resamples(n_prompts: int, n_resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n_prompts, (n_resamples, n_prompts))
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
