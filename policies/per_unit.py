@@ -44,8 +44,9 @@ def as_per_unit(name: str, value: Any, low: float, high: float) -> PerUnit:
 
 def unit_shape(parameter: Any) -> tuple[int, int] | None:
     """`(layers, kv_heads)` of a per-unit table; None for anything that fits every model."""
-    if isinstance(parameter, tuple) and parameter and isinstance(parameter[0], tuple):
-        return len(parameter), len(parameter[0])
+    match parameter:
+        case ((int() | float(), *_) as row, *_):
+            return len(parameter), len(row)
     return None
 
 

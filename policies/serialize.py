@@ -11,7 +11,7 @@ from policies.registry import policy_class
 
 def policy_to_json(policy: StepPolicy) -> dict[str, Any]:
     """`{"kind": ..., field: value, ...}` with inner policies nested; numbers, strings and lists only."""
-    fields = dataclasses.fields(policy)  # type: ignore[arg-type]
+    fields = [field for field in dataclasses.fields(policy) if field.init]  # type: ignore[arg-type]
     return {"kind": policy.kind} | {field.name: _to_json(getattr(policy, field.name)) for field in fields}
 
 

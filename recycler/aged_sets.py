@@ -63,6 +63,8 @@ def _evictions_by_last_full(chosen: RecycledSet, first: int, max_age: int) -> Te
     slots = torch.arange(k + 1, device=positions.device).expand_as(positions)
     slot_released_at.scatter_(-1, released_at.masked_fill(~waits, 0), slots)
     running = rank.masked_fill(waits, STAYS)
+    # After a prompt shorter than the sinks, the first of the new tokens are sinks.
+    oldest_new = (source + 1).clamp(min=selection.sinks)
     n_new_gone = positions.new_zeros((heads, rows, 1))
     left = positions.new_empty((heads, rows, max_age))
     for age in range(1, max_age + 1):
@@ -71,7 +73,7 @@ def _evictions_by_last_full(chosen: RecycledSet, first: int, max_age: int) -> Te
             running.scatter_(-1, released, rank.gather(-1, released))
         lowest, slot = running.min(-1, keepdim=True)
         all_gone = lowest == STAYS
-        left[..., age - 1] = torch.where(all_gone, source + 1 + n_new_gone, positions.gather(-1, slot))[..., 0]
+        left[..., age - 1] = torch.where(all_gone, oldest_new + n_new_gone, positions.gather(-1, slot))[..., 0]
         n_new_gone += all_gone
         running.scatter_(-1, slot, STAYS)
     return left

@@ -52,9 +52,7 @@ class ResultRow:
 def result_rows(result: TuningResult) -> list[ResultRow]:
     """The exported policy, the winners of the other families, the baseline and the references, in this order."""
 
-    def row(
-        role: Role, measured: Measured, parameters: Mapping[str, Any], tune_kl: float | None = None
-    ) -> ResultRow:
+    def row(role: Role, measured: Measured, parameters: Mapping[str, Any], tune_kl: float | None = None) -> ResultRow:
         return ResultRow(
             role=role,
             measured=measured,
@@ -85,7 +83,7 @@ def share_of_baseline(result: TuningResult, row: ResultRow) -> str:
     share = row.kl_share
     if share is None:
         return "the baseline loses nothing at this budget, so there is nothing to compare with"
-    numbers = f"{percent(share.value)} (95% interval {percent(share.low, '')} to {percent(share.high)})"
+    numbers = f"{whole_percent(share.value)} (95% interval {interval(share, whole_percent, ' to ')})"
     if share.low <= 1 <= share.high:
         return f"not clearly different from {baseline}: {numbers}"
     return f"{numbers} of {baseline}" if share.high < 1 else f"worse, {numbers} of {baseline}"
@@ -93,7 +91,7 @@ def share_of_baseline(result: TuningResult, row: ResultRow) -> str:
 
 def compact(parameters: Mapping[str, Any]) -> str:
     """Parameters in one line, three digits each."""
-    return ", ".join(f"{name} {_short(value)}" for name, value in parameters.items())
+    return ", ".join(f"{name}={_short(value)}" for name, value in parameters.items())
 
 
 def nats(value: float) -> str:
@@ -101,15 +99,19 @@ def nats(value: float) -> str:
     return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
 
 
-def percent(share: float, unit: str = "%") -> str:
-    """A share of 1: two to four digits."""
-    number = 100 * share
-    return (f"{number:.0f}" if number >= 99.95 or number == 0 else f"{number:.1f}") + unit
+def percent(share: float) -> str:
+    """A share of 1: one decimal, but `100%` and `0%` where it is just that."""
+    return f"{100 * share:.0f}%" if share in (0, 1) else f"{100 * share:.1f}%"
 
 
-def interval(estimate: Estimate, spelled: Callable[[float], str], dash: str = "-") -> str:
-    """Both ends of an interval."""
-    return f"{spelled(estimate.low)}{dash}{spelled(estimate.high)}"
+def whole_percent(share: float) -> str:
+    """A share of 1 without decimals."""
+    return f"{100 * share:.0f}%"
+
+
+def interval(estimate: Estimate, spelled: Callable[[float], str], between: str = "-") -> str:
+    """Both ends of an interval, with one percent sign."""
+    return f"{spelled(estimate.low).removesuffix('%')}{between}{spelled(estimate.high)}"
 
 
 def _short(value: Any) -> str:

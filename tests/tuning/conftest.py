@@ -1,0 +1,159 @@
+"""A tuning result such as the default run gives, but invented."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from policies import (
+    BudgetConstrained,
+    CosineThreshold,
+    FixedStride,
+    LearnedLogistic,
+    ModelShape,
+    NeverFull,
+    Selection,
+    StepPolicy,
+)
+from tuning.report import write_report, write_results
+from tuning.results import FamilyResult, Measured, TuningResult
+
+# KL per kind of text at a fixed stride of 10.
+_REPORT_KINDS = {
+    "prose": 0.16,
+    "technical": 0.21,
+    "code": 0.27,
+    "copying": 1.72,
+    "needles": 0.24,
+    "key_values": 0.55,
+}
+# Parameters, and KL as a share of the baseline's.
+_REPORT_FAMILIES: Mapping[str, tuple[dict[str, Any], float]] = {
+    "logistic_profile": (
+        {
+            "refresh_churn": True,
+            "positive_share": 0.1134091,
+            "regularisation": 0.0341278,
+            "sharpness": 0.7312,
+            "asked": 1.3371,
+        },
+        0.41,
+    ),
+    "cosine_profile": ({"sharpness": 0.8123, "asked": 1.1214}, 0.44),
+    "stride_profile": ({"sharpness": 0.6913}, 0.47),
+    "learned_logistic": (
+        {"refresh_churn": False, "positive_share": 0.2213, "regularisation": 1.8213, "asked": 0.9127},
+        0.71,
+    ),
+    "cosine_threshold": ({"asked": 1.0233, "check_every": 2}, 0.83),
+    "fixed_stride": ({"phase_between_units": 7}, 0.78),
+}
+
+
+class _ReportMaker:
+    """Invents what a run on `n_per_kind` prompts of each kind would measure."""
+
+    def __init__(self, model: ModelShape, kinds: Mapping[str, float], n_per_kind: int, budget: float) -> None:
+        self.model, self.budget = model, budget
+        self.rng = np.random.default_rng(3)
+        self.kinds = [kind for kind in kinds for _ in range(n_per_kind)]
+        prompt = self.rng.lognormal(0, 0.25, len(self.kinds))
+        self.baseline_kl = np.array([kinds[kind] for kind in self.kinds]) * prompt
+        # Few units matter, and profiles give those much of the budget.
+        worth = self.rng.lognormal(0, 2, model.units)
+        self.rates = np.clip(worth / worth.sum() * budget * worth.size, 1 / 64, 1)
+
+    def measured(self, label: str, policy: StepPolicy, ratio: float, share: float, even: bool = True) -> Measured:
+        n = len(self.kinds)
+        kl = self.baseline_kl * ratio * self.rng.lognormal(0, 0.15, n)
+        rates = np.full(self.model.units, share) if even else self.rates * share / self.rates.mean()
+        return Measured(
+            label=label,
+            policy=policy,
+            replay_full_share=share * 0.99,
+            recovered_mass=1 - 0.09 * (0.5 + 0.5 * min(ratio, 2)),
+            prompt_kl=kl,
+            prompt_agreement=np.exp(-0.28 * kl),
+            prompt_accuracy=0.6 * np.exp(-0.28 * kl),
+            prompt_full_share=np.clip(share * self.rng.normal(1, 0.01, n), 0, 1),
+            unit_full_share=np.clip(rates, 0, 1),
+        )
+
+    def family(self, name: str, n_trials: int) -> FamilyResult:
+        parameters, ratio = _REPORT_FAMILIES[name]
+        policy: StepPolicy = {
+            "stride": FixedStride((1 / self.rates).tolist()),
+            "cosine": CosineThreshold(0.71),
+            "logistic": LearnedLogistic(("sqrt_age", "query_drift"), (0.4, 3.1), -4.0),
+        }[next(word for word in ("stride", "cosine", "logistic") if word in name)]
+        loss = 0.019 + 0.03 * ratio + self.rng.exponential(0.006, n_trials)
+        share = self.budget * (1 - self.rng.exponential(0.02, n_trials))
+        return FamilyResult(
+            family=name,
+            parameters=parameters,
+            measured=self.measured(
+                name, BudgetConstrained(policy, self.budget), ratio, 0.985 * self.budget, "profile" not in name
+            ),
+            tune_kl=float(self.baseline_kl.mean() * ratio * 0.97),
+            trials=np.stack([share, loss], 1),
+        )
+
+
+def _make_report_result(
+    *,
+    model_id: str = "SmolLM2-135M-Instruct",
+    units: tuple[int, int] = (30, 3),
+    kinds: Mapping[str, float] = _REPORT_KINDS,
+    n_per_kind: int = 4,
+    n_trials: int = 40,
+    families: tuple[str, ...] = tuple(_REPORT_FAMILIES),
+    budget: float = 0.1,
+) -> TuningResult:
+    model = ModelShape(model_id, *units, query_heads=3 * units[1], head_dim=64)
+    maker = _ReportMaker(model, kinds, n_per_kind, budget)
+    stride = 1 / budget
+    references = [
+        maker.measured(f"fixed stride {other:g}", FixedStride(other), (other / stride) ** 0.7, 1 / other)
+        for other in (2, 5, 20, 50)
+        if other != stride
+    ]
+    return TuningResult(
+        model=model,
+        selection=Selection(128),
+        budget=budget,
+        families=[maker.family(name, n_trials) for name in families],
+        baseline=maker.measured(f"fixed stride {stride:g}", FixedStride(stride), 1.0, budget),
+        references=[*references, maker.measured("never full", NeverFull(), 4.1, 0)],
+        prompt_kinds=maker.kinds,
+        prompt_names=[f"{kind}-{number:03d}" for number, kind in enumerate(maker.kinds, 100)],
+        tune_names=[f"{kind}-{number:03d}" for number, kind in enumerate(maker.kinds)],
+        n_steps=64,
+        context_tokens=math.pi * 1000,
+        versions={"recycled-attention": "0.1.0", "torch": "2.13.0", "numpy": np.__version__},
+    )
+
+
+@pytest.fixture(scope="session")
+def make_report_result() -> Callable[..., TuningResult]:
+    """Makes a tuning result as the default run gives it, or of another model, other kinds, fewer families."""
+    return _make_report_result
+
+
+@pytest.fixture(scope="session")
+def report_result() -> TuningResult:
+    """The tuning result that `report_folder` is about."""
+    return _make_report_result()
+
+
+@pytest.fixture(scope="session")
+def report_folder(report_result: TuningResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report and the numbers of `report_result`, written once."""
+    folder = tmp_path_factory.mktemp("report")
+    write_report(report_result, folder)
+    write_results(report_result, folder)
+    return folder
