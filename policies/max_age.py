@@ -15,6 +15,8 @@ from policies.signals import StepSignals
 class MaxAge(StepPolicy):
     """Do what `policy` does, and run full at the latest when the set is `max_age` steps old.
 
+    To keep a budget as well, put `BudgetConstrained` outside of this, never inside.
+
     Attributes:
         policy: Who decides before that.
         max_age: Steps, at least 1. 1 means always full.

@@ -36,6 +36,10 @@ class ModelShape:
     query_heads: int
     head_dim: int
 
+    def __post_init__(self) -> None:
+        if min(self.layers, self.kv_heads, self.query_heads, self.head_dim) < 1 or self.query_heads % self.kv_heads:
+            raise ValueError(f"no model has the shape {self}: KV heads must divide query heads, and none may be 0.")
+
     @property
     def units(self) -> tuple[int, int]:
         """`(layers, kv_heads)`."""
@@ -105,7 +109,7 @@ class PolicyFile:
         """Write the file beside its place, then rename it there."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
 
     @classmethod

@@ -44,11 +44,14 @@ class Schedule:
         )
 
     def advance(self, full: Array, refresh_mass: Array | None = None, refresh_overlap: Array | None = None) -> None:
-        """Take a step: `full` units start again at age 1 with the measurements given, the others grow older."""
+        """Take a step: `full` units start again at age 1 with the measurements given, the others grow older.
+
+        A measurement that is not given was not made: it is NaN for units that ran full.
+        """
         self.step = self.step + 1
         self.n_full = self.n_full + full
         self.age = where(full, 0 * self.age, self.age) + 1
-        if refresh_mass is not None:
-            self.refresh_mass = where(full, refresh_mass, self.refresh_mass)
-        if refresh_overlap is not None:
-            self.refresh_overlap = where(full, refresh_overlap, self.refresh_overlap)
+        fresh_mass = self._unmeasured if refresh_mass is None else refresh_mass
+        fresh_overlap = self._unmeasured if refresh_overlap is None else refresh_overlap
+        self.refresh_mass = where(full, fresh_mass, self.refresh_mass)
+        self.refresh_overlap = where(full, fresh_overlap, self.refresh_overlap)

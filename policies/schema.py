@@ -100,6 +100,8 @@ def policy_file_problem(values: Any) -> str | None:
             _check_kinds(values["policy"])
         except ValueError as error:
             return str(error)
+    if isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] != 1:
+        return f"it is of format {values['format']}, and this version reads format 1."
     validator = jsonschema.Draft202012Validator(policy_file_schema())
     mismatch = jsonschema.exceptions.best_match(validator.iter_errors(values))
     if mismatch is None:

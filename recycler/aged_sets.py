@@ -152,5 +152,6 @@ def _scores_over_sets(sets: RecycledSet, probabilities: Tensor, selection: Selec
     """Scores by a step's attention over the set alone; `(heads, group, rows, tokens)` to `(heads, rows, k)`."""
     slots = sets.positions[:, None].expand(-1, probabilities.shape[1], -1, -1)
     mass = probabilities.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0)
-    over_set = mass / mass.sum(-1, keepdim=True)
+    # A head that attends to nothing in the set, as far as its precision tells, scores nothing.
+    over_set = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
     return group_scores(over_set.transpose(1, 2), selection.group).float()

@@ -31,10 +31,13 @@ class UnitAttention:
 
 
 def probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """Softmax over the last axis where `allowed`, in float32 or the precision of the logits if that is higher."""
+    """Softmax over the last axis where `allowed`, in float32 or the precision of the logits if that is higher.
+
+    The logits may be overwritten.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if allowed is not None:
-        logits = logits.masked_fill(~allowed, float("-inf"))
+        logits = logits.masked_fill_(~allowed, float("-inf"))
     return logits.softmax(-1)
 
 

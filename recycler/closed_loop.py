@@ -110,7 +110,6 @@ class _Loop:
             units = cache.units
             keys, values = cache.append(key, value)
             grouped = query[:, :, 0].unflatten(1, (self.kv_heads, -1))
-            units.admit()
             full = units.decide(self.policy, grouped)
             attended = attend_by_mask(grouped, keys, values, full, units.recycled, kwargs["scaling"])
             if attended.full[0].numel():

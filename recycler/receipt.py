@@ -23,8 +23,9 @@ class Receipt:
         full_steps: int `(layers, kv_heads)`: unit-steps that ran full.
         tokens_read: int `(layers, kv_heads)`: tokens whose key and value were attended to.
         tokens_dense: int `(layers, kv_heads)`: tokens that full attention would have read.
-        reasons: Unit-steps `(layers, kv_heads)` in which a wrapper overruled its policy, by reason: `max_age` forced a
-            full step, `budget` denied one.
+        reasons: Unit-steps `(layers, kv_heads)` in which a wrapper overruled its policy, by reason: `max_age` asked for
+            a full step, `budget` denied one. A budget outside a limit of age may deny what that limit asked for; such a
+            unit-step counts under both.
     """
 
     engine: str
@@ -71,7 +72,9 @@ class Receipt:
             f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
         )
         for reason, units in self.reasons.items():
-            verb = {"budget": "denied a full step", "max_age": "forced a full step"}.get(reason, "overruled the policy")
+            verb = {"budget": "denied a full step", "max_age": "asked for a full step"}.get(
+                reason, "overruled the policy"
+            )
             console.print(f"  {reason} {verb} in {units.sum() / max(unit_steps, 1):.1%} of unit-steps")
         console.print("full share per unit in percent, a row per layer and a column per KV head:")
         table = Table()

@@ -126,7 +126,6 @@ class Session:
         self._caches[layer].follow(key, visible)
         grouped = _by_unit(query, self._shape)
         reasons: dict[str, Tensor] = {}
-        units.admit()
         full = units.decide(self._policy, grouped, reasons)
         attended = attend_by_index(grouped, key, value, visible, full, units.recycled, scaling)
         self._count(layer, full, units, key.shape[2], visible, reasons)

@@ -18,8 +18,8 @@ UnitIndex = tuple[Tensor, ...]
 class LayerUnits:
     """State of all `(rows, kv_heads)` units of a layer, from the end of prefill on.
 
-    A decode step is `admit`, `decide`, attention by whoever holds the cache, `refresh` of the units that ran full, and
-    `advance`.
+    A decode step is `decide`, attention by whoever holds the cache, `refresh` of the units that ran full, `rescore` of
+    those that did not, and `advance`.
 
     Args:
         layer: Index of the layer.
@@ -44,7 +44,6 @@ class LayerUnits:
         self._needs = needs
         self._start = start
         self._end = end
-        self._n_tokens = probabilities.shape[-1]
         self.recycled = select(token_scores(probabilities, selection), selection, start, end)
         self._full_query = self._last_query = _unit_query(query)
         mass = _mass_on(probabilities, self.recycled).double() if "refresh_mass" in needs else None
@@ -52,14 +51,10 @@ class LayerUnits:
         self.schedule = Schedule(zeros, mass, layer)
         self._refresh_mass = zeros + float("nan")
         self._refresh_overlap = zeros + float("nan")
-
-    def admit(self) -> None:
-        """Take the newest token into every set."""
-        self.recycled.admit(self._end, self._start)
-        self._end += 1
+        self._put_off: tuple[UnitIndex, Tensor] | None = None
 
     def decide(self, policy: StepPolicy, query: Tensor, reasons: dict[str, Tensor] | None = None) -> Tensor:
-        """Ask the policy; bool `(rows, kv_heads)`, True = full.
+        """Ask the policy, then take the newest token into every set; bool `(rows, kv_heads)`, True = full.
 
         Args:
             policy: Who decides.
@@ -74,27 +69,26 @@ class LayerUnits:
             step_similarity = cosine_similarity(unit_query, self._last_query, dim=-1).double()
         self._last_query = unit_query
         full: Tensor = policy.decide(self.schedule.signals(query_similarity, step_similarity, reasons))
+        self._choose_what_was_put_off(full)
+        self.recycled.admit(self._end, self._start)
+        self._end += 1
         return full
 
     def refresh(self, units: UnitIndex, probabilities: Tensor) -> None:
         """Choose new sets for units that ran full.
 
+        A unit that runs full again at the next step never uses its set, so unless the policy wants to know about it,
+        choosing is put off until then.
+
         Args:
             units: Row and KV head of each of n units.
             probabilities: `(n, group, tokens)`, their attention to the whole cache.
         """
-        start = self._start if isinstance(self._start, int) else self._start[units[0], 0]
-        selection = self.recycled.selection
-        chosen = select(token_scores(probabilities, selection), selection, start, self._end)
-        if "refresh_overlap" in self._needs:
-            before = RecycledSet(self.recycled.positions[units], self.recycled.scores[units], selection)
-            kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
-            self._refresh_overlap[units] = kept.sum(-1).double() / chosen.filled.sum(-1)
-        if "refresh_mass" in self._needs:
-            self._refresh_mass[units] = _mass_on(probabilities, chosen).double()
-        self.recycled.positions[units] = chosen.positions
-        self.recycled.scores[units] = chosen.scores
         self._full_query = self._full_query.index_put(units, self._last_query[units])
+        if self._needs & {"refresh_mass", "refresh_overlap"}:
+            self._choose(units, probabilities)
+        else:
+            self._put_off = units, probabilities
 
     def rescore(self, units: UnitIndex, probabilities: Tensor) -> None:
         """Let the attention of a recycled step over its set re-rank the set, where the selection asks for it.
@@ -110,6 +104,27 @@ class LayerUnits:
     def advance(self, full: Tensor) -> None:
         """End the step."""
         self.schedule.advance(full, self._refresh_mass, self._refresh_overlap)
+
+    def _choose_what_was_put_off(self, full: Tensor) -> None:
+        if self._put_off is not None:
+            units, probabilities = self._put_off
+            recycled = ~full[units]
+            if recycled.any():
+                self._choose(tuple(index[recycled] for index in units), probabilities[recycled])
+            self._put_off = None
+
+    def _choose(self, units: UnitIndex, probabilities: Tensor) -> None:
+        start = self._start if isinstance(self._start, int) else self._start[units[0], 0]
+        selection = self.recycled.selection
+        chosen = select(token_scores(probabilities, selection), selection, start, self._end)
+        if "refresh_overlap" in self._needs:
+            before = RecycledSet(self.recycled.positions[units], self.recycled.scores[units], selection)
+            kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
+            self._refresh_overlap[units] = kept.sum(-1).double() / chosen.filled.sum(-1)
+        if "refresh_mass" in self._needs:
+            self._refresh_mass[units] = _mass_on(probabilities, chosen).double()
+        self.recycled.positions[units] = chosen.positions
+        self.recycled.scores[units] = chosen.scores
 
 
 def _unit_query(query: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> 
     """Rates of full steps that minimise the total loss under a budget.
 
     The loss of each unit is taken as the lower convex hull of its points (rate, loss); then buying the steepest
-    segments first until the budget is spent is optimal (the fractional knapsack). A stride between two points of the
-    hull realises the interpolated loss closely, not exactly.
+    segments first until the budget is spent is optimal (the fractional knapsack); equally steep ones share what is
+    left. A stride between two points of the hull realises the interpolated loss closely, not exactly.
 
     Args:
         loss: `(strides, units)`, loss per step of each unit at each stride.
@@ -61,9 +61,12 @@ def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> 
     ]
     allocated = np.full(n_units, rates[-1])
     left = budget * n_units - allocated.sum()
-    for _, unit, low, high in sorted(segments):
-        bought = min(rates[high] - rates[low], left)
-        allocated[unit] += bought
+    for _, group in itertools.groupby(sorted(segments), key=lambda segment: segment[0]):
+        equally_steep = list(group)
+        wanted = sum(rates[high] - rates[low] for _, _, low, high in equally_steep)
+        bought = min(wanted, left)
+        for _, unit, low, high in equally_steep:
+            allocated[unit] += (rates[high] - rates[low]) * bought / wanted
         left -= bought
         if left <= 0:
             break

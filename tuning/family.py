@@ -9,12 +9,11 @@ import numpy as np
 import optuna
 
 from policies import BudgetConstrained, FixedStride, StepPolicy
+from tuning.replay import replay_policy
 from tuning.tuning_data import TuningData
 
 # Fractions of the golden ratio fill the unit interval evenly for any number of units.
 _GOLDEN = 0.6180339887498949
-# A bucket that is a hair too small would refuse a step that falls due exactly.
-_ROUNDING = 1e-9
 
 
 class Family(ABC):
@@ -32,12 +31,23 @@ class Family(ABC):
 
 def within_budget(policy: StepPolicy, budget: float) -> BudgetConstrained:
     """Give every unit the same bucket."""
-    return BudgetConstrained(policy, min(1.0, budget * (1 + _ROUNDING)))
+    return BudgetConstrained(policy, budget)
 
 
 def within_rates(policy: StepPolicy, rates: np.ndarray) -> BudgetConstrained:
     """Give each unit a bucket of its own rate, `(layers, kv_heads)`."""
-    return BudgetConstrained(policy, np.minimum(rates * (1 + _ROUNDING), 1).tolist())
+    return BudgetConstrained(policy, rates.tolist())
+
+
+def own_rates(policy: StepPolicy, data: TuningData) -> np.ndarray:
+    """How a policy itself divides the budget: its full share per unit in replay, `(layers, kv_heads)`.
+
+    Scaled down where even the laziest threshold runs full too often, as with a signal that is missing until the first
+    full step.
+    """
+    rates = replay_policy(data.traces, policy).unit_full_share
+    mean = float(rates.mean())
+    return rates * (data.budget / mean) if mean > data.budget else rates
 
 
 def staggered(rates: np.ndarray) -> FixedStride:

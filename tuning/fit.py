@@ -47,8 +47,10 @@ def fit_logistic(
     rng = np.random.default_rng(seed)
     columns, loss, unit = _samples(traces, features, n_samples, rng)
     loss = loss * loss_weights.ravel()[unit]
-    positive = loss > np.quantile(loss, 1 - positive_share)
-    if not positive.any():
+    # Where more samples than that have the largest loss, all of those are positive.
+    limit = np.quantile(loss, 1 - positive_share)
+    positive = loss > limit if limit < loss.max() else loss == limit
+    if positive.all():
         raise ValueError("the traces give no contrast to learn from: every recycled step loses the same.")
     scaler = StandardScaler().fit(columns)
     n_units = loss_weights.size

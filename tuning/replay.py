@@ -52,8 +52,14 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
     Args:
         traces: One trace or several.
         policy: Whom to replay.
+
+    Raises:
+        ValueError: If the policy has the parameters of another model shape.
     """
     batch = traces if isinstance(traces, TraceBatch) else TraceBatch([traces])
+    for shape in policy.unit_shapes() - {batch.units}:
+        # Else a single row of parameters would silently serve all layers.
+        raise ValueError(f"the policy is for {shape} layers and KV heads, but the traces have {batch.units}.")
     needs = policy.needs
     wants_mass, wants_overlap = "refresh_mass" in needs, "refresh_overlap" in needs
     fresh = batch.fresh_mass.astype(np.float64) if wants_mass else None

@@ -91,7 +91,7 @@ def share_of_baseline(result: TuningResult, row: ResultRow) -> str:
 
 def compact(parameters: Mapping[str, Any]) -> str:
     """Parameters in one line, three digits each."""
-    return ", ".join(f"{name}={_short(value)}" for name, value in parameters.items())
+    return " ".join(f"{name}={_short(value)}" for name, value in parameters.items())
 
 
 def nats(value: float) -> str:

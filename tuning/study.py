@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +72,19 @@ def search_family(
         seed: Of the sampler.
         storage: Where trials are kept; None keeps them in memory.
         study_name: Must differ whenever data differ.
+
+    Raises:
+        ValueError: If the replay loss is not a number.
     """
 
     def objective(trial: optuna.Trial) -> float:
         policy = family.suggest(trial, data)
         trial.set_user_attr("full_share", replay_policy(data.traces, policy).full_share)
-        return data.loss(policy)
+        loss = data.loss(policy)
+        if not math.isfinite(loss):
+            # Optuna would pass over the trial, and go on for ever to get one that counts.
+            raise ValueError("the traces have steps without a recovered mass: the model's attention was not a number.")
+        return loss
 
     study = optuna.create_study(
         study_name=study_name,

@@ -13,8 +13,8 @@ from tuning.result_rows import ResultRow, Role, interval, nats, percent, result_
 from tuning.results import Estimate, TuningResult
 
 _CAPTION = (
-    "* exported. Below each value its 95% interval, bootstrap over prompts. "
-    "Full share: unit-steps that ran full. KL: to full attention, in closed loop."
+    "\n* exported. Below each value its 95% interval, bootstrap over prompts. "
+    "Full share: unit-steps that ran full. Mass: recovered mass. KL: to full attention, in closed loop."
 )
 
 
@@ -40,7 +40,7 @@ def _policies(result: TuningResult, rows: list[ResultRow]) -> Table:
         "full\nshare,\nloop",
         "mass,\nreplay",
         "KL\n(nats/step)",
-        "KL of\nthe base-\nline's",
+        "KL of\nbase-\nline's",
         "same next\ntoken",
     ):
         table.add_column(header, justify="right", no_wrap=True, vertical="top")
@@ -68,7 +68,7 @@ def _kinds(result: TuningResult, rows: list[ResultRow]) -> Table:
 
 def _table(title: str, first_column: str) -> Table:
     table = Table(
-        title=Text(title),
+        title=Text(f"{title}\n", style="bold"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -89,4 +89,6 @@ def _name(row: ResultRow, parameters: str = "") -> Text:
 def _estimate(estimate: Estimate | None, spelled: Callable[[float], str]) -> Text:
     if estimate is None:
         return Text("-")
-    return Text.assemble(spelled(estimate.value), "\n", (interval(estimate, spelled), "dim"))
+    text = Text(spelled(estimate.value))
+    # The baseline is itself for certain, and a single prompt tells nothing of others.
+    return text.append(f"\n{interval(estimate, spelled)}", style="dim") if estimate.high > estimate.low else text

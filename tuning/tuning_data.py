@@ -78,6 +78,9 @@ def unit_cost(traces: TraceBatch, sensitivity: Sensitivity | None) -> np.ndarray
     if sensitivity is None or not measured:
         return np.ones(traces.units)
     damage = np.sum([sensitivity.kl[name] for name in measured], axis=0)
+    if not damage.any():
+        # As where sets hold the whole context.
+        return np.ones(traces.units)
     ages = min(sensitivity.n_steps, traces.max_age)
     rows = [names.index(name) for name in measured]
     lost = np.nanmean(traces.lost_by_age[rows, :ages], axis=1).sum(0)

@@ -75,12 +75,12 @@ def on_torch(request: pytest.FixtureRequest) -> Callable[[StepSignals], StepSign
 
 @pytest.fixture(scope="session")
 def signals_of() -> Callable[..., StepSignals]:
-    """Makes signals from the values that matter to a test; they broadcast, and what is not given is not measured."""
+    """Makes signals of one unit or more from the values that matter to a test; other signals were not measured."""
 
     def signals_of(layer: int | None = None, reasons: dict[str, Any] | None = None, **values: Any) -> StepSignals:
         default = dict.fromkeys((field.name for field in dataclasses.fields(StepSignals)[:7]), np.nan)
         default |= {"step": 0, "age": 1, "n_full": 0} | values
-        arrays = np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in default.values()))
+        arrays = np.broadcast_arrays(*(np.atleast_1d(np.float64(value)) for value in default.values()))
         return StepSignals(**dict(zip(default, arrays, strict=True)), layer=layer, reasons=reasons)
 
     return signals_of
@@ -94,7 +94,7 @@ def drive() -> Callable[..., np.ndarray]:
     """
 
     def drive(policy: StepPolicy, n_steps: int, similarity: Any = None, zeros: Any = None) -> np.ndarray:
-        schedule = Schedule(np.zeros(()) if zeros is None else zeros)
+        schedule = Schedule(np.zeros(1) if zeros is None else zeros)
         decisions = []
         for step in range(n_steps):
             full = policy.decide(schedule.signals(None if similarity is None else similarity[step]))
@@ -110,7 +110,7 @@ def full_steps(drive: Callable[..., np.ndarray]) -> Callable[..., list[int]]:
     """Runs a policy on a single unit: the steps that it ran full."""
 
     def full_steps(policy: StepPolicy, n_steps: int, similarity: Any = None) -> list[int]:
-        return np.flatnonzero(drive(policy, n_steps, similarity)).tolist()
+        return np.flatnonzero(drive(policy, n_steps, similarity).ravel()).tolist()
 
     return full_steps
 

@@ -89,13 +89,14 @@ def test_band_is_the_products_with_the_rows_before(rows: int, max_age: int, seed
 
 
 @pytest.mark.parametrize("group", ["max", "mean"])
-def test_attention_to_nothing_in_the_set_still_ages_it(group: str) -> None:
+def test_head_that_attends_to_nothing_in_the_set_has_no_say(group: str) -> None:
     # In float32, a softmax with one huge logit is exactly 0 everywhere else.
-    rows, first = 12, 9
+    rows, first = 3, 9
     weights = torch.zeros(1, 2, rows, first + rows)
     weights[:, :, 0, 3:9] = 1 / 6
-    weights[:, :, 1:, 0] = 1
-    selection = Selection(4, sinks=0, window=2, pool_forward=0, group=group, ranking="updated")
-    left = evictions(chosen_sets(weights, first, selection), weights, first, rows - 1)
-    # All scores are 0 from age 2 on: the oldest outside the window leaves, and the new tokens in their turn.
-    assert left[0, 0].tolist() == [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    weights[:, 0, 1:, 0] = 1
+    weights[:, 1, 1:, 5:9] = torch.tensor([0.2, 0.4, 0.1, 0.3])
+    selection = Selection(5, sinks=0, window=1, pool_forward=0, group=group, ranking="updated")
+    left = evictions(chosen_sets(weights, first, selection), weights, first, 2)
+    # The set is 5 to 9, and 9 has no score. At age 2 the second head decides, and 10 has none.
+    assert left[0, 0].tolist() == [9, 10]

@@ -16,7 +16,6 @@ from policies import (
     FixedStride,
     LearnedLogistic,
     ModelShape,
-    NeverFull,
     Selection,
     StepPolicy,
 )
@@ -109,18 +108,21 @@ def _make_report_result(
     model_id: str = "SmolLM2-135M-Instruct",
     units: tuple[int, int] = (30, 3),
     kinds: Mapping[str, float] = _REPORT_KINDS,
-    n_per_kind: int = 4,
+    n_per_kind: int = 2,
     n_trials: int = 40,
     families: tuple[str, ...] = tuple(_REPORT_FAMILIES),
     budget: float = 0.1,
 ) -> TuningResult:
     model = ModelShape(model_id, *units, query_heads=3 * units[1], head_dim=64)
     maker = _ReportMaker(model, kinds, n_per_kind, budget)
-    stride = 1 / budget
+    stride, best = 1 / budget, families[0]
     references = [
-        maker.measured(f"fixed stride {other:g}", FixedStride(other), (other / stride) ** 0.7, 1 / other)
-        for other in (2, 5, 20, 50)
-        if other != stride
+        maker.measured(label, policy, ratio * factor**-0.7, factor * budget)
+        for factor in (0.5, 2)
+        for label, policy, ratio in (
+            (f"fixed stride {stride / factor:g}", FixedStride(stride / factor), 1.0),
+            (f"{best} at {factor * budget:g}", FixedStride(stride / factor, 1), _REPORT_FAMILIES[best][1]),
+        )
     ]
     return TuningResult(
         model=model,
@@ -128,7 +130,7 @@ def _make_report_result(
         budget=budget,
         families=[maker.family(name, n_trials) for name in families],
         baseline=maker.measured(f"fixed stride {stride:g}", FixedStride(stride), 1.0, budget),
-        references=[*references, maker.measured("never full", NeverFull(), 4.1, 0)],
+        references=references,
         prompt_kinds=maker.kinds,
         prompt_names=[f"{kind}-{number:03d}" for number, kind in enumerate(maker.kinds, 100)],
         tune_names=[f"{kind}-{number:03d}" for number, kind in enumerate(maker.kinds)],

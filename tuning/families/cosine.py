@@ -9,8 +9,7 @@ import optuna
 
 from policies import CosineThreshold, StepPolicy
 from tuning.calibration import calibrate
-from tuning.family import Family, within_rates
-from tuning.replay import replay_policy
+from tuning.family import Family, own_rates, within_rates
 from tuning.tuning_data import TuningData
 
 
@@ -31,7 +30,7 @@ class SharedCosine(Family):
             return CosineThreshold(float(thresholds.flat[0]), check_every)
 
         even = calibrate(data.traces, policy_at, data.budget, -1, 1)
-        rates = replay_policy(data.traces, policy_at(even)).unit_full_share
+        rates = own_rates(policy_at(even), data)
         thresholds = calibrate(data.traces, policy_at, min(asked * data.budget, 1.0), -1, 1)
         return within_rates(policy_at(thresholds), rates)
 

@@ -10,9 +10,8 @@ import optuna
 
 from policies import LearnedLogistic, StepPolicy
 from tuning.calibration import calibrate
-from tuning.family import Family, within_rates
+from tuning.family import Family, own_rates, within_rates
 from tuning.fit import DEFAULT_FEATURES, fit_logistic
-from tuning.replay import replay_policy
 from tuning.tuning_data import TuningData
 
 # Log-odds far beyond any that a fit produces.
@@ -32,7 +31,7 @@ class SharedLogistic(Family):
             return _shifted(fitted, np.full_like(shift, shift.flat[0]))
 
         even = calibrate(data.traces, policy_at, data.budget, -_FAR, _FAR)
-        rates = replay_policy(data.traces, policy_at(even)).unit_full_share
+        rates = own_rates(policy_at(even), data)
         shift = calibrate(data.traces, policy_at, min(asked * data.budget, 1.0), -_FAR, _FAR)
         return within_rates(policy_at(shift), rates)
 
