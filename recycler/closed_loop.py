@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from policies import AlwaysFull, Selection, StepPolicy, check_fits
 from recycler.attention import attend_by_mask, probabilities
-from recycler.hook import AttentionFunction, attention_replaced
+from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model_shape import check_positions, model_shape
 from recycler.per_row import PerRow
 from recycler.prefill import prefill
@@ -81,6 +81,7 @@ class _Loop:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
+            refuse_full_window(layer, key.shape[2] + self.n_steps, kwargs.get("sliding_window"))
             grouped = query[:, :, 0].unflatten(1, (self.kv_heads, -1))
             weights = probabilities(grouped @ key.transpose(-1, -2) * kwargs["scaling"], None)
             everywhere = (rows, -1, -1, -1)
@@ -146,7 +147,8 @@ def run_closed_loop(
         chunk_tokens: Prompt tokens per forward.
 
     Raises:
-        ValueError: If a policy is for another model shape, or the text is longer than the model's positions.
+        ValueError: If a policy is for another model shape, or the text is longer than the model's positions or reaches
+            a sliding window.
     """
     shape = model_shape(model)
     for policy in policies:

@@ -70,7 +70,8 @@ def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> 
         left -= bought
         if left <= 0:
             break
-    return allocated
+    # Sums of segments may exceed 1 by a rounding, which no policy accepts.
+    return np.minimum(allocated, 1)
 
 
 def _hull_segments(rates: np.ndarray, loss: np.ndarray) -> list[tuple[int, int]]:

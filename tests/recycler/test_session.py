@@ -1,11 +1,7 @@
 """`with recycled(...)`: where it must be the stock decoder, where it must be the plain one, and what it refuses."""
 
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any, ClassVar
 
 import numpy as np
@@ -78,6 +74,16 @@ def test_always_full_is_the_stock_decoder(
     stock = generate(model, tokens, **how)
     assert len(stock.unique()) > 5
     assert torch.equal(generate_recycled(model, AlwaysFull(), tokens, **how), stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_always_full_is_the_stock_decoder_in_half_precision(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    model, tokens, padding = make_model("llama", dtype), make_tokens(20, rows=3), (0, 7, 19)
+    stock = generate(model, tokens, padding=padding)
+    assert torch.equal(generate_recycled(model, AlwaysFull(), tokens, padding=padding), stock)
+    assert not torch.equal(generate_recycled(model, LOGISTIC, tokens, padding=padding), stock)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,49 +185,6 @@ def test_logits_and_decisions_are_those_of_the_plain_decoder(
     assert session.receipt().full_steps.tolist() == full.sum(1).tolist()
 
 
-def test_generations_in_a_row_do_not_know_of_each_other(
-    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
-) -> None:
-    model, tokens = make_model(), make_tokens(20, rows=2)
-    with recycled(model, LOGISTIC, SELECTION):
-        first, _, second = generate(model, tokens), generate(model, tokens[:, 3:]), generate(model, tokens)
-    assert torch.equal(first, second)
-    assert torch.equal(generate_recycled(model, LOGISTIC, tokens), first)
-
-
-def test_prompt_of_one_token_starts_anew(
-    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
-) -> None:
-    model, tokens = make_model(), make_tokens(1)
-    selection = Selection(4, 1, 2)
-    with recycled(model, FixedStride(3), selection):
-        first, second = generate(model, tokens), generate(model, tokens)
-        static = generate(model, tokens, cache_implementation="static")
-    assert torch.equal(first, second)
-    assert torch.equal(first, static)
-
-
-def test_fresh_process_finds_the_same_tokens() -> None:
-    program = """if True:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-        from policies import CosineThreshold, Selection
-        from recycler.session import recycled
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, eos_token_id=None, pad_token_id=0)
-        model = LlamaForCausalLM(config).eval()
-        with recycled(model, CosineThreshold(0.5), Selection(8, 2, 3)) as session:
-            print(model.generate(torch.arange(1, 25)[None], max_new_tokens=16).tolist(), session.receipt().to_json())
-    """
-    with redirect_stdout(StringIO()) as here:
-        exec(program, {})
-    there = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=True)
-    assert there.stdout == here.getvalue()
-    assert "full_share" in there.stdout
-
-
 @dataclass(frozen=True)
 class EveryOtherHead(StepPolicy):
     """A policy of another author: heads take turns."""
@@ -239,3 +202,18 @@ def test_policy_of_another_author_decides(
     with recycled(make_model(), EveryOtherHead(), SELECTION) as session:
         generate(make_model(), make_tokens(20, rows=2))
     assert session.receipt().full_steps.tolist() == [[16, 14], [14, 16]]
+
+
+def test_decoding_with_gradients_finds_the_same_logits(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model(), make_tokens(20)
+
+    def logits() -> Tensor:
+        with recycled(model, LOGISTIC, Selection(8, 2, 3, ranking="updated")):
+            cache = model(tokens).past_key_values
+            return torch.cat([model(tokens[:, step : step + 1], past_key_values=cache).logits for step in range(8)])
+
+    with torch.no_grad():
+        expected = logits()
+    assert torch.equal(logits(), expected)

@@ -19,6 +19,7 @@ from policies import (
     Selection,
     StepPolicy,
 )
+from traces import Trace, TraceHeader
 from tuning.report import write_report, write_results
 from tuning.results import FamilyResult, Measured, TuningResult
 
@@ -159,3 +160,49 @@ def report_folder(report_result: TuningResult, tmp_path_factory: pytest.TempPath
     write_report(report_result, folder)
     write_results(report_result, folder)
     return folder
+
+
+def _make_trace(
+    name: str = "one",
+    kind: str = "prose",
+    *,
+    n_steps: int = 6,
+    max_age: int = 4,
+    units: tuple[int, int] = (2, 3),
+    seed: int = 0,
+    **arrays: Any,
+) -> Trace:
+    rng = np.random.default_rng(seed)
+    layers, kv_heads = units
+    by_age = (n_steps, max_age, *units)
+    drawn = {
+        "recovered_mass": rng.uniform(0, 1, by_age),
+        "query_similarity": rng.uniform(-1, 1, by_age),
+        "overlap": rng.uniform(0, 1, by_age),
+        "fresh_mass": rng.uniform(0, 1, (n_steps + 1, *units)),
+    }
+    given = {name: np.broadcast_to(arrays.get(name, values), values.shape) for name, values in drawn.items()}
+    there_is_no_set = np.arange(1, max_age + 1) > np.arange(n_steps)[:, None] + 1
+    for name_, values in given.items():
+        if values.shape == by_age:
+            given[name_] = np.where(there_is_no_set[:, :, None, None], np.nan, values)
+    shape = {"layers": layers, "kv_heads": kv_heads, "query_heads": 2 * kv_heads, "head_dim": 8}
+    return Trace(
+        header=TraceHeader(
+            model={"id": "tiny", "dtype": "float32"} | shape,
+            selection={"k": 64},
+            prompt={"name": name, "kind": kind, "source": "drawn", "licence": "CC0-1.0", "n_prompt_tokens": 5},
+            n_steps=n_steps,
+            max_age=max_age,
+            versions={"numpy": np.__version__},
+        ),
+        tokens=rng.integers(0, 1000, 5 + n_steps, dtype=np.int32),
+        token_log_prob=np.zeros(n_steps, dtype=np.float32),
+        **{name: values.astype(np.float32) for name, values in given.items()},
+    )
+
+
+@pytest.fixture(scope="session")
+def make_trace() -> Callable[..., Trace]:
+    """Makes a random trace, NaN where no set of that age exists; arrays that are given instead are broadcast."""
+    return _make_trace

@@ -157,7 +157,7 @@ def test_a_fitted_policy_can_be_replayed_and_written(traces: TraceBatch) -> None
 
 
 def test_an_unknown_feature_is_refused_with_the_known_ones(traces: TraceBatch) -> None:
-    with pytest.raises(ValueError, match="unknown feature 'mood': known are age, sqrt_age, .*refresh_churn"):
+    with pytest.raises(ValueError, match=r"unknown feature 'mood': known are age, sqrt_age, .*refresh_churn"):
         fit_logistic(traces, EVEN, 0.2, features=("age", "mood"))
 
 

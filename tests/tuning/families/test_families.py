@@ -82,8 +82,7 @@ def suggested(name: str, data: TuningData, seed: int = 0) -> tuple[dict[str, Any
 
 @every_family
 @every_budget
-@pytest.mark.parametrize("n_steps", [60, 12])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("n_steps", "seed"), [(60, 0), (12, 1), (12, 2)])
 def test_no_policy_exceeds_the_budget(
     data_at: Callable[..., TuningData], name: str, budget: float, n_steps: int, seed: int
 ) -> None:
@@ -98,11 +97,8 @@ def test_no_policy_exceeds_the_budget(
 
 
 @every_family
-@every_budget
-def test_the_same_parameters_and_data_give_the_same_policy(
-    data_at: Callable[..., TuningData], name: str, budget: float
-) -> None:
-    data = data_at(budget)
+def test_the_same_parameters_and_data_give_the_same_policy(data_at: Callable[..., TuningData], name: str) -> None:
+    data = data_at(0.1)
     parameters, policy = suggested(name, data)
     again = dataclasses.replace(data, unit_cost=data.unit_cost.copy())
     assert FAMILIES[name].suggest(FixedTrial(parameters), again) == policy
@@ -136,11 +132,11 @@ def test_a_policy_uses_most_of_the_budget(data_at: Callable[..., TuningData], na
 
 
 @every_family
-def test_a_budget_of_one_leaves_little_to_lose(data_at: Callable[..., TuningData], name: str) -> None:
+def test_a_budget_of_one_is_used(data_at: Callable[..., TuningData], name: str) -> None:
     data = data_at(1.0)
     parameters, _ = suggested(name, data)
-    policy = FAMILIES[name].suggest(FixedTrial(parameters | ({"check_every": 1} if "check_every" in parameters else {})), data)
-    assert replay_policy(data.traces, policy).full_share > 0.9
+    policy = FAMILIES[name].suggest(FixedTrial(parameters | {"asked": 1.0, "check_every": 1}), data)
+    assert replay_policy(data.traces, policy).full_share > 0.95
 
 
 @every_family
@@ -156,22 +152,23 @@ def test_profiles_give_the_units_that_go_stale_fastest_more(data_at: Callable[..
     _, policy = suggested(name, data)
     budgets = np.ravel(policy.budget)
     assert budgets[-1] > 2 * budgets[0]
-    assert replay_policy(data.traces, policy).unit_full_share.ravel()[-1] > 2 * data.budget * 0.5
+    assert replay_policy(data.traces, policy).unit_full_share.ravel()[-1] > data.budget
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.endswith("profile")])
 def test_profiles_follow_unit_costs(data_at: Callable[..., TuningData], name: str) -> None:
     data = data_at(0.1)
     parameters, _ = suggested(name, data)
-    for unit in range(6):
-        cost = np.full(6, 0.1)
-        cost[unit] = 5.5
+
+    def budgets(cost: np.ndarray) -> np.ndarray:
         other = dataclasses.replace(data, unit_cost=cost.reshape(UNITS))
         policy = FAMILIES[name].suggest(FixedTrial(parameters | {"sharpness": 1.0}), other)
         assert isinstance(policy, BudgetConstrained)
-        even = FAMILIES[name].suggest(FixedTrial(parameters), dataclasses.replace(data, unit_cost=np.ones(UNITS)))
-        assert isinstance(even, BudgetConstrained)
-        assert np.ravel(policy.budget)[unit] > np.ravel(even.budget)[unit]
+        return np.ravel(policy.budget)
+
+    even = budgets(np.ones(6))
+    for unit in (0, 3, 4):
+        assert budgets(np.where(np.arange(6) == unit, 5.5, 0.1))[unit] > even[unit]
 
 
 def test_profiles_refuse_a_budget_below_the_longest_stride(data_at: Callable[..., TuningData]) -> None:
