@@ -29,7 +29,7 @@ def main(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the model.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Torch device; cuda where there is one, else cpu.")] = None,
-    context_tokens: Annotated[int, typer.Option(help="Tokens of each default prompt.")] = 2048,
+    context_tokens: Annotated[int, typer.Option(help="Tokens of each default prompt.")] = 1536,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of each trace.")] = 96,
     max_age: Annotated[
         int | None, typer.Option(min=1, help="Oldest set to record, in steps; as many as --steps when not given.")

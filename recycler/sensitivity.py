@@ -63,7 +63,7 @@ def unit_sensitivity(
 
 
 def measure_sensitivity(
-    loaded: LoadedModel, folder: Path | str, files: Sequence[TraceFile], *, n_steps: int = 32
+    loaded: LoadedModel, folder: Path | str, files: Sequence[TraceFile], *, n_steps: int = 24
 ) -> Sensitivity:
     """Measure the prompts of some traces and keep the results in their folder.
 
@@ -101,7 +101,7 @@ def measure_sensitivity(
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of traces.")],
-    steps: Annotated[int, typer.Option(help="Decode steps per prompt.", min=1)] = 32,
+    steps: Annotated[int, typer.Option(help="Decode steps per prompt.", min=1)] = 24,
     model: Annotated[str | None, typer.Option(help="Hugging Face id or folder; default: the embedded model.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,

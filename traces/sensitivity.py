@@ -66,5 +66,5 @@ class Sensitivity:
             if any(table.shape != units for table in kl.values()):
                 raise ValueError(f"its tables do not have the model's {units[0]} layers x {units[1]} KV heads")
             return cls(values["model"], values["selection"], int(values["n_steps"]), kl)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no sensitivity file ({error}): remove it and measure again.") from error

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 # Strides that allocation chooses among; between two of them it interpolates.
-STRIDES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256])
+STRIDES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096])
 
 
 def loss_by_stride(loss_by_age: np.ndarray, strides: np.ndarray = STRIDES) -> np.ndarray:
@@ -71,7 +71,7 @@ def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> 
         if left <= 0:
             break
     # Sums of segments may exceed 1 by a rounding, which no policy accepts.
-    return np.minimum(allocated, 1)
+    return np.asarray(np.minimum(allocated, 1))
 
 
 def _hull_segments(rates: np.ndarray, loss: np.ndarray) -> list[tuple[int, int]]:

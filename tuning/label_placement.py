@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 
 # Nearest first; to the right of a point before anywhere else.
 _DISTANCES = (9, 18, 30, 44, 60, 80)
@@ -53,8 +52,10 @@ def place_labels(
         raise ValueError("the axes belong to no figure.")
     figure.draw_without_rendering()
     pixels = figure.dpi / 72
-    inside = axes.get_window_extent()
-    taken = [box for line in lines for box in _boxes(axes.transData.transform(line), 5 * pixels)]
+    inside = axes.get_window_extent().get_points()
+    taken = np.concatenate(
+        [np.empty((0, 2, 2)), *(_boxes(axes.transData.transform(line), 5 * pixels) for line in lines)]
+    )
     for label in labels:
         annotation = axes.annotate(
             label.text,
@@ -74,36 +75,37 @@ def place_labels(
         size = np.array([extent.width, extent.height])
         point = axes.transData.transform(label.point)
         choices = list(itertools.product(_DISTANCES, _DIRECTIONS))
-        places = [_place(point, size, distance * pixels, direction) for distance, direction in choices]
-        chosen = int(np.argmin([_cost(place, taken, inside) for place in places]))
-        best = places[chosen]
-        annotation.set_position(tuple((best.get_points().mean(0) - point) / pixels))
+        places = np.array([_place(point, size, distance * pixels, direction) for distance, direction in choices])
+        # What leaves the axes is worse than what covers something.
+        costs = _shared(places, taken).sum(1) + 10 * (size.prod() - _shared(places, inside[None])[:, 0])
+        # Less than a pixel is rounding, and the nearest place is the best of equals.
+        chosen = int(np.argmin(costs.round()))
+        annotation.set_position(tuple((places[chosen].mean(0) - point) / pixels))
         if annotation.arrow_patch is not None:
             annotation.arrow_patch.set_visible(choices[chosen][0] >= _FAR)
-        taken.append(best.padded(2 * pixels))
+        taken = np.append(taken, places[chosen][None] + 2 * pixels * np.array([[-1], [1]]), axis=0)
 
 
-def _place(point: np.ndarray, size: np.ndarray, distance: float, direction: float) -> Bbox:
+def _place(point: np.ndarray, size: np.ndarray, distance: float, direction: float) -> np.ndarray:
+    """Lower left and upper right corner of a text of `size` that keeps a distance from a point."""
     towards = np.array([math.cos(math.radians(direction)), math.sin(math.radians(direction))])
     # Its edge or corner, not its centre, keeps the distance.
     half = np.where(np.abs(towards) > 0.1, np.sign(towards) * size / 2, 0)
     low = point + distance * towards + half - size / 2
-    return Bbox([low, low + size])
+    return np.array([low, low + size])
 
 
-def _cost(place: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
-    covered = sum(_area(Bbox.intersection(place, box)) for box in taken)
-    return covered + 10 * (_area(place) - _area(Bbox.intersection(place, inside)))
+def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Areas `(boxes, others)` that boxes, each `(2, 2)`, share with each of the others."""
+    low = np.maximum(boxes[:, None, 0], others[None, :, 0])
+    high = np.minimum(boxes[:, None, 1], others[None, :, 1])
+    areas: np.ndarray = np.maximum(high - low, 0).prod(-1)
+    return areas
 
 
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else float(box.width * box.height)
-
-
-def _boxes(line: np.ndarray, width: float) -> list[Bbox]:
-    """Boxes along a polyline, short enough to follow it where it is slanted."""
-    steps = max(2, int(np.abs(np.diff(line, axis=0)).sum() / width)) if len(line) > 1 else 2
-    places = np.linspace(0, len(line) - 1, steps)
-    corners = np.arange(len(line))
-    points = np.stack([np.interp(places, corners, line[:, axis]) for axis in (0, 1)], 1)
-    return [Bbox([point - width / 2, point + width / 2]) for point in points]
+def _boxes(line: np.ndarray, width: float) -> np.ndarray:
+    """Boxes `(n, 2, 2)` along a polyline, short enough to follow it where it is slanted."""
+    along = np.append(0, np.hypot(*np.diff(line, axis=0).T).cumsum())
+    places = np.linspace(0, along[-1], 1 + int(along[-1] / width))
+    points = np.stack([np.interp(places, along, line[:, axis]) for axis in (0, 1)], 1)
+    return points[:, None] + width / 2 * np.array([[-1], [1]])

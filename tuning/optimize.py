@@ -29,9 +29,11 @@ from recycler.recording import record_prompts
 from recycler.sensitivity import measure_sensitivity
 from traces import TraceFile, TraceFolder
 from traces.command import run_command
+from tuning.allocation import STRIDES
 from tuning.confirmation import measured
 from tuning.families import FAMILIES, families_named
 from tuning.report import write_report, write_results
+from tuning.result_rows import kl_share
 from tuning.results import FamilyResult, Measured, TuningResult
 from tuning.split import Split, split_by_prompt
 from tuning.study import Candidate, Search, search_family
@@ -59,8 +61,8 @@ def main(
         str | None, typer.Option(help="Optuna storage URL for a shared study; default: a file in the output folder.")
     ] = None,
     k: Annotated[int, typer.Option(help="Tokens of the recycled set, where traces are recorded.")] = 128,
-    context_tokens: Annotated[int, typer.Option(help="Prompt tokens, where traces are recorded.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Decode steps, where traces are recorded.", min=1)] = 96,
+    context_tokens: Annotated[int, typer.Option(help="Prompt tokens, where traces are recorded.")] = 1536,
+    steps: Annotated[int, typer.Option(help="Decode steps, where traces are recorded.", min=2)] = 96,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind, where traces are recorded.", min=2)] = 4,
 ) -> dict[str, Any]:
     """Record, tune every family at the budget, confirm the winners in closed loop, export the best policy."""
@@ -80,11 +82,14 @@ def main(
         )
         files = record_prompts(loaded, prompts, selection, trace_folder, max_age=steps)
     split = split_by_prompt(files)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
     sensitivity = measure_sensitivity(loaded, trace_folder, split.ablate)
     tune = TraceBatch(split.tune)
     data = TuningData(tune, budget, unit_cost(tune, sensitivity))
 
-    out.mkdir(parents=True, exist_ok=True)
     trial_store = storage or JournalStorage(JournalFileBackend(str(out / "study.log")))
     identity = _identity(split, budget, data.unit_cost)
     searches = [
@@ -108,7 +113,8 @@ def main(
     write_results(result, out)
     report = write_report(result, out)
     print_table(result, Console())
-    best, ratio = result.best.measured, result.kl_ratio(result.best.measured)
+    best = result.best.measured
+    ratio = kl_share(result, best)
     return {
         "policy": str(policy_path),
         "family": result.best.family,
@@ -116,7 +122,7 @@ def main(
         "full_share": best.full_share,
         "kl": best.kl.value,
         "kl_fixed_stride": result.baseline.kl.value,
-        "kl_ratio": [ratio.value, ratio.low, ratio.high],
+        "kl_ratio": ratio and [ratio.value, ratio.low, ratio.high],
         "agreement": best.agreement.value,
         "agreement_fixed_stride": result.baseline.agreement.value,
         "recovered_mass": best.recovered_mass,
@@ -131,12 +137,11 @@ def _load(model: str | None, files: Sequence[TraceFile], dtype: str, device: str
     """The model asked for, or that of the traces; they must agree in shape."""
     recorded = files[0].header.model if files else {}
     loaded = load_model(model or recorded.get("id"), dtype=dtype, device=device)
-    units = model_shape(loaded.model, loaded.id).units
-    if files and files[0].header.units != units:
-        raise ValueError(
-            f"the traces are of {recorded['id']} with {files[0].header.units[0]} layers x "
-            f"{files[0].header.units[1]} KV heads, but {loaded.id} has {units[0]} x {units[1]}."
-        )
+    shape = model_shape(loaded.model, loaded.id)
+    if files:
+        traced = ModelShape(**{field.name: recorded[field.name] for field in dataclasses.fields(ModelShape)})
+        if dataclasses.replace(shape, id=traced.id) != traced:
+            raise ValueError(f"the traces are of {traced}, but {shape} is of another shape.")
     return loaded
 
 
@@ -217,7 +222,8 @@ def _references(data: TuningData, best_family: str, winner: Candidate) -> dict[s
         if budget > 1:
             continue
         policies[f"fixed stride {1 / budget:g}"] = FixedStride(1 / budget)
-        if best_family != "fixed_stride":
+        # Below the longest stride there is nothing to allocate.
+        if best_family != "fixed_stride" and budget >= 1 / STRIDES[-1]:
             at_budget = dataclasses.replace(data, budget=budget)
             policy = FAMILIES[best_family].suggest(FixedTrial(winner.parameters), at_budget)
             policies[f"{best_family} at {budget:g}"] = policy
@@ -226,7 +232,7 @@ def _references(data: TuningData, best_family: str, winner: Candidate) -> dict[s
 
 def _policy_file(result: TuningResult, split: Split, seed: int) -> PolicyFile:
     best = result.best
-    ratio = result.kl_ratio(best.measured)
+    ratio = kl_share(result, best.measured)
     return PolicyFile(
         policy=best.measured.policy,
         selection=result.selection,
@@ -246,7 +252,7 @@ def _policy_file(result: TuningResult, split: Split, seed: int) -> PolicyFile:
                 "steps": result.n_steps,
                 "full_share": best.measured.full_share,
                 "kl": dataclasses.asdict(best.measured.kl),
-                "kl_share_of_fixed_stride": dataclasses.asdict(ratio),
+                "kl_share_of_fixed_stride": ratio and dataclasses.asdict(ratio),
                 "agreement": dataclasses.asdict(best.measured.agreement),
             },
             "versions": dict(result.versions),

@@ -110,6 +110,9 @@ def draw_search(result: TuningResult) -> Figure:
     panels = np.ravel(figure.subplots(n_rows, columns, sharey=True, squeeze=False))
     losses = np.concatenate([family.trials[:, 1] for family in result.families])
     losses = losses[np.isfinite(losses) & (losses > 0)]
+    # Panels share their axis, and one without a positive loss has no place on a logarithmic one.
+    all_positive = all((family.trials[:, 1] > 0).any() for family in result.families)
+    logarithmic = losses.size > 0 and all_positive and losses.max() > 10 * losses.min()
     for number, (panel, family) in enumerate(zip(panels, result.families, strict=False)):
         role = Role.FAMILY if number else Role.EXPORTED
         loss = family.trials[:, 1]
@@ -124,8 +127,9 @@ def draw_search(result: TuningResult) -> Figure:
         )
         panel.plot(trial, loss, "o", color=style.GREY, markersize=4, alpha=0.7, mew=0, label="a trial")
         panel.step(trial, np.fmin.accumulate(loss), where="post", color=_COLOURS[role], label="best so far")
+        panel.set_xlim(0, len(loss) + 1)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        if losses.size and losses.max() > 10 * losses.min():
+        if logarithmic:
             panel.set_yscale("log")
     for panel in panels[n:]:
         panel.set_axis_off()
@@ -179,7 +183,9 @@ def _draw_ranking(axes: Axes, rows: Sequence[ResultRow], result: TuningResult) -
         named = row.role in (Role.EXPORTED, Role.BASELINE)
         names.append(f"{row.label}\n({row.role})" if named else row.label)
         if row.kl_share is not None and row.role is not Role.BASELINE:
-            share = f"{whole_percent(row.kl_share.value)}\n[{interval(row.kl_share, whole_percent, ', ')}]"
+            share = whole_percent(row.kl_share.value)
+            if row.kl_share.high > row.kl_share.low:
+                share += f"\n[{interval(row.kl_share, whole_percent, ', ')}]"
             axes.text(1.02, place, share, transform=axes.get_yaxis_transform(), color=colour, fontsize=10, va="center")
     axes.set_yticks(range(len(rows)), names)
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):

@@ -36,19 +36,18 @@ def _make_model(
         num_attention_heads=query_heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=256,
-        # Large enough for attention with peaks and for tokens that vary.
-        initializer_range=0.3,
+        initializer_range=0.3,  # Attention has peaks, and tokens vary.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
         **more,
     )
     torch.manual_seed(sum(family.encode()))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    model = model.to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).to(dtype)
     # The padding token gets an embedding too: a model may write it, and without one its queries have no direction.
-    model.get_input_embeddings().weight.data[0] = -model.get_input_embeddings().weight.data[1]
-    return model
+    embeddings = model.get_input_embeddings().weight.data
+    embeddings[0] = -embeddings[1]
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -71,17 +70,14 @@ def _make_tokens(n_tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def make_tokens() -> Callable[..., torch.Tensor]:
-    """Makes random tokens, int64 `(rows, n_tokens)`, none of them the padding."""
+    """Makes random tokens `(rows, n_tokens)`, none of them the padding."""
     return _make_tokens
 
 
 class PlainSet:
     """The recycled set of one unit as a dictionary from place to score.
 
-    Args:
-        weights: `(group, end)`, attention of the query heads to the cache.
-        selection: How the set is chosen.
-        start: Place of the first token.
+    `weights` are `(group, end)`, the attention of the query heads to the cache, whose first token is at `start`.
     """
 
     def __init__(self, weights: np.ndarray, selection: Selection, start: int = 0) -> None:

@@ -96,8 +96,12 @@ def test_reasons_tell_who_overruled_the_policy(receipt_of: Callable[..., Receipt
     assert both.full_steps[0, 0] == 2
     # Forced at steps 3 and 7; so, when the budget would allow its first step, 9, the bucket is overdrawn.
     assert {reason: units[0, 0] for reason, units in both.reasons.items()} == {"budget": 10, "max_age": 2}
-    assert "max_age forced a full step in 20.0% of unit-steps" in printed(both)
+    assert "max_age asked for a full step in 20.0% of unit-steps" in printed(both)
     assert "budget denied a full step in 100.0% of unit-steps" in printed(both)
+    # Asked for at steps 1 to 9, and granted at the last only.
+    capped = receipt_of(BudgetConstrained(MaxAge(NeverFull(), 2), 0.1), 10)
+    assert capped.full_steps[0, 0] == 1
+    assert {reason: units[0, 0] for reason, units in capped.reasons.items()} == {"budget": 8, "max_age": 9}
 
 
 def test_receipt_is_a_copy(make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]) -> None:

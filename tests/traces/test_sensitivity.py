@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from traces import TraceFolder
 from traces.sensitivity import FILE_NAME, FORMAT, Sensitivity
 
 MODEL = {"id": "tiny", "layers": 2, "kv_heads": 3, "query_heads": 6, "head_dim": 8, "dtype": "float32"}
@@ -104,8 +105,6 @@ def test_a_table_of_another_shape_is_named_as_the_reason(tmp_path: Path) -> None
 
 
 def test_it_is_no_trace_to_a_folder_of_traces(tmp_path: Path) -> None:
-    from traces import TraceFolder
-
     ONE.write(tmp_path)
     with pytest.raises(ValueError, match="holds no traces"):
         TraceFolder(tmp_path)

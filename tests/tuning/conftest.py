@@ -1,4 +1,4 @@
-"""A tuning result such as the default run gives, but invented."""
+"""A tuning result such as the default run gives, but invented; and random traces."""
 
 from __future__ import annotations
 

@@ -71,9 +71,9 @@ def test_the_same_seed_gives_the_same_interval(values: np.ndarray, reference: np
 
 
 def test_bootstrapping_leaves_numpy_s_global_generator_alone(values: np.ndarray) -> None:
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    before = np.random.get_state()[1].copy()
     bootstrap(values)
-    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
 def test_an_estimate_reads_as_value_and_interval() -> None:
