@@ -62,7 +62,7 @@ def main(
     ] = None,
     k: Annotated[int, typer.Option(help="Tokens of the recycled set, where traces are recorded.")] = 128,
     context_tokens: Annotated[int, typer.Option(help="Prompt tokens, where traces are recorded.")] = 1536,
-    steps: Annotated[int, typer.Option(help="Decode steps, where traces are recorded.", min=2)] = 96,
+    steps: Annotated[int, typer.Option(help="Decode steps, where traces are recorded.", min=2)] = 64,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind, where traces are recorded.", min=2)] = 4,
 ) -> dict[str, Any]:
     """Record, tune every family at the budget, confirm the winners in closed loop, export the best policy."""

@@ -50,8 +50,9 @@ POLICIES = [
         Selection(8, sinks=2, window=3, pool_forward=2),
         Selection(6, sinks=0, window=0, pool_backward=1, group="mean", ranking="updated"),
         Selection(3, sinks=1, window=2, ranking="updated"),
+        Selection(20, sinks=2, window=3),
     ],
-    ids=["window", "bare", "tiny"],
+    ids=["window", "bare", "tiny", "not full at first"],
 )
 def test_policies_are_shown_what_a_plain_decoder_measures(
     make_model: Callable[..., PreTrainedModel],

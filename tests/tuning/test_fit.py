@@ -113,19 +113,33 @@ def test_the_scaler_is_folded_into_the_weights(traces: TraceBatch, monkeypatch: 
     assert seen["model"].C == 0.3
 
 
-def test_samples_are_steps_that_a_replay_could_meet(make_trace: MakeTrace, monkeypatch: pytest.MonkeyPatch) -> None:
-    # More ages than steps: those that no step could have are NaN, and a model of NaN cannot be fitted.
-    traces = TraceBatch([make_trace(name, n_steps=8, max_age=20, seed=seed) for seed, name in enumerate("ab")])
-    ages: list[np.ndarray] = []
+@pytest.fixture
+def columns(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """The features of the samples, raw, one table per fit."""
+    seen: list[np.ndarray] = []
 
     class Scaler(StandardScaler):
         def fit(self, X: np.ndarray) -> Scaler:
-            ages.append(X[:, 0])
+            seen.append(X)
             return super().fit(X)
 
     monkeypatch.setattr("tuning.fit.StandardScaler", Scaler)
+    return seen
+
+
+def test_samples_are_steps_that_a_replay_could_meet(make_trace: MakeTrace, columns: list[np.ndarray]) -> None:
+    # More ages than steps: those that no step could have are NaN, and a model of NaN cannot be fitted.
+    traces = TraceBatch([make_trace(name, n_steps=8, max_age=20, seed=seed) for seed, name in enumerate("ab")])
     fit_logistic(traces, EVEN, 0.2, features=tuple(FEATURES), n_samples=3000)
-    assert sorted(set(ages[0])) == list(range(1, 9))
+    assert sorted(set(columns[0][:, 0])) == list(range(1, 9))
+
+
+def test_the_set_of_the_prompt_replaced_none(make_trace: MakeTrace, columns: list[np.ndarray]) -> None:
+    # One step has no other set; where there are two, the second may use the set of the first.
+    for n_steps, churns in ((1, {0.0}), (2, {0.0, 0.75})):
+        traces = TraceBatch([make_trace(n_steps=n_steps, overlap=np.float32(0.25))])
+        fit_logistic(traces, EVEN, 0.2, features=("refresh_churn",), n_samples=500)
+        assert set(columns[-1].ravel()) == churns
 
 
 def test_the_same_seed_gives_the_same_policy_and_another_seed_another(traces: TraceBatch) -> None:
