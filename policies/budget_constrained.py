@@ -19,10 +19,10 @@ _ROUNDING = 1e-12
 class BudgetConstrained(StepPolicy):
     """Do what `policy` wants as far as each unit's account allows.
 
-    After n steps a unit has run full at most `budget * n + burst` times, for every n. Accounts are per unit and per row,
-    so no unit waits for another, and in total full unit-steps stay below mean(budget) x unit-steps + sum(burst). The
-    guarantee covers decode steps; prefill always runs full and does not count. What a unit saves it may spend later,
-    all at once. The guarantee is that of the outermost policy: wrap this one in nothing.
+    After n steps a unit has run full at most `budget * n + burst` times, for every n. Accounts are per unit and per
+    row, so no unit waits for another, and in total full unit-steps stay below mean(budget) x unit-steps + sum(burst).
+    The guarantee covers decode steps; prefill always runs full and does not count. What a unit saves it may spend
+    later, all at once. The guarantee is that of the outermost policy: wrap this one in nothing.
 
     Attributes:
         policy: Who asks for full steps.

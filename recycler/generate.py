@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,8 +67,8 @@ def main(
         "tokens_per_s": _rounded(recycled_run.tokens_per_s),
         "prefill_tokens": len(tokens),
         "prefill_s": round(recycled_run.prefill_s, 3),
-        "full_share": _plain(applied["full_share"]),
-        "read_share": _plain(applied["read_share"]),
+        "full_share": applied["full_share"],
+        "read_share": applied["read_share"],
         "engine": applied["engine"],
         "reasons": applied["reasons"],
         "model": loaded.id,
@@ -126,11 +125,6 @@ def _compared(recycled_run: Generation, full_run: Generation) -> dict[str, Any]:
 
 def _rounded(per_second: float | None) -> float | None:
     return None if per_second is None else round(per_second, 2)
-
-
-def _plain(share: float) -> float | None:
-    """JSON has no NaN: the share of no steps is null."""
-    return None if math.isnan(share) else share
 
 
 if __name__ == "__main__":

@@ -54,13 +54,14 @@ class Receipt:
         return int(self.tokens_read.sum()) / dense if dense else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        """Totals, plain numbers."""
+        """Totals, plain numbers; a share of no steps is None, because JSON has no NaN."""
+        decoded = self.n_steps > 0
         return {
             "engine": self.engine,
             "n_steps": self.n_steps,
             "n_rows": self.n_rows,
-            "full_share": self.full_share,
-            "read_share": self.read_share,
+            "full_share": self.full_share if decoded else None,
+            "read_share": self.read_share if decoded else None,
             "reasons": {reason: int(units.sum()) for reason, units in self.reasons.items()},
         }
 

@@ -9,6 +9,8 @@ import numpy as np
 # Strides that allocation chooses among; between two of them it interpolates.
 STRIDES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096])
 
+_ROUNDING = 1e-12
+
 
 def loss_by_stride(loss_by_age: np.ndarray, strides: np.ndarray = STRIDES) -> np.ndarray:
     """Mean loss per step of refreshing every S steps, from the mean loss at each age.
@@ -70,8 +72,8 @@ def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> 
         left -= bought
         if left <= 0:
             break
-    # Sums of segments may exceed 1 by a rounding, which no policy accepts.
-    return np.asarray(np.minimum(allocated, 1))
+    # Sums of segments miss 1 by a rounding: above it no policy accepts them, below it a unit would be denied a step.
+    return np.where(allocated > 1 - _ROUNDING, 1.0, allocated)
 
 
 def _hull_segments(rates: np.ndarray, loss: np.ndarray) -> list[tuple[int, int]]:

@@ -271,10 +271,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_a_policy_for_another_shape_is_refused_with_both(
     run: Run, write_policy: WritePolicy, loaded: LoadedModel
 ) -> None:
-    path = write_policy(FixedStride(((2.0,), (3.0,), (4.0,))), ModelShape(loaded.id, 3, 1, 4, 8))
-    code, out, err = run("--policy", path, "--prompt", TEXT, "--max-new-tokens", "3")
-    assert (code, out) == (2, "")
-    assert err == (f"error: the policy is for 3 layers x 1 KV heads, but {loaded.id} has 2 layers x 2 KV heads.\n")
+    # One with per-unit numbers, and one that would run on any model but was tuned on another.
+    for policy in (FixedStride(((2.0,), (3.0,), (4.0,))), FixedStride(2)):
+        path = write_policy(policy, ModelShape(loaded.id, 3, 1, 4, 8))
+        code, out, err = run("--policy", path, "--prompt", TEXT, "--max-new-tokens", "3")
+        assert (code, out) == (2, "")
+        assert err == (
+            f"error: the policy was tuned on {loaded.id} (3 layers x 1 KV heads, 4 query heads of 8), "
+            f"but {loaded.id} (2 layers x 2 KV heads, 4 query heads of 8) is of another shape.\n"
+        )
 
 
 def test_no_prompt_at_a_terminal_is_refused(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from policies import AlwaysFull, BudgetConstrained, CosineThreshold, FixedStride, NeverFull, Selection
+from policies import AlwaysFull, BudgetConstrained, CosineThreshold, FixedStride, NeverFull, Selection, StepSignals
 from recycler import LoadedModel, Session, default_prompts, load_model, recycled
 from recycler.closed_loop import run_closed_loop
 
@@ -74,6 +78,45 @@ def test_two_generations_in_a_row_are_equal_and_leave_the_model_as_it_was(
     with recycled(loaded.model, policy, Selection(64)) as session:
         third = run(session)
     assert first == second == third
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert set(loaded.model.__dict__) == attributes
+    assert generate() == stock
+
+
+def test_a_fresh_process_generates_the_same_tokens(loaded: LoadedModel, generate: Callable[[], list[int]]) -> None:
+    source = f"""
+import torch
+from policies import FixedStride, Selection
+from recycler import default_prompts, load_model, recycled
+torch.set_num_threads({torch.get_num_threads()})
+loaded = load_model(None)
+text = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens={CONTEXT_TOKENS}, n_steps=8, kinds=["technical"])
+prompt = torch.as_tensor(text[0].tokens[:{CONTEXT_TOKENS}].astype("int64"))[None]
+with recycled(loaded.model, FixedStride(4), Selection(64)):
+    tokens = loaded.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens={N_NEW}, min_new_tokens={N_NEW}, do_sample=False
+    )
+print(tokens[0, {CONTEXT_TOKENS}:].tolist())
+"""
+    with recycled(loaded.model, FixedStride(4), Selection(64)):
+        generate()
+        here = generate()
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == here
+
+
+def test_an_exception_while_decoding_leaves_the_model_as_it_was(
+    loaded: LoadedModel, generate: Callable[[], list[int]]
+) -> None:
+    stock, attributes = generate(), set(loaded.model.__dict__)
+
+    @dataclass(frozen=True)
+    class Fails(AlwaysFull):
+        def decide(self, signals: StepSignals) -> Tensor:
+            raise RuntimeError("no decision")
+
+    with pytest.raises(RuntimeError, match="no decision"), recycled(loaded.model, Fails(), Selection(64)):
+        generate()
     assert loaded.model.config._attn_implementation == "sdpa"
     assert set(loaded.model.__dict__) == attributes
     assert generate() == stock

@@ -140,6 +140,14 @@ def test_a_budget_of_one_is_used(data_at: Callable[..., TuningData], name: str) 
     assert replay_policy(data.traces, policy).full_share > 0.95
 
 
+@pytest.mark.parametrize("name", ["cosine_profile", "logistic_profile"])
+def test_a_unit_that_may_always_run_full_needs_no_reason_to(data_at: Callable[..., TuningData], name: str) -> None:
+    data = data_at(1.0)
+    parameters, _ = suggested(name, data)
+    policy = FAMILIES[name].suggest(FixedTrial(parameters | {"asked": 0.5}), data)
+    assert replay_policy(data.traces, policy).full_share == 1
+
+
 @every_family
 @pytest.mark.parametrize("budget", [0.1, 0.5])
 def test_a_policy_is_better_than_none(data_at: Callable[..., TuningData], name: str, budget: float) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,17 @@ def test_the_policy_runs_within_its_budget(first: Run, out: Path, model: Path) -
     assert receipt.n_steps == 59
     assert 0 < receipt.full_share <= BUDGET
     assert (receipt.full_steps <= np.asarray(policy_file.policy.budget) * 59 + 1e-6).all()
+
+
+def test_of_several_candidates_the_one_that_does_best_in_closed_loop_wins(
+    first: Run, out: Path, copied: Path, model: Path, optimize: Callable[..., Run], sizes: tuple[str, ...]
+) -> None:
+    def tuning_kl(folder: Path) -> np.ndarray:
+        families = json.loads((folder / "results.json").read_text())["families"]
+        return np.array([kl for _, kl in sorted((family["family"], family["tuning_kl"]) for family in families)])
+
+    run = optimize("--model", model, "--out", copied, "--budget", BUDGET, *sizes, "--candidates", 1)
+    assert run.code == 0, run.err
+    best_of_two, best_in_replay = tuning_kl(out), tuning_kl(copied)
+    assert (best_of_two <= best_in_replay * (1 + 1e-4)).all()
+    assert (best_of_two < best_in_replay * (1 - 1e-4)).any()
