@@ -26,6 +26,9 @@ from traces import Trace, TraceHeader
 # ranks (twice as wide) and their copy, set masks.
 _ARRAYS_PER_HEAD = 9
 
+# Most memory of a block on CPU: beyond it every temporary is mapped and cleared by the system anew.
+_CPU_BLOCK_MIB = 256
+
 
 def record_trace(
     model: PreTrainedModel,
@@ -149,7 +152,10 @@ def heads_at_once(model: PreTrainedModel, prompt: Prompt, memory_mib: int) -> in
             f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB "
             f"for one KV head, more than the {memory_mib} MiB allowed: raise --memory-mib or record fewer steps."
         )
-    return int(min(shape.kv_heads, memory_mib * 2**20 // head_bytes))
+    if model.device.type == "cpu":
+        # Larger blocks fit, and are slower: 1.8 against 1.5 times the prefill at 512 steps of 4,608 tokens.
+        memory_mib = min(memory_mib, _CPU_BLOCK_MIB)
+    return int(max(1, min(shape.kv_heads, memory_mib * 2**20 // head_bytes)))
 
 
 def versions() -> dict[str, str]:
@@ -182,8 +188,11 @@ def _record_heads(
     """
     rows, tokens = query.shape[2], key.shape[1]
     row_end = first + 1 + torch.arange(rows, device=query.device)[:, None]
-    causal = torch.arange(tokens, device=query.device) < row_end
-    weights = probabilities(query @ key[:, None].transpose(-1, -2) * scaling, causal)
+    logits = (query @ key[:, None].transpose(-1, -2)).mul_(scaling)
+    # What comes before row 0 is visible to all rows.
+    logits[..., first:].masked_fill_(torch.arange(first, tokens, device=query.device) >= row_end, float("-inf"))
+    weights = probabilities(logits, None)
+    del logits
     chosen = select(token_scores(weights.transpose(1, 2), selection), selection, 0, row_end)
     left = evictions(chosen, weights, first, max_age)
     mean_weights = weights.mean(1)

@@ -117,4 +117,5 @@ def select(scores: Tensor, selection: Selection, start: Tensor | int, end: Tenso
 
 def ranks(scores: Tensor, positions: Tensor) -> Tensor:
     """int64 order of (score, position): the bits of a float that is not negative sort as the float does."""
-    return (scores.view(torch.int32).to(torch.int64) << 32) | positions.clamp(min=0)
+    bits = scores.view(torch.int32).to(torch.int64)
+    return bits.bitwise_left_shift_(32).bitwise_or_(positions.clamp(min=0))
