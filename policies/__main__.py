@@ -1,7 +1,7 @@
-"""`python -m policies` prints the JSON Schema of policy files."""
+"""`python -m policies` prints the JSON Schema of policy files, as one line."""
 
 import json
 
 from policies.schema import policy_file_schema
 
-print(json.dumps(policy_file_schema(), indent=1))
+print(json.dumps(policy_file_schema()))

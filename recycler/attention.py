@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recycler.recycled_set import RecycledSet
-from recycler.units import UnitIndex
+from recycler.recycled_set import RecycledSet, UnitIndex
 
 
 @dataclass(frozen=True)

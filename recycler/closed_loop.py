@@ -113,11 +113,7 @@ class _Loop:
             grouped = query[:, :, 0].unflatten(1, (self.kv_heads, -1))
             full = units.decide(self.policy, grouped)
             attended = attend_by_mask(grouped, keys, values, full, units.recycled, kwargs["scaling"])
-            if attended.full[0].numel():
-                units.refresh(attended.full, attended.full_probabilities)
-            if attended.recycled[0].numel():
-                units.rescore(attended.recycled, attended.set_probabilities)
-            units.advance(full)
+            units.settle(full, attended)
             self.full[layer] = full
             return attended.output.flatten(1, 2)[:, None], None
 

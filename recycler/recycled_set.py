@@ -10,6 +10,9 @@ from torch.nn.functional import max_pool1d, pad
 
 from policies import GroupPooling, Selection
 
+# Row and KV head of each of some units, as indices.
+UnitIndex = tuple[Tensor, ...]
+
 # Rank of a token that must stay, above that of any score.
 STAYS = torch.iinfo(torch.int64).max
 # Rank of an empty slot, below that of any score.

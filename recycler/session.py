@@ -129,11 +129,7 @@ class Session:
         full = units.decide(self._policy, grouped, reasons)
         attended = attend_by_index(grouped, key, value, visible, full, units.recycled, scaling)
         self._count(layer, full, units, key.shape[2], visible, reasons)
-        if attended.full[0].numel():
-            units.refresh(attended.full, attended.full_probabilities)
-        if attended.recycled[0].numel():
-            units.rescore(attended.recycled, attended.set_probabilities)
-        units.advance(full)
+        units.settle(full, attended)
         if not attended.recycled[0].numel():
             # The very numbers of the stock function, so that always full is the stock decoder.
             return stock_output()

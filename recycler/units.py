@@ -9,17 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from policies import Ranking, Schedule, Selection, StepPolicy
-from recycler.recycled_set import RecycledSet, group_scores, select, token_scores
-
-# Row and KV head of each of some units, as indices.
-UnitIndex = tuple[Tensor, ...]
+from recycler.attention import UnitAttention
+from recycler.recycled_set import RecycledSet, UnitIndex, group_scores, select, token_scores
 
 
 class LayerUnits:
     """State of all `(rows, kv_heads)` units of a layer, from the end of prefill on.
 
-    A decode step is `decide`, attention by whoever holds the cache, `refresh` of the units that ran full, `rescore` of
-    those that did not, and `advance`.
+    A decode step is `decide`, attention by whoever holds the cache, and `settle`.
 
     Args:
         layer: Index of the layer.
@@ -73,6 +70,19 @@ class LayerUnits:
         self.recycled.admit(self._end, self._start)
         self._end += 1
         return full
+
+    def settle(self, full: Tensor, attended: UnitAttention) -> None:
+        """End a step: new sets for the units that ran full, new ranks for those that did not where they are kept.
+
+        Args:
+            full: What `decide` returned.
+            attended: What attention left behind.
+        """
+        if attended.full[0].numel():
+            self.refresh(attended.full, attended.full_probabilities)
+        if attended.recycled[0].numel():
+            self.rescore(attended.recycled, attended.set_probabilities)
+        self.advance(full)
 
     def refresh(self, units: UnitIndex, probabilities: Tensor) -> None:
         """Choose new sets for units that ran full.

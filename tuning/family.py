@@ -29,13 +29,8 @@ class Family(ABC):
         """Build the policy of a trial; the same parameters and data give the same policy."""
 
 
-def within_budget(policy: StepPolicy, budget: float) -> BudgetConstrained:
-    """Give every unit the same bucket."""
-    return BudgetConstrained(policy, budget)
-
-
 def within_rates(policy: StepPolicy, rates: np.ndarray) -> BudgetConstrained:
-    """Give each unit a bucket of its own rate, `(layers, kv_heads)`."""
+    """Give each unit an account of its own rate, `(layers, kv_heads)`."""
     return BudgetConstrained(policy, rates.tolist())
 
 

@@ -16,7 +16,7 @@ from tuning.tuning_data import TuningData
 class SharedCosine(Family):
     """One threshold for all units, who divide the budget as the threshold itself divides it.
 
-    Buckets are what each unit runs full in replay when all together run full as often as the budget allows; the
+    Accounts are what each unit runs full in replay when all together run full as often as the budget allows; the
     threshold then asks for `asked` times that.
     """
 
@@ -36,7 +36,7 @@ class SharedCosine(Family):
 
 
 class CosineProfile(Family):
-    """A bucket for each unit by what refreshing it is worth, and a threshold that asks for `asked` times that."""
+    """An account for each unit by what refreshing it is worth, and a threshold that asks for `asked` times that."""
 
     name: ClassVar[str] = "cosine_profile"
 

@@ -37,7 +37,7 @@ class SharedLogistic(Family):
 
 
 class LogisticProfile(Family):
-    """A bucket for each unit by what refreshing it is worth, and an intercept that asks for `asked` times that."""
+    """An account for each unit by what refreshing it is worth, and an intercept that asks for `asked` times that."""
 
     name: ClassVar[str] = "logistic_profile"
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 import optuna
 
-from policies import FixedStride, StepPolicy
-from tuning.family import Family, staggered, within_budget, within_rates
+from policies import BudgetConstrained, FixedStride, StepPolicy
+from tuning.family import Family, staggered, within_rates
 from tuning.tuning_data import TuningData
 
 
@@ -22,7 +22,7 @@ class SharedStride(Family):
         stride = 1 / data.budget
         step_apart = trial.suggest_int("phase_between_units", 0, max(math.ceil(stride) - 1, 0))
         phases = np.arange(math.prod(data.traces.units)) * step_apart % stride
-        return within_budget(FixedStride(stride, phases.reshape(data.traces.units).tolist()), data.budget)
+        return BudgetConstrained(FixedStride(stride, phases.reshape(data.traces.units).tolist()), data.budget)
 
 
 class StrideProfile(Family):
