@@ -10,6 +10,7 @@ from policies.learned_logistic import LearnedLogistic
 from policies.max_age import MaxAge
 from policies.per_unit import PerUnit, as_per_unit
 from policies.policy_file import ModelShape, PolicyFile, check_fits
+from policies.program import SIGNALS, NotAProgram, Op, PolicyProgram, policy_program
 from policies.registry import known_kinds, policy_class
 from policies.schedule import Schedule
 from policies.selection import GroupPooling, Ranking, Selection
@@ -27,10 +28,14 @@ __all__ = [
     "GroupPooling",
     "LearnedLogistic",
     "MaxAge",
+    "SIGNALS",
     "ModelShape",
     "NeverFull",
+    "NotAProgram",
+    "Op",
     "PerUnit",
     "PolicyFile",
+    "PolicyProgram",
     "Ranking",
     "Schedule",
     "Selection",
@@ -40,6 +45,7 @@ __all__ = [
     "check_fits",
     "known_kinds",
     "policy_class",
+    "policy_program",
     "policy_from_json",
     "policy_to_json",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.arrays import Array, where
+from policies.per_unit import PerUnit
 from policies.signals import StepSignals
 
 
@@ -18,6 +19,7 @@ class Schedule:
     def __init__(self, zeros: Array, refresh_mass: Array | None = None, layer: int | None = None) -> None:
         self._unmeasured = zeros + float("nan")
         self._layer = layer
+        self.tables: dict[tuple[int, int | None], tuple[PerUnit, Array]] = {}
         self.step = zeros
         self.age = zeros + 1
         self.n_full = zeros
@@ -41,6 +43,7 @@ class Schedule:
             refresh_overlap=self.refresh_overlap,
             layer=self._layer,
             reasons=reasons,
+            tables=self.tables,
         )
 
     def advance(self, full: Array, refresh_mass: Array | None = None, refresh_overlap: Array | None = None) -> None:

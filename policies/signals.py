@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from policies.arrays import Array, like
 from policies.per_unit import PerUnit
 
 # Signals that cost a measurement; `StepPolicy.needs` names those that a policy reads.
 MEASURED_SIGNALS = frozenset({"query_similarity", "step_similarity", "refresh_mass", "refresh_overlap"})
+
+# Arrays kept at most; only a policy that makes its parameters anew at every step gets there.
+_MOST_TABLES = 4096
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class StepSignals:
             NaN until the unit's first full step after prefill.
         layer: Layer that the arrays belong to, or None when a layer axis is among them.
         reasons: Where `because` notes what a wrapper overruled, or None when nobody asks.
+        tables: Where `per_unit` keeps the arrays that it made, for the next step of the same schedule; None to make them
+            anew.
     """
 
     step: Array
@@ -42,6 +48,7 @@ class StepSignals:
     refresh_overlap: Array
     layer: int | None = None
     reasons: dict[str, Array] | None = None
+    tables: dict[tuple[int, int | None], tuple[PerUnit, Array]] | None = None
 
     def per_unit(self, parameter: PerUnit) -> Array:
         """Bring a policy's parameter to the units at hand.
@@ -51,6 +58,18 @@ class StepSignals:
         """
         if isinstance(parameter, (int, float)):
             return parameter
+        if self.tables is None or not isinstance(parameter, tuple):
+            return self._array(parameter)
+        key = id(parameter), self.layer
+        kept = self.tables.get(key)
+        if kept is None:
+            if len(self.tables) >= _MOST_TABLES:
+                self.tables.clear()
+            # The parameter is kept too, so that no other object gets its id.
+            kept = self.tables[key] = parameter, self._array(parameter)
+        return kept[1]
+
+    def _array(self, parameter: Any) -> Array:
         return like(parameter if self.layer is None else parameter[self.layer], self.age)
 
     def because(self, reason: str, units: Array) -> None:

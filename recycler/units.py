@@ -50,6 +50,16 @@ class LayerUnits:
         self._refresh_overlap = zeros + float("nan")
         self._put_off: tuple[UnitIndex, Tensor] | None = None
 
+    @property
+    def full_query(self) -> Tensor:
+        """Mean query of each group at the unit's last full step, `(rows, kv_heads, head_dim)`."""
+        return self._full_query
+
+    @property
+    def last_query(self) -> Tensor:
+        """The same at the last step."""
+        return self._last_query
+
     def decide(self, policy: StepPolicy, query: Tensor, reasons: dict[str, Tensor] | None = None) -> Tensor:
         """Ask the policy, then take the newest token into every set; bool `(rows, kv_heads)`, True = full.
 

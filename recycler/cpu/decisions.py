@@ -1,0 +1,142 @@
+"""Who asks the policy at a step: before it, at every layer, or through the policy's program."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+
+from policies import NotAProgram, Schedule, StepPolicy, StepSignals, policy_program
+from recycler.cpu.arrays import Array, Signals
+from recycler.cpu.decide import SCHEDULE_SIGNALS, Program, as_program, run_program
+from recycler.per_row import PerRow
+
+# Signals that the query of the step itself makes: a policy without them can decide for all layers beforehand.
+_OF_THE_QUERY = frozenset({"query_similarity", "step_similarity"})
+
+
+class Decisions(ABC):
+    """A policy's decisions at one step after the other.
+
+    Attributes:
+        full: bool `(layers, rows, kv_heads)`: decisions of the step so far. Layers come first, so that a kernel gets
+            those of its layer in one piece.
+    """
+
+    full: Array
+
+    @property
+    @abstractmethod
+    def reasons(self) -> Mapping[str, Array]:
+        """What wrappers overruled at this step, bool `(layers, rows, kv_heads)`, by reason."""
+
+    @abstractmethod
+    def begin_step(self, schedule: Schedule) -> None:
+        """Get ready for a step; `schedule` is over `(rows, layers, kv_heads)`."""
+
+    @abstractmethod
+    def decide(self, layer: int, signals: Signals) -> None:
+        """Decide for a layer, given what was measured there."""
+
+
+def decisions(policy: StepPolicy, shape: tuple[int, int, int]) -> Decisions:
+    """The fastest way to ask a policy; `shape` is `(layers, rows, kv_heads)`."""
+    if policy.needs.isdisjoint(_OF_THE_QUERY):
+        return DecisionsAhead(policy, shape)
+    try:
+        return DecisionsByProgram(policy, shape)
+    except NotAProgram:
+        return DecisionsByLayer(policy, shape)
+
+
+class DecisionsAhead(Decisions):
+    """For policies that read nothing of the step's query: one call for all layers, before the first."""
+
+    def __init__(self, policy: StepPolicy, shape: tuple[int, int, int]) -> None:
+        self.full = np.zeros(shape, dtype=bool)
+        self._policy = policy
+        self._noted: dict[str, Array] = {}
+
+    @property
+    def reasons(self) -> Mapping[str, Array]:
+        shape = np.moveaxis(self.full, 0, 1).shape
+        return {reason: np.moveaxis(np.broadcast_to(noted, shape), 1, 0) for reason, noted in self._noted.items()}
+
+    def begin_step(self, schedule: Schedule) -> None:
+        self._noted = {}
+        full = self._policy.decide(schedule.signals(reasons=self._noted))
+        np.moveaxis(self.full, 0, 1)[...] = full
+
+    def decide(self, layer: int, signals: Signals) -> None:
+        pass
+
+
+class DecisionsByProgram(Decisions):
+    """A kernel runs the policy's program: no Python between the queries and the attention.
+
+    Raises:
+        NotAProgram: If the policy has none.
+    """
+
+    def __init__(self, policy: StepPolicy, shape: tuple[int, int, int]) -> None:
+        rows = shape[1]
+        # Rows with policies of their own have programs of their own; the reasons of those have no common names.
+        each = policy.rows if isinstance(policy, PerRow) else (policy,)
+        programs = [policy_program(one) for one in each]
+        self._names = () if isinstance(policy, PerRow) else tuple(programs[0].reasons)
+        n_results = 1 + max(len(program.reasons) for program in programs)
+        self._results = np.zeros((n_results, *shape), dtype=bool)
+        self._programs: list[tuple[Program, int, int]] = [
+            (as_program(program), row, row + 1 if len(each) > 1 else rows) for row, program in enumerate(programs)
+        ]
+        self.full = self._results[0]
+        self._state = np.zeros(0)
+
+    @property
+    def reasons(self) -> Mapping[str, Array]:
+        return dict(zip(self._names, self._results[1:], strict=False))
+
+    def begin_step(self, schedule: Schedule) -> None:
+        signals = schedule.signals()
+        self._state = np.stack([getattr(signals, name) for name in SCHEDULE_SIGNALS])
+
+    def decide(self, layer: int, signals: Signals) -> None:
+        for program, first_row, last_row in self._programs:
+            run_program(program, layer, first_row, last_row, self._state, signals, self._results)
+
+
+class DecisionsByLayer(Decisions):
+    """For policies of any make: one call per layer, on NumPy."""
+
+    def __init__(self, policy: StepPolicy, shape: tuple[int, int, int]) -> None:
+        self.full = np.zeros(shape, dtype=bool)
+        self._policy = policy
+        self._reasons: dict[str, Array] = {}
+
+    @property
+    def reasons(self) -> Mapping[str, Array]:
+        return self._reasons
+
+    def begin_step(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._reasons = {}
+
+    def decide(self, layer: int, signals: Signals) -> None:
+        schedule, noted = self._schedule, {}
+        self.full[layer] = self._policy.decide(
+            StepSignals(
+                step=schedule.step[:, layer],
+                age=schedule.age[:, layer],
+                n_full=schedule.n_full[:, layer],
+                query_similarity=signals.query_similarity,
+                step_similarity=signals.step_similarity,
+                refresh_mass=schedule.refresh_mass[:, layer],
+                refresh_overlap=schedule.refresh_overlap[:, layer],
+                layer=layer,
+                reasons=noted,
+                tables=schedule.tables,
+            )
+        )
+        for reason, units in noted.items():
+            self._reasons.setdefault(reason, np.zeros_like(self.full))[layer] = units

@@ -1,0 +1,114 @@
+"""A layer of a transformers cache that grows in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_FIRST_ROOM_TOKENS = 256
+
+
+@dataclass
+class GrowingTokens:
+    """Keys or values: a prompt's, as they came, and the tokens since, with room for more.
+
+    Attributes:
+        prompt: `(rows or 1, kv_heads, tokens, head_dim)`, with one row if all rows share it; never copied.
+        own: `(rows, kv_heads, room, head_dim)`.
+        n_own: Tokens in `own`.
+    """
+
+    prompt: Tensor
+    own: Tensor
+    n_own: int = 0
+
+    @classmethod
+    def after(cls, prompt: Tensor, rows: int | None = None) -> GrowingTokens:
+        """Tokens that grow from a prompt, which `rows` rows share (None: as many rows as it has)."""
+        prompt = prompt.contiguous()
+        own_rows = prompt.shape[0] if rows is None else rows
+        return cls(prompt, prompt.new_empty((own_rows, prompt.shape[1], _FIRST_ROOM_TOKENS, prompt.shape[3])))
+
+    @property
+    def n_tokens(self) -> int:
+        return self.prompt.shape[2] + self.n_own
+
+    def make_room(self) -> bool:
+        """Double the room if it is used up; the only time that tokens are copied. True if it was."""
+        if self.n_own < self.own.shape[2]:
+            return False
+        rows, kv_heads, room, head_dim = self.own.shape
+        larger = self.own.new_empty((rows, kv_heads, 2 * room, head_dim))
+        larger[:, :, :room] = self.own
+        self.own = larger
+        return True
+
+    def joined(self) -> Tensor:
+        """All tokens as one tensor; a copy unless there is only the prompt."""
+        if self.n_own == 0:
+            return self.prompt
+        prompt = self.prompt.expand(self.own.shape[0], -1, -1, -1)
+        return torch.cat([prompt, self.own[:, :, : self.n_own]], dim=2)
+
+
+class KvLayer(DynamicLayer):
+    """A `DynamicLayer` that an engine appends to without copying what is there.
+
+    To transformers it is the layer that it replaces: `keys` and `values` are there whenever somebody asks, at the price
+    of a copy, and may be set.
+
+    Attributes:
+        key: Where keys are.
+        value: Where values are.
+        revision: Grows whenever somebody else sets keys or values.
+    """
+
+    def __init__(self, key: GrowingTokens, value: GrowingTokens) -> None:
+        self.key: GrowingTokens | None = key
+        self.value: GrowingTokens | None = value
+        self.revision = 0
+        self.is_initialized = True
+        self.dtype, self.device = key.prompt.dtype, key.prompt.device
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self.key is None else self.key.joined()
+
+    @keys.setter
+    def keys(self, tokens: Tensor | None) -> None:
+        self.revision += 1
+        self.key = None if tokens is None else GrowingTokens.after(tokens)
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self.value is None else self.value.joined()
+
+    @values.setter
+    def values(self, tokens: Tensor | None) -> None:
+        self.revision += 1
+        self.value = None if tokens is None else GrowingTokens.after(tokens)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.key is None else self.key.n_tokens
+
+
+def growing_layers(cache: DynamicCache) -> list[KvLayer]:
+    """Replace a cache's layers by ones that grow in place, and return them.
+
+    Raises:
+        TypeError: If a layer is of another kind than a plain `DynamicLayer`; nothing is replaced then.
+    """
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, KvLayer):
+            raise TypeError(type(layer).__name__)
+    grown = [layer if isinstance(layer, KvLayer) else _grown(layer) for layer in cache.layers]
+    cache.layers[:] = grown
+    return grown
+
+
+def _grown(layer: DynamicLayer) -> KvLayer:
+    return KvLayer(GrowingTokens.after(layer.keys), GrowingTokens.after(layer.values))
