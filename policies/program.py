@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from policies.base import StepPolicy
+from policies.per_unit import PerUnit
 from policies.signals import StepSignals
 
 # Signals in the order in which a program counts them.
@@ -82,7 +83,7 @@ def policy_program(policy: StepPolicy) -> PolicyProgram:
     signals = {name: notes.add(Op.SIGNAL, index) for index, name in enumerate(SIGNALS)}
     reasons: dict[str, Any] = {}
     try:
-        full = policy.decide(StepSignals(**signals, reasons=reasons))
+        full = policy.decide(_NotedSignals(**signals, layer=_AnyLayer(), reasons=reasons))  # type: ignore[arg-type]
     except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise NotAProgram(str(error)) from error
     for result in (full, *reasons.values()):
@@ -98,6 +99,25 @@ def policy_program(policy: StepPolicy) -> PolicyProgram:
         full=full.index,
         reasons={reason: noted.index for reason, noted in reasons.items()},
     )
+
+
+class _NotedSignals(StepSignals):
+    """Signals of units of all layers, each of which has its own place in a table."""
+
+    def per_unit(self, parameter: PerUnit) -> Any:
+        return parameter if isinstance(parameter, (int, float)) else self.age.new_tensor(parameter)
+
+
+class _AnyLayer:
+    """The layer of units that may be of any: what depends on it is no program."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("it asks for the layer")
+
+    def __index__(self) -> int:
+        raise TypeError("it asks for the layer")
 
 
 class _Notes:

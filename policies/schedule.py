@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from policies.arrays import Array, where
-from policies.per_unit import PerUnit
-from policies.signals import StepSignals
+from policies.signals import StepSignals, Tables
 
 
 class Schedule:
@@ -19,7 +18,7 @@ class Schedule:
     def __init__(self, zeros: Array, refresh_mass: Array | None = None, layer: int | None = None) -> None:
         self._unmeasured = zeros + float("nan")
         self._layer = layer
-        self.tables: dict[tuple[int, int | None], tuple[PerUnit, Array]] = {}
+        self.tables: Tables = {}
         self.step = zeros
         self.age = zeros + 1
         self.n_full = zeros

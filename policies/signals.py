@@ -11,6 +11,8 @@ from policies.per_unit import PerUnit
 # Signals that cost a measurement; `StepPolicy.needs` names those that a policy reads.
 MEASURED_SIGNALS = frozenset({"query_similarity", "step_similarity", "refresh_mass", "refresh_overlap"})
 
+# Parameters and their arrays, by what they were made of and for.
+Tables = dict[tuple[Any, ...], tuple[PerUnit, Array]]
 # Arrays kept at most; only a policy that makes its parameters anew at every step gets there.
 _MOST_TABLES = 4096
 
@@ -48,7 +50,7 @@ class StepSignals:
     refresh_overlap: Array
     layer: int | None = None
     reasons: dict[str, Array] | None = None
-    tables: dict[tuple[int, int | None], tuple[PerUnit, Array]] | None = None
+    tables: Tables | None = None
 
     def per_unit(self, parameter: PerUnit) -> Array:
         """Bring a policy's parameter to the units at hand.
@@ -60,7 +62,7 @@ class StepSignals:
             return parameter
         if self.tables is None or not isinstance(parameter, tuple):
             return self._array(parameter)
-        key = id(parameter), self.layer
+        key = id(parameter), self.layer, type(self.age), getattr(self.age, "device", None)
         kept = self.tables.get(key)
         if kept is None:
             if len(self.tables) >= _MOST_TABLES:

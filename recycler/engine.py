@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from policies import StepPolicy
 from recycler.kv_layer import KvLayer
@@ -39,7 +40,7 @@ class Decoding(ABC):
             places: int64 `(rows,)` or `(1,)`: their positions, as rotary embedding counts them.
 
         Returns:
-            Logits `(rows, vocabulary)`, a new tensor.
+            Logits `(rows, vocabulary)`, a new tensor in float32 or, if that is wider, the model's type.
         """
 
 
@@ -66,3 +67,18 @@ class Engine(ABC):
         Raises:
             NotCovered: If the engine does not run this.
         """
+
+
+def engine_for(model: PreTrainedModel) -> Engine:
+    """The engine for a model's device.
+
+    Raises:
+        NotCovered: If there is none, or it does not run the model.
+    """
+    if model.device.type != "cpu":
+        raise NotCovered(f"there is no engine for {model.device.type} yet")
+    try:
+        from recycler.cpu.engine import CpuEngine
+    except ImportError as error:
+        raise NotCovered(f"the cpu engine needs numba, which is not installed ({error})") from error
+    return CpuEngine(model)

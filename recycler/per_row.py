@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from policies import StepPolicy, StepSignals
+from policies.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,21 @@ class PerRow(StepPolicy):
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(policy.needs for policy in self.rows))
 
-    def decide(self, signals: StepSignals) -> Tensor:
-        if signals.age.shape[0] != len(self.rows):
-            raise ValueError(f"{len(self.rows)} policies cannot decide for a batch of {signals.age.shape[0]} rows.")
+    def decide(self, signals: StepSignals) -> Array:
+        self.check_rows(signals.age.shape[0])
         decisions = [policy.decide(_row(signals, row)) for row, policy in enumerate(self.rows)]
-        return torch.cat(decisions)
+        return np.concatenate(decisions) if isinstance(decisions[0], np.ndarray) else torch.cat(decisions)
+
+    def check_rows(self, n_rows: int) -> None:
+        """Raise ValueError unless the batch has a row for every policy."""
+        if n_rows != len(self.rows):
+            raise ValueError(f"{len(self.rows)} policies cannot decide for a batch of {n_rows} rows.")
 
 
 def _row(signals: StepSignals, row: int) -> StepSignals:
     arrays = {
         field.name: getattr(signals, field.name)[row : row + 1]
         for field in dataclasses.fields(signals)
-        if field.name not in ("layer", "reasons")
+        if field.name not in ("layer", "reasons", "tables")
     }
-    return StepSignals(layer=signals.layer, **arrays)
+    return StepSignals(layer=signals.layer, tables=signals.tables, **arrays)

@@ -10,13 +10,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from recycler.engine import Decoding
+
 
 @dataclass(frozen=True)
 class Receipt:
     """What every unit did, summed over rows and decode steps.
 
     Attributes:
-        engine: What computed the attention.
+        engine: What computed the attention: "plain", or the name of an engine; both, joined by "+", if some prompts
+            were decoded on one and some on the other.
+        why_plain: Why the plain path was taken, as a clause; empty if it was not.
         n_steps: Decode steps; prefill is none.
         n_rows: Rows of the largest batch.
         row_steps: Decode steps, each counted once per row of its batch.
@@ -36,6 +40,7 @@ class Receipt:
     tokens_read: np.ndarray
     tokens_dense: np.ndarray
     reasons: Mapping[str, np.ndarray] = field(default_factory=dict)
+    why_plain: str = ""
 
     @property
     def unit_full_share(self) -> np.ndarray:
@@ -58,6 +63,7 @@ class Receipt:
         decoded = self.n_steps > 0
         return {
             "engine": self.engine,
+            "why_plain": self.why_plain or None,
             "n_steps": self.n_steps,
             "n_rows": self.n_rows,
             "full_share": self.full_share if decoded else None,
@@ -72,6 +78,8 @@ class Receipt:
             f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
             f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
         )
+        if self.why_plain:
+            console.print(f"  the plain path was taken because {self.why_plain}")
         for reason, units in self.reasons.items():
             verb = {"budget": "denied a full step", "max_age": "asked for a full step"}.get(
                 reason, "overruled the policy"
@@ -85,3 +93,75 @@ class Receipt:
         for layer, shares in enumerate(self.unit_full_share):
             table.add_row(str(layer), *("-" if np.isnan(share) else f"{100 * share:.0f}" for share in shares))
         console.print(table)
+
+
+class Tally:
+    """Adds up what becomes a receipt.
+
+    Args:
+        units: `(layers, kv_heads)`.
+    """
+
+    def __init__(self, units: tuple[int, int]) -> None:
+        self._engines: list[str] = []
+        self._n_steps = self._n_rows = self._row_steps = 0
+        self._full_steps, self._tokens_read, self._tokens_dense = np.zeros((3, *units), dtype=np.int64)
+        self._reasons: dict[str, np.ndarray] = {}
+
+    def add_layer(
+        self,
+        engine: str,
+        layer: int,
+        full: np.ndarray,
+        read: np.ndarray,
+        dense: np.ndarray,
+        reasons: Mapping[str, np.ndarray],
+    ) -> None:
+        """Add one layer of a step; a step begins with layer 0.
+
+        Args:
+            engine: What ran it.
+            layer: Index of the layer.
+            full: bool `(rows, kv_heads)`: decisions.
+            read: Tokens attended to, of the same shape.
+            dense: Tokens in the cache, `(rows, 1)`.
+            reasons: What was overruled, bool of the shape of `full`.
+        """
+        if layer == 0:
+            self._begin_step(engine, len(full))
+        self._full_steps[layer] += full.sum(0)
+        self._tokens_read[layer] += read.sum(0)
+        self._tokens_dense[layer] += int(dense.sum())
+        for reason, overruled in reasons.items():
+            self._reasons.setdefault(reason, np.zeros_like(self._full_steps))[layer] += overruled.sum(0)
+
+    def add_step(self, engine: str, decoding: Decoding, dense: np.ndarray) -> None:
+        """Add a step that an engine took with all layers; `dense` is as above."""
+        self._begin_step(engine, len(decoding.full))
+        self._full_steps += decoding.full.sum(0)
+        self._tokens_read += decoding.tokens_read.sum(0)
+        self._tokens_dense += int(dense.sum())
+        for reason, overruled in decoding.reasons.items():
+            table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
+            table += overruled.sum(0)
+
+    def receipt(self, why_plain: str) -> Receipt:
+        """What was added so far."""
+        return Receipt(
+            engine="+".join(self._engines) or "none",
+            n_steps=self._n_steps,
+            n_rows=self._n_rows,
+            row_steps=self._row_steps,
+            full_steps=self._full_steps.copy(),
+            tokens_read=self._tokens_read.copy(),
+            tokens_dense=self._tokens_dense.copy(),
+            reasons={reason: units.copy() for reason, units in self._reasons.items()},
+            why_plain=why_plain if "plain" in self._engines else "",
+        )
+
+    def _begin_step(self, engine: str, n_rows: int) -> None:
+        if engine not in self._engines:
+            self._engines.append(engine)
+        self._n_steps += 1
+        self._n_rows = max(self._n_rows, n_rows)
+        self._row_steps += n_rows

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policies import ModelShape, Selection, StepPolicy, check_fits
 from recycler.attention import attend_by_index, probabilities
+from recycler.engine import Engine, NotCovered, engine_for
+from recycler.engine_run import CACHE_CHANGED, EngineRun, ForwardCall, other_padding
 from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model_shape import model_shape
-from recycler.receipt import Receipt
+from recycler.receipt import Receipt, Tally
 from recycler.units import LayerUnits
 
 
 @contextmanager
-def recycled(model: PreTrainedModel, policy: StepPolicy, selection: Selection) -> Iterator[Session]:
+def recycled(
+    model: PreTrainedModel, policy: StepPolicy, selection: Selection, *, fast: bool = True
+) -> Iterator[Session]:
     """Decode with recycled attention inside the `with`.
 
     Stock `generate`, greedy or sampling, and calls of the model itself work unchanged. A forward of several tokens,
     or one that `generate` calls prefill, runs full and starts the schedule anew; every other forward is a decode step.
-    The model is as it was afterwards, also after an exception.
+    Decode steps run on the engine for the model's device where there is one that covers them, and else on the plain
+    path; the receipt says which, and why. The model is as it was afterwards, also after an exception.
 
     Args:
         model: A causal language model with `sdpa` or `eager` attention.
         policy: Who decides which units run full.
         selection: How sets are chosen.
+        fast: False keeps to the plain path.
 
     Yields:
         The session; its `receipt()` tells what was done so far.
@@ -40,7 +46,14 @@ def recycled(model: PreTrainedModel, policy: StepPolicy, selection: Selection) -
             decoding, if the cache changes in a way that sets cannot follow.
     """
     session = Session(model_shape(model), policy, selection)
-    with attention_replaced(model, session.attention), _prefill_marked(model, session):
+    if fast:
+        try:
+            session.use(engine_for(model))
+        except NotCovered as reason:
+            session.stay_plain(str(reason))
+    else:
+        session.stay_plain("fast is False")
+    with attention_replaced(model, session.attention), _called_by_generate(model, session):
         yield session
 
 
@@ -60,13 +73,44 @@ class Session:
         self._selection = selection
         self._layers: dict[int, LayerUnits] = {}
         self._caches: dict[int, _CacheWatch] = {}
-        self._n_steps = 0
-        self._n_rows = self._row_steps = 0
-        self._full_steps = np.zeros(shape.units, dtype=np.int64)
-        self._tokens_read = np.zeros(shape.units, dtype=np.int64)
-        self._tokens_dense = np.zeros(shape.units, dtype=np.int64)
-        self._reasons: dict[str, np.ndarray] = {}
+        self._tally = Tally(shape.units)
+        self._engine: Engine | None = None
+        self._why_plain = ""
+        self._run: EngineRun | None = None
+        self._refused = False
         self.in_prefill = False
+
+    def use(self, engine: Engine) -> None:
+        """Run decode steps on an engine, as far as it covers them."""
+        self._engine = engine
+
+    def stay_plain(self, reason: str) -> None:
+        """Run decode steps on the plain path; `reason` goes into the receipt."""
+        self._why_plain = reason
+
+    def forward(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward in this session, given its own."""
+
+        # `generate` reads the signature to know what to pass.
+        @wraps(stock)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = ForwardCall(args, kwargs)
+            if self.in_prefill or not call.is_one_token or len(self._layers) < self._shape.layers:
+                self._run, self._refused = None, False
+                return stock(*args, **kwargs)
+            if self._run is None and self._engine is not None and not self._refused:
+                try:
+                    self._check_prompt(call.arguments.get("past_key_values"))
+                    self._run = EngineRun(self._engine, call, self._policy, list(self._layers.values()))
+                except NotCovered as reason:
+                    self._refused, self._why_plain = True, str(reason)
+            if self._run is None:
+                return stock(*args, **kwargs)
+            output = self._run.step(call)
+            self._tally.add_step(self._run.engine, self._run.decoding, self._run.dense_tokens)
+            return output
+
+        return forward
 
     def attention(self, stock: AttentionFunction) -> AttentionFunction:
         """The attention function of this session, given the one that it replaces."""
@@ -91,16 +135,12 @@ class Session:
 
     def receipt(self) -> Receipt:
         """What was done since the `with` began."""
-        return Receipt(
-            engine="plain",
-            n_steps=self._n_steps,
-            n_rows=self._n_rows,
-            row_steps=self._row_steps,
-            full_steps=self._full_steps.copy(),
-            tokens_read=self._tokens_read.copy(),
-            tokens_dense=self._tokens_dense.copy(),
-            reasons={reason: units.copy() for reason, units in self._reasons.items()},
-        )
+        return self._tally.receipt(self._why_plain)
+
+    def _check_prompt(self, cache: Any) -> None:
+        """Refuse a cache that is not as prefill left it."""
+        for watch, layer in zip(self._caches.values(), getattr(cache, "layers", ()), strict=False):
+            watch.check(layer.keys)
 
     def _begin(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
         """Choose the first sets by the last query of a prompt or of a chunk of it."""
@@ -144,18 +184,16 @@ class Session:
         visible: Tensor | None,
         reasons: dict[str, Tensor],
     ) -> None:
-        if layer == 0:
-            self._n_steps += 1
-            self._n_rows = max(self._n_rows, full.shape[0])
-            self._row_steps += full.shape[0]
         dense = full.new_full((full.shape[0], 1), end, dtype=torch.int64) if visible is None else visible.sum(-1, True)
         read = torch.where(full, dense, units.recycled.filled.sum(-1))
-        self._full_steps[layer] += full.sum(0).cpu().numpy()
-        self._tokens_read[layer] += read.sum(0).cpu().numpy()
-        self._tokens_dense[layer] += int(dense.sum())
-        for reason, overruled in reasons.items():
-            table = self._reasons.setdefault(reason, np.zeros(self._shape.units, dtype=np.int64))
-            table[layer] += overruled.sum(0).cpu().numpy()
+        self._tally.add_layer(
+            "plain",
+            layer,
+            full.cpu().numpy(),
+            read.cpu().numpy(),
+            dense.cpu().numpy(),
+            {reason: overruled.cpu().numpy() for reason, overruled in reasons.items()},
+        )
 
 
 class _CacheWatch:
@@ -168,14 +206,17 @@ class _CacheWatch:
         self._start = start
         self._remember(key)
 
+    def check(self, key: Tensor | None) -> None:
+        """Raise unless the keys are those seen last."""
+        same = key is not None and key.shape[0] == self._last_key.shape[0] and key.shape[2] >= self._end > 0
+        if key is None or not same or not torch.equal(key[:, :, self._end - 1], self._last_key):
+            raise ValueError(CACHE_CHANGED)
+
     def follow(self, key: Tensor, visible: Tensor | None) -> None:
         """Raise unless the last token seen is still in its place, one more has come, and padding is what it was."""
         same_shape = key.shape[0] == self._last_key.shape[0] and key.shape[2] == self._end + 1
         if not same_shape or not torch.equal(key[:, :, -2], self._last_key):
-            raise ValueError(
-                "the KV cache changed between two decode steps (rows reordered, tokens removed, or another cache): "
-                "beam search and assisted decoding cannot run recycled; use greedy search or sampling."
-            )
+            raise ValueError(CACHE_CHANGED)
         if visible is not None or not isinstance(self._start, int):
             self._refuse_other_padding(
                 torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if visible is None else visible
@@ -187,10 +228,7 @@ class _CacheWatch:
         expected = torch.arange(visible.shape[1], device=visible.device) >= start
         wrong = (visible != expected).any(-1)
         if wrong.any():
-            raise ValueError(
-                f"row {int(wrong.int().argmax())} of the batch has masked tokens after its first visible one, or "
-                "another mask than in prefill: recycled attention allows padding on the left only."
-            )
+            raise ValueError(other_padding(int(wrong.int().argmax())))
 
     def _remember(self, key: Tensor) -> None:
         self._end = key.shape[2]
@@ -198,29 +236,30 @@ class _CacheWatch:
 
 
 @contextmanager
-def _prefill_marked(model: PreTrainedModel, session: Session) -> Iterator[None]:
-    """Tell the session what `generate` regards as prefill: its last chunk may be one token, as a decode step is."""
+def _called_by_generate(model: PreTrainedModel, session: Session) -> Iterator[None]:
+    """Put the session's forward in the place of the model's, and let `generate` tell what it regards as prefill.
+
+    The last chunk of a prefill may be one token, as a decode step is: its length does not tell.
+    """
+    before = {name: model.__dict__[name] for name in ("forward", "_prefill") if name in model.__dict__}
+    model.__dict__["forward"] = session.forward(model.forward)
     stock = getattr(model, "_prefill", None)
-    if stock is None:
-        yield
-        return
 
     def prefill(*args: Any, **kwargs: Any) -> Any:
         session.in_prefill = True
         try:
-            return stock(*args, **kwargs)
+            return stock(*args, **kwargs)  # type: ignore[misc]
         finally:
             session.in_prefill = False
 
-    before = model.__dict__.get("_prefill")
-    model.__dict__["_prefill"] = prefill
+    if stock is not None:
+        model.__dict__["_prefill"] = prefill
     try:
         yield
     finally:
-        if before is None:
-            del model.__dict__["_prefill"]
-        else:
-            model.__dict__["_prefill"] = before
+        for name in ("forward", "_prefill"):
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)
 
 
 def _visible(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:

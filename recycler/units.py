@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -49,6 +50,20 @@ class LayerUnits:
         self._refresh_mass = zeros + float("nan")
         self._refresh_overlap = zeros + float("nan")
         self._put_off: tuple[UnitIndex, Tensor] | None = None
+
+    @property
+    def end(self) -> int:
+        """One past the last token that was seen."""
+        return self._end
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 `(rows,)`: place of each row's first token."""
+        rows = len(self._last_query)
+        if isinstance(self._start, int):
+            return np.full(rows, self._start, dtype=np.int64)
+        starts: np.ndarray = self._start[:, 0, 0].cpu().numpy()
+        return starts
 
     @property
     def full_query(self) -> Tensor:

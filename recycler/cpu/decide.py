@@ -10,6 +10,7 @@ from numba import njit
 
 from policies import SIGNALS, Op, PolicyProgram
 from recycler.cpu.arrays import Array, Signals
+from recycler.cpu.compiled import kernel
 
 # Enumerations are slow to compile; whole numbers are not.
 _SIGNAL, _CONSTANT, _TABLE, _ADD, _SUBTRACT, _MULTIPLY = (
@@ -52,7 +53,7 @@ def as_program(program: PolicyProgram) -> Program:
     return Program(program.instructions, program.constants, program.tables, results, registers)
 
 
-@njit(error_model="numpy", cache=True)
+@kernel()
 def run_program(
     program: Program, layer: int, first_row: int, last_row: int, state: Array, signals: Signals, decisions: Array
 ) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from policies import NotAProgram, Schedule, StepPolicy, StepSignals, policy_program
+from policies import NotAProgram, PolicyProgram, Schedule, StepPolicy, StepSignals, policy_program
 from recycler.cpu.arrays import Array, Signals
 from recycler.cpu.decide import SCHEDULE_SIGNALS, Program, as_program, run_program
 from recycler.per_row import PerRow
@@ -42,16 +42,22 @@ class Decisions(ABC):
 
 def decisions(policy: StepPolicy, shape: tuple[int, int, int]) -> Decisions:
     """The fastest way to ask a policy; `shape` is `(layers, rows, kv_heads)`."""
-    if policy.needs.isdisjoint(_OF_THE_QUERY):
-        return DecisionsAhead(policy, shape)
+    # Rows with policies of their own have programs of their own.
+    each: tuple[StepPolicy, ...] = (policy,)
+    if isinstance(policy, PerRow):
+        policy.check_rows(shape[1])
+        each = policy.rows
     try:
-        return DecisionsByProgram(policy, shape)
+        programs = [policy_program(one) for one in each]
     except NotAProgram:
         return DecisionsByLayer(policy, shape)
+    if policy.needs.isdisjoint(_OF_THE_QUERY):
+        return DecisionsAhead(policy, shape)
+    return DecisionsByProgram(programs, shape)
 
 
 class DecisionsAhead(Decisions):
-    """For policies that read nothing of the step's query: one call for all layers, before the first."""
+    """For programs that read nothing of the step's query: one call for all layers, before the first."""
 
     def __init__(self, policy: StepPolicy, shape: tuple[int, int, int]) -> None:
         self.full = np.zeros(shape, dtype=bool)
@@ -75,20 +81,19 @@ class DecisionsAhead(Decisions):
 class DecisionsByProgram(Decisions):
     """A kernel runs the policy's program: no Python between the queries and the attention.
 
-    Raises:
-        NotAProgram: If the policy has none.
+    Args:
+        programs: One for all rows, or one for each.
+        shape: `(layers, rows, kv_heads)`.
     """
 
-    def __init__(self, policy: StepPolicy, shape: tuple[int, int, int]) -> None:
+    def __init__(self, programs: Sequence[PolicyProgram], shape: tuple[int, int, int]) -> None:
         rows = shape[1]
-        # Rows with policies of their own have programs of their own; the reasons of those have no common names.
-        each = policy.rows if isinstance(policy, PerRow) else (policy,)
-        programs = [policy_program(one) for one in each]
-        self._names = () if isinstance(policy, PerRow) else tuple(programs[0].reasons)
+        # Reasons of rows with programs of their own have no common names.
+        self._names = tuple(programs[0].reasons) if len(programs) == 1 else ()
         n_results = 1 + max(len(program.reasons) for program in programs)
         self._results = np.zeros((n_results, *shape), dtype=bool)
         self._programs: list[tuple[Program, int, int]] = [
-            (as_program(program), row, row + 1 if len(each) > 1 else rows) for row, program in enumerate(programs)
+            (as_program(program), row, row + 1 if len(programs) > 1 else rows) for row, program in enumerate(programs)
         ]
         self.full = self._results[0]
         self._state = np.zeros(0)

@@ -76,7 +76,7 @@ class CpuDecoding(Decoding):
         self._decisions = decisions(policy, (len(layers), rows, kv_heads))
         self._measured = np.full((4, len(layers), rows, kv_heads), np.nan)
         self._signals = [Signals(*self._measured[:, layer]) for layer in range(len(layers))]
-        masses = np.stack([layer.schedule.refresh_mass.numpy() for layer in units], axis=1)
+        masses = np.stack([layer.schedule.refresh_mass.detach().numpy() for layer in units], axis=1)
         self._schedule = Schedule(np.zeros(self.full.shape), masses)
         self._refer_to_memory()
 
@@ -102,7 +102,7 @@ class CpuDecoding(Decoding):
         eps = self._parts.norm.variance_epsilon
         predict(x, self._norm, eps, self._head, self._head_bias, scratch, logits.numpy(), n_threads)
         self._end_step()
-        return logits.to(self._parts.dtype)
+        return logits
 
     def _end_step(self) -> None:
         """Write down what was done, and let the schedule and the cache go on by one."""
@@ -115,7 +115,12 @@ class CpuDecoding(Decoding):
         self.tokens_read = np.where(self.full, dense[:, None, None], filled)
         self.reasons = {reason: np.moveaxis(noted, 0, 1) for reason, noted in self._decisions.reasons.items()}
         mass, overlap = np.moveaxis(self._measured[2:], 1, 2)
-        self._schedule.advance(self.full, mass, overlap)
+        needs = self._policy.needs
+        self._schedule.advance(
+            self.full,
+            mass if "refresh_mass" in needs else None,
+            overlap if "refresh_overlap" in needs else None,
+        )
 
     def _refer_to_memory(self) -> None:
         """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
@@ -190,7 +195,7 @@ def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
 
 def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type) -> Units:
     """The state that prefill left, as the kernels keep it: no empty slots before filled ones, nothing copied yet."""
-    positions, scores = first.recycled.positions.numpy(), first.recycled.scores.numpy()
+    positions, scores = first.recycled.positions.numpy(), first.recycled.scores.detach().numpy()
     order = np.argsort(positions < 0, axis=-1, kind="stable")
     positions = np.take_along_axis(positions, order, axis=-1)
     rows, kv_heads, k = positions.shape
@@ -205,8 +210,8 @@ def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type
         pending=np.zeros((rows, kv_heads), dtype=np.int64),
         logits=np.empty((rows, kv_heads, group, 0), dtype=float_type),
         normaliser=np.zeros((rows, kv_heads, group), dtype=float_type),
-        full_query=np.array(first.full_query, dtype=float_type),
-        last_query=np.array(first.last_query, dtype=float_type),
+        full_query=first.full_query.detach().numpy().astype(float_type),
+        last_query=first.last_query.detach().numpy().astype(float_type),
     )
 
 

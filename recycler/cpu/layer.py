@@ -9,12 +9,13 @@ from numba import njit, prange
 
 from recycler.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Signals, Units
 from recycler.cpu.attention import NOTHING, attend_tokens, merge
+from recycler.cpu.compiled import kernel
 from recycler.cpu.linear import linear, rms_norm
 from recycler.cpu.scalars import exp, narrow, widen
 from recycler.cpu.sets import admit, choose, group_scores, pool
 
 
-@njit(error_model="numpy", parallel=True, fastmath=True, cache=True)
+@kernel(parallel=True, fastmath=True)
 def project(
     x: Array,
     weights: LayerWeights,
@@ -117,7 +118,7 @@ def _cosine_similarity(now: Array, then: Array, similarity: Array) -> None:
             similarity[row, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
 
 
-@njit(error_model="numpy", parallel=True, fastmath={"contract"}, cache=True)
+@kernel(parallel=True, fastmath={"contract"})
 def attend(
     full: Array,
     scaling: float,
@@ -354,7 +355,7 @@ def _settle(
         signals.refresh_overlap[row, head] = n_kept / filled
 
 
-@njit(error_model="numpy", parallel=True, fastmath=True, cache=True)
+@kernel(parallel=True, fastmath=True)
 def feed(x: Array, weights: LayerWeights, scratch: Scratch, n_threads: int) -> None:
     """Output projection and the gated feed-forward layer (arXiv 2002.05202, SwiGLU), added to the residual stream."""
     rows, hidden = x.shape
@@ -385,7 +386,7 @@ def _gate(gate: Array, up: Array, low: int, high: int) -> None:
             gate[row, i] = up[row, i] * g * (1 if g > 0 else shrunk) / (1 + shrunk)
 
 
-@njit(error_model="numpy", parallel=True, fastmath=True, cache=True)
+@kernel(parallel=True, fastmath=True)
 def predict(
     x: Array, norm: Array, eps: float, head: Array, head_bias: Array, scratch: Scratch, logits: Array, n_threads: int
 ) -> None:

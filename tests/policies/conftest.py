@@ -20,7 +20,7 @@ def _arrays(signals: StepSignals) -> dict[str, Any]:
     return {
         field.name: getattr(signals, field.name)
         for field in dataclasses.fields(signals)
-        if field.name not in ("layer", "reasons")
+        if field.name not in ("layer", "reasons", "tables")
     }
 
 

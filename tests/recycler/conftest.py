@@ -238,10 +238,20 @@ class Spy(StepPolicy):
 
     def decide(self, signals: StepSignals) -> Any:
         full = self.policy.decide(signals)
-        shown = {name: values for name, values in vars(signals).items() if name not in ("layer", "reasons")}
-        noted = {name: values.numpy().copy() for name, values in (shown | {"full": full}).items()}
-        self.seen.setdefault(signals.layer, []).append(noted)
+        shown = {name: values for name, values in vars(signals).items() if name not in ("layer", "reasons", "tables")}
+        noted = {name: _as_numpy(values) for name, values in (shown | {"full": full}).items()}
+        if signals.layer is not None:
+            self.seen.setdefault(signals.layer, []).append(noted)
+        else:
+            # An engine may ask for all layers at once.
+            for layer in range(noted["full"].shape[1]):
+                self.seen.setdefault(layer, []).append({name: values[:, layer] for name, values in noted.items()})
         return full
+
+
+def _as_numpy(values: Any) -> np.ndarray:
+    copied: np.ndarray = values.numpy().copy() if isinstance(values, torch.Tensor) else values.copy()
+    return copied
 
 
 @pytest.fixture(scope="session")

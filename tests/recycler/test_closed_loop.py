@@ -1,6 +1,7 @@
 """Many policies at once do what each does alone in the decoder, fed the same text."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,16 @@ from recycler.closed_loop import ClosedLoop, run_closed_loop
 from recycler.session import recycled
 
 N_PROMPT, N_STEPS = 18, 16
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    for function in (recycled, run_closed_loop):
+        monkeypatch.setitem(globals(), function.__name__, partial(function, fast=request.param))
+    return bool(request.param)
+
+
 POLICIES = (
     AlwaysFull(),
     NeverFull(),

@@ -115,7 +115,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
     code, out, err = run("--policy", path, "--prompt", TEXT, "--max-new-tokens", "30")
     assert (code, err) == (0, "")
     text, receipt = independent_run(loaded, TEXT, 30)
-    assert out.startswith(text + "\n29 steps x 1 rows on engine plain: ")
+    assert out.startswith(text + "\n29 steps x 1 rows on engine cpu: ")
     assert "full share per" in out
 
     values = result(out)
@@ -126,7 +126,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
         "prefill_tokens": len(TEXT),
         "full_share": receipt["full_share"],
         "read_share": receipt["read_share"],
-        "engine": "plain",
+        "engine": "cpu",
         "reasons": receipt["reasons"],
         "model": loaded.id,
         "policy": str(path),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,14 @@ from recycler.closed_loop import run_closed_loop
 
 N_NEW = 24
 CONTEXT_TOKENS = 400
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    for function in (recycled, run_closed_loop):
+        monkeypatch.setitem(globals(), function.__name__, partial(function, fast=request.param))
+    return bool(request.param)
 
 
 @pytest.fixture(scope="module")

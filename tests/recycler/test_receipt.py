@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 
 import numpy as np
@@ -16,6 +17,13 @@ from recycler.receipt import Receipt
 from recycler.session import recycled
 
 SELECTION = Selection(8, sinks=2, window=3)
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    monkeypatch.setitem(globals(), "recycled", partial(recycled, fast=request.param))
+    return bool(request.param)
 
 
 @pytest.fixture
@@ -130,9 +138,9 @@ def test_every_unit_of_a_deep_model_fits_into_a_terminal() -> None:
         assert "│ " + " │ ".join(map(str, (layer, *shares))) + " │" in text
 
 
-def test_json_has_plain_totals(receipt_of: Callable[..., Receipt]) -> None:
+def test_json_has_plain_totals(receipt_of: Callable[..., Receipt], fast: bool) -> None:
     values = receipt_of(MaxAge(NeverFull(), 2), 10).to_json()
     assert json.loads(json.dumps(values)) == values
-    assert values["engine"] == "plain"
+    assert (values["engine"], values["why_plain"]) == (("cpu", None) if fast else ("plain", "fast is False"))
     assert (values["n_steps"], values["n_rows"], values["full_share"]) == (10, 1, 0.5)
     assert values["reasons"] == {"max_age": 20}

@@ -169,7 +169,7 @@ def test_trace_holds_the_signals_that_a_live_session_shows(
     selection = Selection(7, sinks=1, window=2, ranking=ranking)
     trace = record_trace(model, prompt_of(tokens, 14), selection, max_age=14)
     spying = spy(policy)
-    with torch.no_grad(), recycled(model, spying, selection):
+    with torch.no_grad(), recycled(model, spying, selection, fast=False):
         cache = model(tokens[:, :20]).past_key_values
         for step in range(14):
             model(tokens[:, 20 + step : 21 + step], past_key_values=cache)

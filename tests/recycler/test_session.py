@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,13 @@ FAMILIES = ["llama", "qwen2", "mistral"]
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 N_NEW = 16
 LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    monkeypatch.setitem(globals(), "recycled", partial(recycled, fast=request.param))
+    return bool(request.param)
 
 
 def generate(model: PreTrainedModel, tokens: Tensor, padding: tuple[int, ...] = (), **more: Any) -> Tensor:
@@ -78,8 +86,10 @@ def test_always_full_is_the_stock_decoder(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_always_full_is_the_stock_decoder_in_half_precision(
-    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], dtype: torch.dtype
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], dtype: torch.dtype, fast: bool
 ) -> None:
+    if fast and dtype == torch.bfloat16:
+        pytest.skip("the engine rounds less often than the stock decoder: tests/recycler/cpu compares their errors")
     model, tokens, padding = make_model("llama", dtype), make_tokens(20, rows=3), (0, 7, 19)
     stock = generate(model, tokens, padding=padding)
     assert torch.equal(generate_recycled(model, AlwaysFull(), tokens, padding=padding), stock)
@@ -167,6 +177,7 @@ def test_logits_and_decisions_are_those_of_the_plain_decoder(
     policy: StepPolicy,
     group: str,
     ranking: str,
+    fast: bool,
 ) -> None:
     model, tokens = make_model(), make_tokens(14, rows=2)
     selection = Selection(7, sinks=1, window=2, pool_backward=1, pool_forward=2, group=group, ranking=ranking)
@@ -180,7 +191,8 @@ def test_logits_and_decisions_are_those_of_the_plain_decoder(
     with attention_replaced(model, plain.attention):
         expected = logits()
     with recycled(model, policy, selection) as session:
-        torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-10)
+        # transformers' norms round to float32 in every model; the engine's do not.
+        torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-5 if fast else 1e-10)
     full = np.array([[step["full"].sum(0) for step in plain.seen[layer]] for layer in (0, 1)])
     assert session.receipt().full_steps.tolist() == full.sum(1).tolist()
 

@@ -1,6 +1,7 @@
 """What cannot run recycled says so in one sentence instead of giving other tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,13 @@ from recycler.session import recycled
 
 SELECTION = Selection(8, sinks=2, window=3)
 CACHE_CHANGED = r"^the KV cache changed between two decode steps .*; use greedy search or sampling\.$"
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    monkeypatch.setitem(globals(), "recycled", partial(recycled, fast=request.param))
+    return bool(request.param)
 
 
 def prefilled(model: PreTrainedModel, tokens: Tensor, n_steps: int = 3) -> Cache:
@@ -39,8 +47,8 @@ def test_beam_search_is_refused(make_model: Callable[..., PreTrainedModel], make
         lambda cache: cache.reorder_cache(torch.tensor([0, 0])),
         lambda cache: cache.batch_select_indices(torch.tensor([1])),
         lambda cache: cache.batch_repeat_interleave(2),
-        lambda cache: [layer.keys.mul_(2) for layer in cache.layers],
-        lambda cache: [layer.keys.zero_() for layer in cache.layers],
+        lambda cache: [setattr(layer, "keys", 2 * layer.keys) for layer in cache.layers],
+        lambda cache: [setattr(layer, "keys", 0 * layer.keys) for layer in cache.layers],
     ],
 )
 def test_cache_that_does_anything_but_grow_is_refused(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -17,6 +18,13 @@ from recycler.session import recycled
 
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    monkeypatch.setitem(globals(), "recycled", partial(recycled, fast=request.param))
+    return bool(request.param)
 
 
 def generate(model: PreTrainedModel, tokens: Tensor, **more: Any) -> Tensor:

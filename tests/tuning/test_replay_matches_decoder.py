@@ -123,7 +123,11 @@ class Noting(StepPolicy):
 
     def decide(self, signals: StepSignals) -> Any:
         full = self.policy.decide(signals)
-        self.full.setdefault(int(signals.layer or 0), []).append(full.numpy().copy())
+        noted = full.numpy().copy() if isinstance(full, torch.Tensor) else full.copy()
+        # An engine may ask for all layers at once.
+        layers = {signals.layer: noted} if signals.layer is not None else dict(enumerate(np.moveaxis(noted, 1, 0)))
+        for layer, of_layer in layers.items():
+            self.full.setdefault(layer, []).append(of_layer)
         return full
 
     @property
