@@ -20,6 +20,7 @@ from policies.signals import MEASURED_SIGNALS, StepSignals
 __all__ = [
     "FEATURES",
     "MEASURED_SIGNALS",
+    "SIGNALS",
     "AlwaysFull",
     "BudgetConstrained",
     "CosineThreshold",
@@ -28,7 +29,6 @@ __all__ = [
     "GroupPooling",
     "LearnedLogistic",
     "MaxAge",
-    "SIGNALS",
     "ModelShape",
     "NeverFull",
     "NotAProgram",
@@ -45,7 +45,7 @@ __all__ = [
     "check_fits",
     "known_kinds",
     "policy_class",
-    "policy_program",
     "policy_from_json",
+    "policy_program",
     "policy_to_json",
 ]

@@ -1,7 +1,7 @@
 """A policy's decision written down as instructions, for decoders that cannot call Python at every layer.
 
-A policy is made of operators and comparisons, so running it once on objects that note what is done to them gives all that
-it ever does.
+A policy is made of operators and comparisons, so running it once on objects that note what is done to them gives all
+that it ever does.
 """
 
 from __future__ import annotations

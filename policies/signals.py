@@ -37,8 +37,8 @@ class StepSignals:
             NaN until the unit's first full step after prefill.
         layer: Layer that the arrays belong to, or None when a layer axis is among them.
         reasons: Where `because` notes what a wrapper overruled, or None when nobody asks.
-        tables: Where `per_unit` keeps the arrays that it made, for the next step of the same schedule; None to make them
-            anew.
+        tables: Where `per_unit` keeps the arrays that it made, for the next step of the same schedule; None to make
+            them anew.
     """
 
     step: Array

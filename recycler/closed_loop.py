@@ -19,7 +19,7 @@ from recycler.hook import AttentionFunction, attention_replaced, refuse_full_win
 from recycler.kv_layer import GrowingTokens, KvLayer
 from recycler.model_shape import check_positions, model_shape
 from recycler.per_row import PerRow
-from recycler.prefill import prefill
+from recycler.prefill import PREFILL_CHUNK_TOKENS, prefill
 from recycler.units import LayerUnits
 
 
@@ -165,7 +165,7 @@ def run_closed_loop(
     policies: Sequence[StepPolicy],
     selection: Selection,
     *,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     fast: bool = True,
 ) -> ClosedLoop:
     """Decode a text under several policies at once, one row each, and compare with full attention.

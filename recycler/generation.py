@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recycler.model_shape import check_positions
+from recycler.prefill import PREFILL_CHUNK_TOKENS
 
 
 class TokenStream(Protocol):
@@ -83,6 +84,7 @@ def generate_tokens(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             num_beams=1,
+            prefill_chunk_size=PREFILL_CHUNK_TOKENS,
             streamer=clock,
             **drawing,
             **_padding(model),

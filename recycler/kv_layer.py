@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class GrowingTokens:
         return torch.cat([prompt, self.own[:, :, : self.n_own]], dim=2)
 
 
-class KvLayer(DynamicLayer):
+class KvLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A `DynamicLayer` that an engine appends to without copying what is there.
 
     To transformers it is the layer that it replaces: `keys` and `values` are there whenever somebody asks, at the price
@@ -110,5 +111,5 @@ def growing_layers(cache: DynamicCache) -> list[KvLayer]:
     return grown
 
 
-def _grown(layer: DynamicLayer) -> KvLayer:
+def _grown(layer: Any) -> KvLayer:
     return KvLayer(GrowingTokens.after(layer.keys), GrowingTokens.after(layer.values))

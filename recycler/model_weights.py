@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from transformers import (
 
 from recycler.engine import NotCovered
 
-# One decoder: RMS norms, rotary embedding, grouped attention, a gated feed-forward layer. Qwen2 adds biases, Qwen3 norms
-# of the heads. A subclass may compute anything, so types are compared exactly.
+# One decoder: RMS norms, rotary embedding, grouped attention, a gated feed-forward layer. Qwen2 adds biases, Qwen3
+# norms of the heads. A subclass may compute anything, so types are compared exactly.
 _COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
@@ -38,8 +39,8 @@ class DecoderParts:
 
     embedding: nn.Embedding
     rotary: nn.Module
-    layers: tuple[nn.Module, ...]
-    norm: nn.Module
+    layers: tuple[Any, ...]
+    norm: Any
     head: nn.Linear
     dtype: torch.dtype
     window: int | None

@@ -7,7 +7,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 
-def prefill(model: PreTrainedModel, tokens: Tensor, chunk_tokens: int = 4096) -> DynamicCache:
+# Bounds activations and the mask, which are as large as a chunk times the context.
+PREFILL_CHUNK_TOKENS = 2048
+
+
+def prefill(model: PreTrainedModel, tokens: Tensor, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> DynamicCache:
     """Run a prompt through the model's own attention, at most `chunk_tokens` tokens at a time.
 
     Args:

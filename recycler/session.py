@@ -241,7 +241,7 @@ def _called_by_generate(model: PreTrainedModel, session: Session) -> Iterator[No
 
     The last chunk of a prefill may be one token, as a decode step is: its length does not tell.
     """
-    before = {name: model.__dict__[name] for name in ("forward", "_prefill") if name in model.__dict__}
+    before: dict[str, Any] = {n: model.__dict__[n] for n in ("forward", "_prefill") if n in model.__dict__}
     model.__dict__["forward"] = session.forward(model.forward)
     stock = getattr(model, "_prefill", None)
 

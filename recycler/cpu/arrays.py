@@ -1,7 +1,7 @@
 """What the kernels work on, in named tuples: numba passes each as its fields.
 
-*Float* is float64 in a float64 model and float32 otherwise; *as stored* is the model's own type, bfloat16 as its 16 bits in
-a uint16. Optional arrays are empty where there are none. A *unit* is numbered `row * kv_heads + kv_head`.
+*Float* is float64 in a float64 model and float32 otherwise; *as stored* is the model's own type, bfloat16 as its 16
+bits in a uint16. Optional arrays are empty where there are none. A *unit* is numbered `row * kv_heads + kv_head`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Units(NamedTuple):
         set_key: `(rows, kv_heads, k, head_dim)`, as stored: a compact copy of each set.
         set_value: The same.
         positions: int64 `(rows, kv_heads, k)`: places of the sets' tokens, in the slots of the copies.
-        scores: float32 of the same shape: what they are ranked by; infinite for tokens that came after the last full step.
+        scores: float32 of the same shape: what they are ranked by; infinite for tokens that came after the last full
+            step.
         filled: int64 `(rows, kv_heads)`: tokens in each set, in the first slots.
         stale: bool `(rows, kv_heads)`: the set is chosen, and its copy is not made yet.
         pending: int64 `(rows, kv_heads)`: tokens in the cache at the full step whose logits await a choice, else 0.

@@ -128,7 +128,8 @@ class DecisionsByLayer(Decisions):
         self._reasons = {}
 
     def decide(self, layer: int, signals: Signals) -> None:
-        schedule, noted = self._schedule, {}
+        schedule = self._schedule
+        noted: dict[str, Array] = {}
         self.full[layer] = self._policy.decide(
             StepSignals(
                 step=schedule.step[:, layer],

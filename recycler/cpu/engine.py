@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -82,7 +83,8 @@ class CpuDecoding(Decoding):
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
-        if any([part.make_room() for layer in self._layers for part in _parts_of(layer)]):
+        grown = [part.make_room() for layer in self._layers for part in _parts_of(layer)]
+        if any(grown):
             self._refer_to_memory()
         n_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(n_threads)
@@ -125,8 +127,7 @@ class CpuDecoding(Decoding):
     def _refer_to_memory(self) -> None:
         """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
         self._caches = [_cache(*_parts_of(layer)) for layer in self._layers]
-        rows, kv_heads, room, head_dim = self._caches[0].own_key.shape
-        places = self._caches[0].prompt_key.shape[2] + room
+        places = self._caches[0].prompt_key.shape[2] + self._caches[0].own_key.shape[2]
         self._units = [_with_places(units, places) for units in self._units]
         self._scratch = _scratch(self._weights[0], self._units[0], self._rules, places, self._float)
 
@@ -152,7 +153,7 @@ def _cache(key: GrowingTokens, value: GrowingTokens) -> Cache:
     )
 
 
-def _layer_weights(layer: nn.Module) -> LayerWeights:
+def _layer_weights(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     nothing = as_array(attention.q_proj.weight.new_empty(0))
     query_norm = getattr(attention, "q_norm", None)

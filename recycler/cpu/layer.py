@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit, prange
 
@@ -90,7 +88,7 @@ def _rotate_and_append(
 
 @njit(error_model="numpy", fastmath=True)
 def _rotate(vector: Array, norm: Array, eps: float, cosine: Array, sine: Array, out: Array) -> None:
-    """The norm of a head where it has one, then rotary embedding (arXiv 2104.09864), halves as transformers has them."""
+    """The norm of a head, if any, then rotary embedding (arXiv 2104.09864), halves as transformers has them."""
     head_dim = vector.shape[0]
     half = head_dim // 2
     if norm.shape[0] > 0:
@@ -134,8 +132,8 @@ def attend(
     """Attention of a step, full for some units and over their sets for the others; and what becomes of the sets.
 
     A unit that runs full leaves its logits behind. Its set is chosen from them when it next runs recycled, and copied
-    out of the cache while it is first attended to; a unit that runs full again never pays for a set that it does not use.
-    If the policy wants to know about new sets, they are chosen at once.
+    out of the cache while it is first attended to; a unit that runs full again never pays for a set that it does not
+    use. If the policy wants to know about new sets, they are chosen at once.
 
     Args:
         full: bool `(rows, kv_heads)`: the policy's decision.

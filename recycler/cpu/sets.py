@@ -1,7 +1,7 @@
 """Choosing a unit's set and keeping it up to date: what `recycler.recycled_set` does, for one unit at a time.
 
-A set is `n` places in `positions[:n]` with their `scores`, in no order; its keys and values lie in the same slots of two
-compact arrays, unless it is *stale*: chosen, and not yet copied out of the cache.
+A set is `n` places in `positions[:n]` with their `scores`, in no order; its keys and values lie in the same slots of
+two compact arrays, unless it is *stale*: chosen, and not yet copied out of the cache.
 """
 
 from __future__ import annotations

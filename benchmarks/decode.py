@@ -1,0 +1,337 @@
+"""`python benchmarks/decode.py`: tokens per second against the context, next to the floor of memory and to stock `generate`.
+
+Floor: (weights + keys and values read) / bandwidth, the bandwidth being what a sum over 1 GiB reaches. Ideal time of a
+policy: its full share x time of the same engine with every unit full + the rest x time of the same engine at a context
+of k tokens. Both are printed first, by context; a row's shares are of the same round.
+
+The cache is a real prompt's of 2,048 tokens, repeated to the context: times depend on its size and not on its values, and
+a prefill of 32,000 tokens takes minutes. Positions beyond the model's range are meant.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from decode_picture import draw
+from llama import LlamaTimes
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
+
+from policies import AlwaysFull, BudgetConstrained, FixedStride, NeverFull, PolicyFile, Selection, StepPolicy
+from recycler import Receipt, default_prompts, load_model, model_shape, recycled
+from recycler.prefill import prefill
+from recycler.recorder import versions
+from traces.command import run_command
+
+_PROMPT_TOKENS = 2048
+_TUNED = Path(__file__).parents[1] / "docs/results/policy-budget-0.1.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to decode.
+
+    Attributes:
+        name: In the table.
+        policy: None for stock `generate`.
+        static: Whether stock `generate` has a static cache.
+        fast: Whether on the engine.
+    """
+
+    name: str
+    policy: StepPolicy | None = None
+    static: bool = False
+    fast: bool = True
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps of one round.
+
+    Attributes:
+        step_ms: Mean time of a step.
+        receipt: What was done; None for stock `generate`.
+    """
+
+    step_ms: float
+    receipt: Receipt | None
+
+
+class _Clock(LogitsProcessor):
+    """Notes when logits come by; works for every batch, which a streamer does not."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return scores
+
+
+class Bench:
+    """A model and the caches that cases decode after."""
+
+    def __init__(self, model: PreTrainedModel, tokens: torch.Tensor, k: int, steps: int) -> None:
+        self._model, self._tokens, self._k, self._steps = model, tokens, k, steps
+        self._first = prefill(model, tokens)
+
+    def time(self, case: Case, context_tokens: int, batch: int) -> Timed:
+        """Decode after a context; the first two steps, which make room, do not count."""
+        n_prompt = context_tokens - 1
+        cache = self._static(n_prompt, batch) if case.static else self._dynamic(n_prompt, batch)
+        repeats = -(-context_tokens // self._tokens.shape[1])
+        tokens = self._tokens.repeat(batch, repeats)[:, :context_tokens]
+        clock = _Clock()
+        how = nullcontext() if case.policy is None else self._session(case)
+        n_new = self._steps + 3
+        with torch.inference_mode(), how as session:
+            self._model.generate(  # type: ignore[operator]
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                max_new_tokens=n_new,
+                min_new_tokens=n_new,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([clock]),
+                pad_token_id=0,
+            )
+        step_ms = (clock.times[-1] - clock.times[2]) / (len(clock.times) - 3) * 1e3
+        return Timed(step_ms, session.receipt() if session is not None else None)
+
+    def _session(self, case: Case) -> Any:
+        assert case.policy is not None
+        return recycled(self._model, case.policy, Selection(self._k), fast=case.fast)
+
+    def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        repeats = -(-n_tokens // self._tokens.shape[1])
+        for layer in self._first.layers:
+            yield tuple(  # type: ignore[misc]
+                part.repeat(batch, 1, repeats, 1)[:, :, :n_tokens].contiguous() for part in (layer.keys, layer.values)
+            )
+
+    def _dynamic(self, n_tokens: int, batch: int) -> DynamicCache:
+        cache = DynamicCache(config=self._model.config)
+        for layer, (key, value) in enumerate(self._parts(n_tokens, batch)):
+            cache.update(key, value, layer)
+        return cache
+
+    def _static(self, n_tokens: int, batch: int) -> StaticCache:
+        cache = StaticCache(config=self._model.config, max_cache_len=n_tokens + self._steps + 8)
+        for layer, (key, value) in enumerate(self._parts(n_tokens, batch)):
+            cache.update(key, value, layer)
+        return cache
+
+
+def read_gb_per_s(device: torch.device) -> float:
+    """What reading memory reaches: the best of ten sums over 1 GiB."""
+    numbers = torch.ones(1 << 28, device=device)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        numbers.sum().item()
+        best = min(best, time.perf_counter() - began)
+    return numbers.numel() * numbers.element_size() / best / 1e9
+
+
+def staggered(layers: int, kv_heads: int, stride: int) -> FixedStride:
+    """The same stride for every unit, each at a time of its own."""
+    phases = tuple(
+        tuple(float((layer * kv_heads + head) * 7 % stride) for head in range(kv_heads)) for layer in range(layers)
+    )
+    return FixedStride(stride, phases)
+
+
+def machine_name() -> str:
+    """Cores and processor, as far as the system tells."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        family = next(line.split(":")[1].strip() for line in lines if line.startswith("cpu family"))
+        number = next(line.split(":")[1].strip() for line in lines if line.startswith("model\t"))
+        name += f" (family {family}, model {number})"
+    except (OSError, StopIteration):
+        pass
+    return f"{os.cpu_count()} x {name}"
+
+
+@contextmanager
+def _progress(console: Console, text: str) -> Iterator[None]:
+    with console.status(text):
+        yield
+
+
+def main(
+    model: Annotated[str | None, typer.Option(help="Hugging Face id or folder; default: the embedded model.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens of context, by commas.")] = "2000,8000,32000",
+    batches: Annotated[str, typer.Option(help="Rows, by commas; above 1 only at 8,000 tokens and less.")] = "1,4",
+    k: Annotated[int, typer.Option(help="Tokens of a set.", min=40)] = 512,
+    policy: Annotated[Path, typer.Option(help="A tuned policy to time.")] = _TUNED,
+    steps: Annotated[int, typer.Option(help="Steps per case and round, a multiple of 10.", min=10)] = 40,
+    rounds: Annotated[int, typer.Option(help="Rounds, each through all cases; medians are reported.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: torch's own choice.", min=1)] = None,
+    llama: Annotated[Path | None, typer.Option(help="JSON of benchmarks/llama.py, for the same table.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where to draw tokens/s against context, a PNG file.")] = None,
+) -> dict[str, Any]:
+    """Time decoding, all cases in turns."""
+    if steps % 10:
+        raise ValueError(f"--steps must be a multiple of 10, so that strides of 10 come out even, not {steps}.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console(highlight=False)
+    loaded = load_model(model, dtype=dtype, device=device)
+    shape, where = model_shape(loaded.model), loaded.model.device
+    tuned = PolicyFile.read(policy).policy
+    cases = [
+        Case("generate"),
+        Case("generate, static cache", static=True),
+        Case("engine, every unit full", AlwaysFull()),
+        Case("engine, stride 10", FixedStride(10)),
+        Case("engine, stride 10, units in turn", staggered(*shape.units, 10)),
+        Case("engine, tuned policy", tuned),
+        # What deciding costs: asked like the tuned policy, and never full.
+        Case("engine, tuned policy, never full", BudgetConstrained(tuned, 0.0)),
+        Case("engine, never full", NeverFull()),
+        Case("plain, stride 10", FixedStride(10), fast=False),
+    ]
+    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in loaded.model.parameters()}.values())
+    gb_per_s = read_gb_per_s(where)
+    token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * loaded.model.dtype.itemsize
+    console.print(f"{loaded.id}, {dtype} on {where}, {torch.get_num_threads()} threads, {machine_name()}")
+    console.print(
+        f"weights {weights / 1e6:.0f} MB, {token_bytes} bytes per token of cache, reading {gb_per_s:.1f} GB/s"
+    )
+    prompt = default_prompts(
+        loaded.tokenizer, n_per_kind=1, context_tokens=_PROMPT_TOKENS, n_steps=1, kinds=["technical"]
+    )[0]
+    tokens = torch.as_tensor(prompt.tokens[:_PROMPT_TOKENS].astype("int64"), device=where)[None]
+    bench = Bench(loaded.model, tokens, k, steps)
+
+    def floor_ms(n_tokens: float, batch: int) -> float:
+        return (weights + batch * n_tokens * token_bytes) / gb_per_s / 1e6
+
+    rows: list[dict[str, Any]] = []
+    for batch in _numbers(batches, "--batches"):
+        for context in _numbers(contexts, "--contexts"):
+            if batch > 1 and context > 8000:
+                continue
+            floors = {name: floor_ms(n, batch) for name, n in (("full", context), ("recycled", min(k, context)))}
+            ideal = 0.1 * floors["full"] + 0.9 * floors["recycled"]
+            console.print(
+                f"\ncontext {context:,}, batch {batch}: floor {floors['full']:.1f} ms full, "
+                f"{floors['recycled']:.1f} ms recycled, {ideal:.1f} ms at a tenth full"
+            )
+            rows += _time_cases(console, bench, cases, context, batch, k, rounds, floor_ms)
+            for row in rows[-len(cases) - 1 :]:
+                row |= {"engine_device": str(where), "device": where.type, "dtype": dtype}
+    if llama is not None:
+        rows += LlamaTimes.read(llama).rows(rows)
+    _print(console, rows)
+    if picture is not None:
+        draw(rows, picture, f"{loaded.id}, {dtype}, {torch.get_num_threads()} threads, {machine_name()}")
+    return {
+        "model": loaded.id,
+        "machine": machine_name(),
+        "threads": torch.get_num_threads(),
+        "read_gb_per_s": round(gb_per_s, 2),
+        "weight_bytes": weights,
+        "cache_bytes_per_token": token_bytes,
+        "steps": steps,
+        "rounds": rounds,
+        "versions": versions(),
+        "rows": rows,
+    }
+
+
+def _time_cases(
+    console: Console,
+    bench: Bench,
+    cases: list[Case],
+    context: int,
+    batch: int,
+    k: int,
+    rounds: int,
+    floor_ms: Callable[[float, int], float],
+) -> list[dict[str, Any]]:
+    """All cases in turns, and every unit full at a context of k; medians over rounds of what each round gives."""
+    at_k = Case("engine, every unit full, context k", AlwaysFull())
+    timed: dict[str, list[Timed]] = {case.name: [] for case in (*cases, at_k)}
+    # The first round is not counted: kernels are compiled in it.
+    for turn in range(rounds + 1):
+        for case in (*cases, at_k):
+            with _progress(console, f"round {turn} of {rounds}: {case.name}"):
+                found = bench.time(case, k if case is at_k else context, batch)
+            if turn:
+                timed[case.name].append(found)
+    rows = []
+    for case in (*cases, at_k):
+        receipt = timed[case.name][0].receipt
+        tokens = context if case is not at_k else k
+        full_share, read = 1.0, float(tokens)
+        if receipt is not None:
+            full_share = receipt.full_share
+            read = float(receipt.tokens_read.sum()) / receipt.full_steps.size / receipt.row_steps
+        pairs = zip(timed[case.name], timed["engine, every unit full"], timed[at_k.name], strict=True)
+        ideal = [
+            (full_share * full.step_ms + (1 - full_share) * small.step_ms) / one.step_ms for one, full, small in pairs
+        ]
+        against = [stock.step_ms / one.step_ms for one, stock in zip(timed[case.name], timed["generate"], strict=True)]
+        step_ms = statistics.median(one.step_ms for one in timed[case.name])
+        on_engine = case.policy is not None and case.fast
+        rows.append(
+            {
+                "engine": receipt.engine if receipt is not None else "transformers",
+                "case": case.name,
+                "context_tokens": tokens,
+                "beside_context_tokens": context,
+                "batch": batch,
+                "k": k,
+                "full_share": round(full_share, 4),
+                "step_ms": round(step_ms, 3),
+                "tokens_per_s": round(1e3 * batch / step_ms, 2),
+                "ideal_share": round(statistics.median(ideal), 4) if on_engine else None,
+                "floor_share": round(floor_ms(read, batch) / step_ms, 4),
+                "vs_generate": round(statistics.median(against), 3) if case is not at_k else None,
+            }
+        )
+    return rows
+
+
+def _print(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    names = ("case", "context_tokens", "batch", "full_share", "step_ms", "tokens_per_s")
+    for name in (*names, "ideal_share", "floor_share", "vs_generate"):
+        table.add_column(name.replace("_", " "), justify="left" if name == "case" else "right")
+    for row in rows:
+        shares = (row["ideal_share"], row["floor_share"], row["vs_generate"])
+        table.add_row(*(str(row[name]) for name in names), *("-" if x is None else f"{x:.2f}" for x in shares))
+    console.print(table)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} takes whole numbers by commas, such as 2000,8000, not {text!r}.") from error
+    if min(numbers) < 1:
+        raise ValueError(f"{option} takes numbers from 1 on, not {min(numbers)}.")
+    return numbers
+
+
+if __name__ == "__main__":
+    run_command(main)
