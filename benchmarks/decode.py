@@ -1,11 +1,11 @@
-"""`python benchmarks/decode.py`: tokens per second against the context, next to the floor of memory and to stock `generate`.
+"""`python benchmarks/decode.py`: tokens per second against the context, next to the memory floor and stock `generate`.
 
 Floor: (weights + keys and values read) / bandwidth, the bandwidth being what a sum over 1 GiB reaches. Ideal time of a
 policy: its full share x time of the same engine with every unit full + the rest x time of the same engine at a context
 of k tokens. Both are printed first, by context; a row's shares are of the same round.
 
-The cache is a real prompt's of 2,048 tokens, repeated to the context: times depend on its size and not on its values, and
-a prefill of 32,000 tokens takes minutes. Positions beyond the model's range are meant.
+The cache is a real prompt's of 2,048 tokens, repeated to the context: times depend on its size and not on its values,
+and a prefill of 32,000 tokens takes minutes. Positions beyond the model's range are meant.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,7 @@ from rich.table import Table
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from policies import AlwaysFull, BudgetConstrained, FixedStride, NeverFull, PolicyFile, Selection, StepPolicy
-from recycler import Receipt, default_prompts, load_model, model_shape, recycled
+from recycler import Receipt, Session, default_prompts, load_model, model_shape, recycled
 from recycler.prefill import prefill
 from recycler.recorder import versions
 from traces.command import run_command
@@ -61,22 +62,30 @@ class Timed:
 
     Attributes:
         step_ms: Mean time of a step.
-        receipt: What was done; None for stock `generate`.
+        engine: What ran them.
+        full_share: Share of unit-steps that ran full.
+        tokens_read: Mean tokens that a unit attended to.
     """
 
     step_ms: float
-    receipt: Receipt | None
+    engine: str
+    full_share: float
+    tokens_read: float
 
 
 class _Clock(LogitsProcessor):
-    """Notes when logits come by; works for every batch, which a streamer does not."""
+    """Notes when logits come by, and what was done before the third; a streamer works for one row only."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session | None) -> None:
         self.times: list[float] = []
+        self.before: Receipt | None = None
+        self._session = session
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.is_cuda:
             torch.cuda.synchronize()
+        if len(self.times) == 2 and self._session is not None:
+            self.before = self._session.receipt()
         self.times.append(time.perf_counter())
         return scores
 
@@ -94,10 +103,10 @@ class Bench:
         cache = self._static(n_prompt, batch) if case.static else self._dynamic(n_prompt, batch)
         repeats = -(-context_tokens // self._tokens.shape[1])
         tokens = self._tokens.repeat(batch, repeats)[:, :context_tokens]
-        clock = _Clock()
         how = nullcontext() if case.policy is None else self._session(case)
         n_new = self._steps + 3
         with torch.inference_mode(), how as session:
+            clock = _Clock(session)
             self._model.generate(  # type: ignore[operator]
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -108,8 +117,13 @@ class Bench:
                 logits_processor=LogitsProcessorList([clock]),
                 pad_token_id=0,
             )
-        step_ms = (clock.times[-1] - clock.times[2]) / (len(clock.times) - 3) * 1e3
-        return Timed(step_ms, session.receipt() if session is not None else None)
+        step_ms = (clock.times[-1] - clock.times[2]) / self._steps * 1e3
+        if session is None or clock.before is None:
+            return Timed(step_ms, "transformers", 1.0, context_tokens + self._steps / 2)
+        before, after = clock.before, session.receipt()
+        unit_steps = (after.row_steps - before.row_steps) * after.full_steps.size
+        full_share = (after.full_steps - before.full_steps).sum() / unit_steps
+        return Timed(step_ms, after.engine, full_share, (after.tokens_read - before.tokens_read).sum() / unit_steps)
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None
@@ -193,7 +207,7 @@ def main(
         raise ValueError(f"--steps must be a multiple of 10, so that strides of 10 come out even, not {steps}.")
     if threads is not None:
         torch.set_num_threads(threads)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     loaded = load_model(model, dtype=dtype, device=device)
     shape, where = model_shape(loaded.model), loaded.model.device
     tuned = PolicyFile.read(policy).policy
@@ -238,7 +252,7 @@ def main(
             )
             rows += _time_cases(console, bench, cases, context, batch, k, rounds, floor_ms)
             for row in rows[-len(cases) - 1 :]:
-                row |= {"engine_device": str(where), "device": where.type, "dtype": dtype}
+                row |= {"device": where.type, "dtype": dtype}
     if llama is not None:
         rows += LlamaTimes.read(llama).rows(rows)
     _print(console, rows)
@@ -280,28 +294,23 @@ def _time_cases(
                 timed[case.name].append(found)
     rows = []
     for case in (*cases, at_k):
-        receipt = timed[case.name][0].receipt
         tokens = context if case is not at_k else k
-        full_share, read = 1.0, float(tokens)
-        if receipt is not None:
-            full_share = receipt.full_share
-            read = float(receipt.tokens_read.sum()) / receipt.full_steps.size / receipt.row_steps
-        pairs = zip(timed[case.name], timed["engine, every unit full"], timed[at_k.name], strict=True)
-        ideal = [
-            (full_share * full.step_ms + (1 - full_share) * small.step_ms) / one.step_ms for one, full, small in pairs
-        ]
+        share, read = timed[case.name][0].full_share, timed[case.name][0].tokens_read
+        references = zip(timed["engine, every unit full"], timed[at_k.name], strict=True)
+        ideal_ms = [share * full.step_ms + (1 - share) * small.step_ms for full, small in references]
+        ideal = [best / one.step_ms for best, one in zip(ideal_ms, timed[case.name], strict=True)]
         against = [stock.step_ms / one.step_ms for one, stock in zip(timed[case.name], timed["generate"], strict=True)]
         step_ms = statistics.median(one.step_ms for one in timed[case.name])
         on_engine = case.policy is not None and case.fast
         rows.append(
             {
-                "engine": receipt.engine if receipt is not None else "transformers",
+                "engine": timed[case.name][0].engine,
                 "case": case.name,
                 "context_tokens": tokens,
                 "beside_context_tokens": context,
                 "batch": batch,
                 "k": k,
-                "full_share": round(full_share, 4),
+                "full_share": round(float(share), 4),
                 "step_ms": round(step_ms, 3),
                 "tokens_per_s": round(1e3 * batch / step_ms, 2),
                 "ideal_share": round(statistics.median(ideal), 4) if on_engine else None,

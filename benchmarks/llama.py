@@ -1,6 +1,6 @@
 """`python benchmarks/llama.py`: the same weights in llama.cpp, for the table of `benchmarks/decode.py`.
 
-`pip install llama-cpp-python` builds llama.cpp here; it is no dependency of the project. Run it on the same machine, with
+`pip install llama-cpp-python` builds llama.cpp; it is no dependency of the project. Run it on the same machine, with
 nothing else running, and give its last line as a file to `benchmarks/decode.py --llama FILE`. It needs nothing of this
 project, so that it runs in an environment of its own.
 """

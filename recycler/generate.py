@@ -34,6 +34,7 @@ def main(
     chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing at a temperature above 0.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Keep to the plain path, without the fast engine.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Generate with full attention too, and compare tokens and speed.")
     ] = False,
@@ -55,7 +56,7 @@ def main(
             streamer=streamer,
         )
 
-    with recycled(loaded.model, policy_file.policy, policy_file.selection) as session:
+    with recycled(loaded.model, policy_file.policy, policy_file.selection, fast=not plain) as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()
     # Piped, the table is as wide as it needs to be; a terminal has its own width.
@@ -70,6 +71,7 @@ def main(
         "full_share": applied["full_share"],
         "read_share": applied["read_share"],
         "engine": applied["engine"],
+        "why_plain": applied["why_plain"],
         "reasons": applied["reasons"],
         "model": loaded.id,
         "policy": str(policy),

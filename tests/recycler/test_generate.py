@@ -127,6 +127,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
         "full_share": receipt["full_share"],
         "read_share": receipt["read_share"],
         "engine": "cpu",
+        "why_plain": None,
         "reasons": receipt["reasons"],
         "model": loaded.id,
         "policy": str(path),
@@ -172,6 +173,16 @@ def test_compare_tells_speed_and_tokens_of_full_attention(run: Run, write_policy
     assert (values["equal_share"], values["full_share"], values["read_share"]) == (1, 1, 1)
     assert values["tokens_per_s_full"] > 0
     assert result(run(*command, write_policy())[1])["equal_share"] < 1
+
+
+def test_the_plain_path_gives_the_same_text_and_says_why_it_was_taken(run: Run, write_policy: WritePolicy) -> None:
+    command = ("--policy", write_policy(), "--prompt", TEXT, "--max-new-tokens", "20")
+    (_, fast, _), (_, plain, _) = run(*command), run(*command, "--plain")
+    assert fast.split("\n19 steps")[0] == plain.split("\n19 steps")[0]
+    assert "the plain path was taken because fast is False" in plain
+    assert (result(plain)["engine"], result(plain)["why_plain"]) == ("plain", "fast is False")
+    for name in ("full_share", "read_share", "reasons"):
+        assert result(fast)[name] == result(plain)[name]
 
 
 def test_one_new_token_has_no_decode_step_to_tell_of(run: Run, write_policy: WritePolicy) -> None:
