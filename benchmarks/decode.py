@@ -47,13 +47,11 @@ class Case:
         name: In the table.
         policy: None for stock `generate`.
         static: Whether stock `generate` has a static cache.
-        fast: Whether on the engine.
     """
 
     name: str
     policy: StepPolicy | None = None
     static: bool = False
-    fast: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Bench:
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None
-        return recycled(self._model, case.policy, Selection(self._k), fast=case.fast)
+        return recycled(self._model, case.policy, Selection(self._k))
 
     def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         repeats = -(-n_tokens // self._tokens.shape[1])
@@ -221,7 +219,6 @@ def main(
         # What deciding costs: asked like the tuned policy, and never full.
         Case("engine, tuned policy, never full", BudgetConstrained(tuned, 0.0)),
         Case("engine, never full", NeverFull()),
-        Case("plain, stride 10", FixedStride(10), fast=False),
     ]
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in loaded.model.parameters()}.values())
     gb_per_s = read_gb_per_s(where)
@@ -285,13 +282,13 @@ def _time_cases(
     """All cases in turns, and every unit full at a context of k; medians over rounds of what each round gives."""
     at_k = Case("engine, every unit full, context k", AlwaysFull())
     timed: dict[str, list[Timed]] = {case.name: [] for case in (*cases, at_k)}
-    # The first round is not counted: kernels are compiled in it.
-    for turn in range(rounds + 1):
+    for case in (*cases, at_k):
+        with _progress(console, f"warm-up: {case.name}"):  # Kernels are compiled in it.
+            bench.time(case, k, batch)
+    for turn in range(1, rounds + 1):
         for case in (*cases, at_k):
             with _progress(console, f"round {turn} of {rounds}: {case.name}"):
-                found = bench.time(case, k if case is at_k else context, batch)
-            if turn:
-                timed[case.name].append(found)
+                timed[case.name].append(bench.time(case, k if case is at_k else context, batch))
     rows = []
     for case in (*cases, at_k):
         tokens = context if case is not at_k else k
@@ -301,7 +298,6 @@ def _time_cases(
         ideal = [best / one.step_ms for best, one in zip(ideal_ms, timed[case.name], strict=True)]
         against = [stock.step_ms / one.step_ms for one, stock in zip(timed[case.name], timed["generate"], strict=True)]
         step_ms = statistics.median(one.step_ms for one in timed[case.name])
-        on_engine = case.policy is not None and case.fast
         rows.append(
             {
                 "engine": timed[case.name][0].engine,
@@ -313,7 +309,7 @@ def _time_cases(
                 "full_share": round(float(share), 4),
                 "step_ms": round(step_ms, 3),
                 "tokens_per_s": round(1e3 * batch / step_ms, 2),
-                "ideal_share": round(statistics.median(ideal), 4) if on_engine else None,
+                "ideal_share": round(statistics.median(ideal), 4) if case.policy is not None else None,
                 "floor_share": round(floor_ms(read, batch) / step_ms, 4),
                 "vs_generate": round(statistics.median(against), 3) if case is not at_k else None,
             }
