@@ -16,10 +16,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -147,6 +148,34 @@ class Bench:
         return cache
 
 
+def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:
+    """Share of decoding that the CPU engine spends on asking the policy and on writing down what was done."""
+    from recycler.cpu.decisions import DecisionsByProgram
+    from recycler.cpu.engine import CpuDecoding
+
+    seconds = {"books": 0.0, "steps": 0.0}
+
+    def timed(function: Callable[..., Any], of: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments)
+            seconds[of] += time.perf_counter() - began
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for owner, name, of in (
+            (DecisionsByProgram, "begin_step", "books"),
+            (DecisionsByProgram, "decide", "books"),
+            (CpuDecoding, "_end_step", "books"),
+            (CpuDecoding, "step", "steps"),
+        ):
+            patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), of)))
+        bench.time(case, context_tokens, 1)
+    return seconds["books"] / seconds["steps"]
+
+
 def read_gb_per_s(device: torch.device) -> float:
     """What reading memory reaches: the best of ten sums over 1 GiB."""
     numbers = torch.ones(1 << 28, device=device)
@@ -250,6 +279,11 @@ def main(
             rows += _time_cases(console, bench, cases, context, batch, k, rounds, floor_ms)
             for row in rows[-len(cases) - 1 :]:
                 row |= {"device": where.type, "dtype": dtype}
+    books = None
+    if where.type == "cpu":
+        never_full = next(case for case in cases if case.name == "engine, tuned policy, never full")
+        books = round(bookkeeping_share(bench, never_full, 8000), 4)
+        console.print(f"decisions and bookkeeping: {books:.1%} of a recycled step of the tuned policy")
     if llama is not None:
         rows += LlamaTimes.read(llama).rows(rows)
     _print(console, rows)
@@ -262,6 +296,7 @@ def main(
         "read_gb_per_s": round(gb_per_s, 2),
         "weight_bytes": weights,
         "cache_bytes_per_token": token_bytes,
+        "bookkeeping_share": books,
         "steps": steps,
         "rounds": rounds,
         "versions": versions(),

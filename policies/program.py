@@ -84,8 +84,9 @@ def policy_program(policy: StepPolicy) -> PolicyProgram:
     reasons: dict[str, Any] = {}
     try:
         full = policy.decide(_NotedSignals(**signals, layer=_AnyLayer(), reasons=reasons))  # type: ignore[arg-type]
-    except (TypeError, AttributeError, ValueError, IndexError) as error:
-        raise NotAProgram(str(error)) from error
+    except Exception as error:
+        # Whatever another author's code does with arrays that are none; what is wrong with it shows when it is called.
+        raise NotAProgram(f"{type(error).__name__}: {error}") from error
     for result in (full, *reasons.values()):
         if not (isinstance(result, _Noted) and result.is_truth):
             raise NotAProgram(f"decide gave a {type(result).__name__}, which is not a condition on its signals")
@@ -117,6 +118,9 @@ class _AnyLayer:
         raise TypeError("it asks for the layer")
 
     def __index__(self) -> int:
+        raise TypeError("it asks for the layer")
+
+    def __bool__(self) -> bool:
         raise TypeError("it asks for the layer")
 
 

@@ -93,10 +93,12 @@ class EngineRun:
     """
 
     def __init__(self, engine: Engine, call: ForwardCall, policy: StepPolicy, units: Sequence[LayerUnits]) -> None:
-        call.check()
         cache = call.arguments.get("past_key_values")
-        if not isinstance(cache, DynamicCache):
+        if cache is not None and not isinstance(cache, DynamicCache):
             raise NotCovered(f"it runs a DynamicCache, and this is a {type(cache).__name__}")
+        call.check()
+        if cache is None:
+            raise ValueError(CACHE_CHANGED)
         rows = len(call.tokens)
         self._start = units[0].starts
         if cache.get_seq_length() != units[0].end or len(self._start) != rows:

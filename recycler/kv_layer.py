@@ -77,21 +77,25 @@ class KvLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> Tensor | None:
-        return None if self.key is None else self.key.joined()
+        return self._nothing() if self.key is None else self.key.joined()
 
     @keys.setter
     def keys(self, tokens: Tensor | None) -> None:
         self.revision += 1
-        self.key = None if tokens is None else GrowingTokens.after(tokens)
+        self.key = _after(tokens)
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.value is None else self.value.joined()
+        return self._nothing() if self.value is None else self.value.joined()
 
     @values.setter
     def values(self, tokens: Tensor | None) -> None:
         self.revision += 1
-        self.value = None if tokens is None else GrowingTokens.after(tokens)
+        self.value = _after(tokens)
+
+    def _nothing(self) -> Tensor | None:
+        """What a layer holds before its first tokens: to be joined to them."""
+        return torch.empty(0, dtype=self.dtype, device=self.device) if self.is_initialized else None
 
     def get_seq_length(self) -> int:
         return 0 if self.key is None else self.key.n_tokens
@@ -109,6 +113,11 @@ def growing_layers(cache: DynamicCache) -> list[KvLayer]:
     grown = [layer if isinstance(layer, KvLayer) else _grown(layer) for layer in cache.layers]
     cache.layers[:] = grown
     return grown
+
+
+def _after(tokens: Tensor | None) -> GrowingTokens | None:
+    # transformers starts a layer with tensors of one dimension, which is empty.
+    return None if tokens is None or tokens.dim() < 4 else GrowingTokens.after(tokens)
 
 
 def _grown(layer: Any) -> KvLayer:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-
 # Bounds activations and the mask, which are as large as a chunk times the context.
 PREFILL_CHUNK_TOKENS = 2048
 

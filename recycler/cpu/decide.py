@@ -153,8 +153,9 @@ def _floor_divide(a: float, b: float) -> tuple[float, float]:
         quotient -= 1
     if quotient == 0:
         return math.copysign(0.0, a / b), remainder
-    floor = math.floor(quotient)
-    return (floor + 1.0 if quotient - floor > 0.5 else float(floor)), remainder
+    # Not `math.floor`, which goes through whole numbers and has none for infinity and NaN.
+    floor = np.floor(quotient)
+    return (floor + 1.0 if quotient - floor > 0.5 else floor), remainder
 
 
 @njit(error_model="numpy")
@@ -164,4 +165,6 @@ def _power(a: float, b: float) -> float:
         return math.sqrt(a)
     if b == 2:
         return a * a
+    if b == -1:
+        return 1 / a
     return math.pow(a, b)

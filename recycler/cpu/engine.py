@@ -71,6 +71,9 @@ class CpuDecoding(Decoding):
         self._rules = _rules(units[0].recycled.selection, policy.needs)
         self._units = [_first_units(*pair, group, self._float) for pair in zip(layers, units, strict=True)]
         rows, kv_heads = self._units[0].filled.shape
+        # Layers come first in memory, so that a kernel gets its layer's numbers in one piece.
+        self._filled = np.stack([layer.filled for layer in self._units])
+        self._units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(self._units)]
         self.full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
         self.tokens_read = np.zeros(self.full.shape, dtype=np.int64)
         self.reasons: Mapping[str, np.ndarray] = {}
@@ -112,7 +115,7 @@ class CpuDecoding(Decoding):
             for part in _parts_of(layer):
                 part.n_own += 1
         self.full = np.moveaxis(self._decisions.full, 0, 1).copy()
-        filled = np.stack([units.filled for units in self._units], axis=1)
+        filled = np.moveaxis(self._filled, 0, 1)
         dense = self._layers[0].get_seq_length() - self._start
         self.tokens_read = np.where(self.full, dense[:, None, None], filled)
         self.reasons = {reason: np.moveaxis(noted, 0, 1) for reason, noted in self._decisions.reasons.items()}

@@ -197,7 +197,6 @@ def test_what_is_no_program_is_refused_with_what_it_does(function: Callable[[Ste
         policy_program(Of(function))
 
 
-@pytest.mark.xfail(strict=True, reason="the layer of any unit is always true")
 def test_asking_whether_it_is_the_first_layer_is_asking_for_the_layer() -> None:
     with pytest.raises(NotAProgram, match="asks for the layer"):
         policy_program(Of(lambda s: s.age > 3 if s.layer else s.age > 5))

@@ -103,7 +103,6 @@ class TestLayer:
         assert layer.values is None
         assert layer.get_seq_length() == 0
 
-    @pytest.mark.xfail(strict=True, raises=IndexError, reason="transformers fills it with a tensor of one axis first")
     def test_after_a_reset_it_fills_again_as_a_dynamic_layer(self) -> None:
         layer, stock = grown_layer(), stock_layer()
         for one in (layer, stock):
