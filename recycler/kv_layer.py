@@ -72,30 +72,31 @@ class KvLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.key: GrowingTokens | None = key
         self.value: GrowingTokens | None = value
         self.revision = 0
+        # What somebody set that holds no tokens: None, or the empty tensor that transformers starts a layer with.
+        self._no_keys: Tensor | None = None
+        self._no_values: Tensor | None = None
         self.is_initialized = True
         self.dtype, self.device = key.prompt.dtype, key.prompt.device
 
     @property
     def keys(self) -> Tensor | None:
-        return self._nothing() if self.key is None else self.key.joined()
+        return self._no_keys if self.key is None else self.key.joined()
 
     @keys.setter
     def keys(self, tokens: Tensor | None) -> None:
         self.revision += 1
         self.key = _after(tokens)
+        self._no_keys = tokens if self.key is None else None
 
     @property
     def values(self) -> Tensor | None:
-        return self._nothing() if self.value is None else self.value.joined()
+        return self._no_values if self.value is None else self.value.joined()
 
     @values.setter
     def values(self, tokens: Tensor | None) -> None:
         self.revision += 1
         self.value = _after(tokens)
-
-    def _nothing(self) -> Tensor | None:
-        """What a layer holds before its first tokens: to be joined to them."""
-        return torch.empty(0, dtype=self.dtype, device=self.device) if self.is_initialized else None
+        self._no_values = tokens if self.value is None else None
 
     def get_seq_length(self) -> int:
         return 0 if self.key is None else self.key.n_tokens
@@ -116,7 +117,6 @@ def growing_layers(cache: DynamicCache) -> list[KvLayer]:
 
 
 def _after(tokens: Tensor | None) -> GrowingTokens | None:
-    # transformers starts a layer with tensors of one dimension, which is empty.
     return None if tokens is None or tokens.dim() < 4 else GrowingTokens.after(tokens)
 
 
