@@ -11,6 +11,9 @@ from typing import Any
 from policies import StepPolicy
 from tuning.results import Estimate, Measured, TuningResult
 
+# Nats per step that two orders of summation make in float32: a share of such a divergence says nothing.
+_ROUNDING_KL = 1e-7
+
 
 class Role(StrEnum):
     """Why a policy is part of a result."""
@@ -74,7 +77,7 @@ def result_rows(result: TuningResult) -> list[ResultRow]:
 
 def kl_share(result: TuningResult, measured: Measured) -> Estimate | None:
     """KL as a share of the baseline's; None where the baseline has no KL to share, as with a budget of 1."""
-    return result.kl_ratio(measured) if (result.baseline.prompt_kl > 0).all() else None
+    return result.kl_ratio(measured) if (result.baseline.prompt_kl > _ROUNDING_KL).all() else None
 
 
 def share_of_baseline(result: TuningResult, row: ResultRow) -> str:
