@@ -6,14 +6,17 @@ from policies.constant import AlwaysFull, NeverFull
 from policies.cosine_threshold import CosineThreshold
 from policies.features import FEATURES, Feature
 from policies.fixed_stride import FixedStride
+from policies.layer_cosine import LayerCosine
 from policies.learned_logistic import LearnedLogistic
 from policies.max_age import MaxAge
 from policies.per_unit import PerUnit, as_per_unit
 from policies.policy_file import ModelShape, PolicyFile, check_fits
 from policies.program import SIGNALS, NotAProgram, Op, PolicyProgram, policy_program
+from policies.random_refresh import RandomRefresh
 from policies.registry import known_kinds, policy_class
 from policies.schedule import Schedule
 from policies.selection import GroupPooling, Ranking, Selection
+from policies.sentence_boundary import SentenceBoundary
 from policies.serialize import policy_from_json, policy_to_json
 from policies.signals import MEASURED_SIGNALS, StepSignals
 
@@ -27,6 +30,7 @@ __all__ = [
     "Feature",
     "FixedStride",
     "GroupPooling",
+    "LayerCosine",
     "LearnedLogistic",
     "MaxAge",
     "ModelShape",
@@ -36,9 +40,11 @@ __all__ = [
     "PerUnit",
     "PolicyFile",
     "PolicyProgram",
+    "RandomRefresh",
     "Ranking",
     "Schedule",
     "Selection",
+    "SentenceBoundary",
     "StepPolicy",
     "StepSignals",
     "as_per_unit",

@@ -9,8 +9,11 @@ from policies.budget_constrained import BudgetConstrained
 from policies.constant import AlwaysFull, NeverFull
 from policies.cosine_threshold import CosineThreshold
 from policies.fixed_stride import FixedStride
+from policies.layer_cosine import LayerCosine
 from policies.learned_logistic import LearnedLogistic
 from policies.max_age import MaxAge
+from policies.random_refresh import RandomRefresh
+from policies.sentence_boundary import SentenceBoundary
 
 ENTRY_POINT_GROUP = "recycler.policies"
 
@@ -19,6 +22,9 @@ BUILT_IN: tuple[type[StepPolicy], ...] = (
     NeverFull,
     FixedStride,
     CosineThreshold,
+    LayerCosine,
+    SentenceBoundary,
+    RandomRefresh,
     LearnedLogistic,
     MaxAge,
     BudgetConstrained,

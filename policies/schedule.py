@@ -30,20 +30,31 @@ class Schedule:
         query_similarity: Array | None = None,
         step_similarity: Array | None = None,
         reasons: dict[str, Array] | None = None,
+        *,
+        layer_similarity: Array | None = None,
+        token: Array | None = None,
     ) -> StepSignals:
-        """What a policy sees at the coming step; what is not given was not measured."""
+        """What a policy sees at the coming step; what is not given was not measured.
+
+        `layer_similarity` and `token`, ids of any numeric type, may be of a shape that broadcasts to that of the units.
+        """
         return StepSignals(
             step=self.step,
             age=self.age,
             n_full=self.n_full,
             query_similarity=self._unmeasured if query_similarity is None else query_similarity,
             step_similarity=self._unmeasured if step_similarity is None else step_similarity,
+            layer_similarity=self._for_units(layer_similarity),
             refresh_mass=self.refresh_mass,
             refresh_overlap=self.refresh_overlap,
+            token=self._for_units(token),
             layer=self._layer,
             reasons=reasons,
             tables=self.tables,
         )
+
+    def _for_units(self, values: Array | None) -> Array:
+        return self._unmeasured if values is None else values + 0 * self.age
 
     def advance(self, full: Array, refresh_mass: Array | None = None, refresh_overlap: Array | None = None) -> None:
         """Take a step: `full` units start again at age 1 with the measurements given, the others grow older.

@@ -19,6 +19,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "float": {"type": "number"},
     "int": {"type": "integer"},
     "tuple[str, ...]": {"type": "array", "items": {"type": "string"}},
+    "tuple[int, ...]": {"type": "array", "items": {"type": "integer"}},
     "tuple[PerUnit, ...]": {"type": "array", "items": {"$ref": "#/$defs/per_unit"}},
 }
 
@@ -48,6 +49,7 @@ def policy_file_schema() -> dict[str, Any]:
                     "pool_forward": tokens,
                     "group": {"enum": [str(choice) for choice in GroupPooling]},
                     "ranking": {"enum": [str(choice) for choice in Ranking]},
+                    "prompt_queries": {"oneOf": [count, {"type": "null"}]},
                 },
             },
             "model": {

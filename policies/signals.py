@@ -9,7 +9,9 @@ from policies.arrays import Array, like
 from policies.per_unit import PerUnit
 
 # Signals that cost a measurement; `StepPolicy.needs` names those that a policy reads.
-MEASURED_SIGNALS = frozenset({"query_similarity", "step_similarity", "refresh_mass", "refresh_overlap"})
+MEASURED_SIGNALS = frozenset(
+    {"query_similarity", "step_similarity", "layer_similarity", "refresh_mass", "refresh_overlap"}
+)
 
 # Parameters and their arrays, by what they were made of and for.
 Tables = dict[tuple[Any, ...], tuple[PerUnit, Array]]
@@ -22,7 +24,7 @@ class StepSignals:
     """The state of some units just before a decode step.
 
     Every field is a float64 array over units, of one shape: `(rows, kv_heads)` inside a layer of the decoder,
-    `(traces, layers, kv_heads)` in replay. A signal that was not measured is NaN.
+    `(traces, layers, kv_heads)` in replay. A signal that was not measured, or is not known, is NaN.
 
     Attributes:
         step: Decode steps taken before this one; 0 at the first step after prefill.
@@ -32,9 +34,15 @@ class StepSignals:
         query_similarity: Cosine in [-1, 1] between the unit's query now and at its last full step. A unit's query is
             the mean over the query heads of its group, after rotary embedding.
         step_similarity: The same cosine against the query of the previous step.
+        layer_similarity: Cosine in [-1, 1] between the mean query of the whole layer now, over all its query heads, and
+            the mean over its KV heads of each unit's query at its own last full step. Where the units of a layer run
+            full together, that is the head-averaged query of the layer's last full step (RefreshKV). The same for all
+            units of a layer and row. Traces do not record it.
         refresh_mass: Recovered mass in [0, 1] of the set at the step that chose it, measured on that step's query.
         refresh_overlap: Overlap in [0, 1] between the set chosen at the last full step and the set that it replaced.
             NaN until the unit's first full step after prefill.
+        token: Id of the token that is fed at this step, the same for all units of a row; NaN where the model is fed
+            embeddings. It costs nothing, so every decoder gives it, asked or not.
         layer: Layer that the arrays belong to, or None when a layer axis is among them.
         reasons: Where `because` notes what a wrapper overruled, or None when nobody asks.
         tables: Where `per_unit` keeps the arrays that it made, for the next step of the same schedule; None to make
@@ -46,8 +54,10 @@ class StepSignals:
     n_full: Array
     query_similarity: Array
     step_similarity: Array
+    layer_similarity: Array
     refresh_mass: Array
     refresh_overlap: Array
+    token: Array
     layer: int | None = None
     reasons: dict[str, Array] | None = None
     tables: Tables | None = None

@@ -48,6 +48,12 @@ class ForwardCall:
         return tokens
 
     @property
+    def known_tokens(self) -> Tensor | None:
+        """The same, or None if the call brings embeddings."""
+        tokens: Tensor | None = self.arguments.get("input_ids")
+        return tokens
+
+    @property
     def is_one_token(self) -> bool:
         """Whether the call brings one token per row."""
         given = self.arguments.get("input_ids")

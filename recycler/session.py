@@ -17,6 +17,7 @@ from recycler.engine import Engine, NotCovered, engine_for
 from recycler.engine_run import CACHE_CHANGED, EngineRun, ForwardCall, other_padding
 from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model_shape import model_shape
+from recycler.prompt_votes import PromptVotes
 from recycler.receipt import Receipt, Tally
 from recycler.units import LayerUnits
 
@@ -73,11 +74,14 @@ class Session:
         self._selection = selection
         self._layers: dict[int, LayerUnits] = {}
         self._caches: dict[int, _CacheWatch] = {}
+        self._votes: dict[int, PromptVotes] = {}
         self._tally = Tally(shape.units)
         self._engine: Engine | None = None
         self._why_plain = ""
         self._run: EngineRun | None = None
         self._refused = False
+        # Ids that the model's forward is running on, `(rows, tokens)`.
+        self._fed: Tensor | None = None
         self.in_prefill = False
 
     def use(self, engine: Engine) -> None:
@@ -97,7 +101,7 @@ class Session:
             call = ForwardCall(args, kwargs)
             if self.in_prefill or not call.is_one_token or len(self._layers) < self._shape.layers:
                 self._run, self._refused = None, False
-                return stock(*args, **kwargs)
+                return self._plainly(call, stock, args, kwargs)
             if self._run is None and self._engine is not None and not self._refused:
                 try:
                     self._check_prompt(call.arguments.get("past_key_values"))
@@ -105,12 +109,21 @@ class Session:
                 except NotCovered as reason:
                     self._refused, self._why_plain = True, str(reason)
             if self._run is None:
-                return stock(*args, **kwargs)
+                return self._plainly(call, stock, args, kwargs)
             output = self._run.step(call)
             self._tally.add_step(self._run.engine, self._run.decoding, self._run.dense_tokens)
             return output
 
         return forward
+
+    def _plainly(self, call: ForwardCall, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the model's own forward, with its tokens known to the attention meanwhile."""
+        self._fed = call.known_tokens
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            # Else a call of an inner module would be taken for one with these tokens.
+            self._fed = None
 
     def attention(self, stock: AttentionFunction) -> AttentionFunction:
         """The attention function of this session, given the one that it replaces."""
@@ -123,7 +136,7 @@ class Session:
             refuse_full_window(layer, end, kwargs.get("sliding_window"))
             kept = key[:, :, :end], value[:, :, :end]
             if self.in_prefill or query.shape[2] > 1 or layer not in self._layers:
-                self._begin(layer, query[:, :, -1:], kept[0], visible, kwargs["scaling"])
+                self._begin(layer, query, kept[0], visible, kwargs["scaling"])
                 return stock(module, query, key, value, mask, **kwargs)
 
             def stock_output() -> Tensor:
@@ -143,13 +156,18 @@ class Session:
             watch.check(layer.keys)
 
     def _begin(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
-        """Choose the first sets by the last query of a prompt or of a chunk of it."""
+        """Choose the first sets at the end of a prompt or of a chunk of it."""
         start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
-        grouped = _by_unit(query, self._shape)
+        grouped = _by_unit(query[:, :, -1:], self._shape)
         seen = None if visible is None else visible[:, None, None]
         weights = probabilities(grouped @ key.transpose(-1, -2) * scaling, seen)
-        end = key.shape[2]
-        self._layers[layer] = LayerUnits(layer, self._selection, self._policy.needs, grouped, weights, start, end)
+        end, votes = key.shape[2], None
+        if self._selection.prompt_queries != 1:
+            watching = self._votes.setdefault(layer, PromptVotes(self._selection.prompt_queries))
+            votes = watching.see(query.unflatten(1, (self._shape.kv_heads, -1)), key, visible, scaling)
+        self._layers[layer] = LayerUnits(
+            layer, self._selection, self._policy.needs, grouped, weights, start, end, votes
+        )
         self._caches[layer] = _CacheWatch(key, start)
 
     def _step(
@@ -166,7 +184,7 @@ class Session:
         self._caches[layer].follow(key, visible)
         grouped = _by_unit(query, self._shape)
         reasons: dict[str, Tensor] = {}
-        full = units.decide(self._policy, grouped, reasons)
+        full = units.decide(self._policy, grouped, reasons, self._fed)
         attended = attend_by_index(grouped, key, value, visible, full, units.recycled, scaling)
         self._count(layer, full, units, key.shape[2], visible, reasons)
         units.settle(full, attended)

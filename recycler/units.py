@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from policies import Ranking, Schedule, Selection, StepPolicy
+from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
 from recycler.attention import UnitAttention
 from recycler.recycled_set import RecycledSet, UnitIndex, group_scores, select, token_scores
 
@@ -27,6 +27,8 @@ class LayerUnits:
         probabilities: `(rows, kv_heads, group, tokens)`, its attention to the whole cache.
         start: Place of each row's first token, an int or `(rows, 1, 1)`.
         end: One past the last token.
+        votes: Of the shape of `probabilities`: attention that chooses the first set, where several queries of the
+            prompt do (`Selection.prompt_queries`).
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class LayerUnits:
         probabilities: Tensor,
         start: Tensor | int,
         end: int,
+        votes: Tensor | None = None,
     ) -> None:
         self._needs = needs
         self._start = start
         self._end = end
-        self.recycled = select(token_scores(probabilities, selection), selection, start, end)
+        scores = token_scores(probabilities if votes is None else votes, selection)
+        self.recycled = select(scores, selection, start, end)
         self._full_query = self._last_query = _unit_query(query)
         mass = _mass_on(probabilities, self.recycled).double() if "refresh_mass" in needs else None
         zeros = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
@@ -75,22 +79,40 @@ class LayerUnits:
         """The same at the last step."""
         return self._last_query
 
-    def decide(self, policy: StepPolicy, query: Tensor, reasons: dict[str, Tensor] | None = None) -> Tensor:
+    def decide(
+        self,
+        policy: StepPolicy,
+        query: Tensor,
+        reasons: dict[str, Tensor] | None = None,
+        token: Tensor | None = None,
+    ) -> Tensor:
         """Ask the policy, then take the newest token into every set; bool `(rows, kv_heads)`, True = full.
 
         Args:
             policy: Who decides.
             query: `(rows, kv_heads, group, head_dim)` of this step.
             reasons: Where wrappers note what they overrule.
+            token: `(rows, 1)`, ids of the tokens that are fed at this step; None if they are not known.
         """
         unit_query = _unit_query(query)
-        query_similarity = step_similarity = None
+        query_similarity = step_similarity = layer_similarity = None
         if "query_similarity" in self._needs:
             query_similarity = cosine_similarity(unit_query, self._full_query, dim=-1).double()
         if "step_similarity" in self._needs:
             step_similarity = cosine_similarity(unit_query, self._last_query, dim=-1).double()
+        if "layer_similarity" in self._needs:
+            # Groups are of one size, so the mean of their means is the mean over all query heads.
+            now, then = unit_query.mean(1, keepdim=True), self._full_query.mean(1, keepdim=True)
+            layer_similarity = cosine_similarity(now, then, dim=-1).double()
         self._last_query = unit_query
-        full: Tensor = policy.decide(self.schedule.signals(query_similarity, step_similarity, reasons))
+        signals = self.schedule.signals(
+            query_similarity,
+            step_similarity,
+            reasons,
+            layer_similarity=layer_similarity,
+            token=None if token is None else token.to(query.device),
+        )
+        full: Tensor = policy.decide(signals)
         self._choose_what_was_put_off(full)
         self.recycled.admit(self._end, self._start)
         self._end += 1
@@ -133,8 +155,12 @@ class LayerUnits:
             probabilities: `(n, group, k)`, their attention to the slots of their sets.
         """
         selection = self.recycled.selection
-        if selection.ranking == Ranking.UPDATED:
-            self.recycled.scores[units] = group_scores(probabilities, selection.group).float()
+        if selection.ranking == Ranking.LAST_FULL:
+            return
+        scores = group_scores(self._by_layer(units, probabilities), selection.group).flatten(0, -2).float()
+        if selection.ranking == Ranking.ACCUMULATED:
+            scores = scores + self.recycled.scores[units]
+        self.recycled.scores[units] = scores
 
     def advance(self, full: Tensor) -> None:
         """End the step."""
@@ -151,7 +177,8 @@ class LayerUnits:
     def _choose(self, units: UnitIndex, probabilities: Tensor) -> None:
         start = self._start if isinstance(self._start, int) else self._start[units[0], 0]
         selection = self.recycled.selection
-        chosen = select(token_scores(probabilities, selection), selection, start, self._end)
+        scores = token_scores(self._by_layer(units, probabilities), selection).flatten(0, -2)
+        chosen = select(scores, selection, start, self._end)
         if "refresh_overlap" in self._needs:
             before = RecycledSet(self.recycled.positions[units], self.recycled.scores[units], selection)
             kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
@@ -160,6 +187,19 @@ class LayerUnits:
             self._refresh_mass[units] = _mass_on(probabilities, chosen).double()
         self.recycled.positions[units] = chosen.positions
         self.recycled.scores[units] = chosen.scores
+
+    def _by_layer(self, units: UnitIndex, probabilities: Tensor) -> Tensor:
+        """`(n, group, tokens)`, or `(n / kv_heads, kv_heads, group, tokens)` where scores pool over the layer."""
+        if self.recycled.selection.group != GroupPooling.LAYER_MEAN:
+            return probabilities
+        kv_heads = self._last_query.shape[1]
+        whole_layers = torch.arange(kv_heads, device=units[1].device).repeat(len(units[1]) // kv_heads)
+        if not torch.equal(units[1], whole_layers):
+            raise ValueError(
+                "a selection with group 'layer_mean' needs all KV heads of a layer to run full together, and this "
+                "policy decides otherwise."
+            )
+        return probabilities.unflatten(0, (-1, kv_heads))
 
 
 def _unit_query(query: Tensor) -> Tensor:

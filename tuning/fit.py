@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from policies import FEATURES, LearnedLogistic, Schedule
-from tuning.trace_batch import TraceBatch
+from tuning.trace_batch import TraceBatch, check_traced
 
 DEFAULT_FEATURES = ("sqrt_age", "query_drift", "step_drift", "refresh_loss")
 
@@ -42,7 +42,8 @@ def fit_logistic(
         A policy with threshold 0.5, which `calibrate` moves to a budget.
 
     Raises:
-        ValueError: If a feature is unknown, or all samples have the same loss.
+        ValueError: If a feature is unknown or needs a signal that traces do not record, or all samples have the same
+            loss.
     """
     rng = np.random.default_rng(seed)
     columns, loss, unit = _samples(traces, features, n_samples, rng)
@@ -73,6 +74,9 @@ def _samples(
     unknown = [name for name in features if name not in FEATURES]
     if unknown:
         raise ValueError(f"unknown feature {unknown[0]!r}: known are {', '.join(FEATURES)}.")
+    for name in features:
+        needed = FEATURES[name].needs
+        check_traced(set() if needed is None else {needed}, f"the feature {name!r}")
     step = rng.integers(0, traces.n_steps, n_samples)
     age = rng.integers(1, np.minimum(step + 1, traces.max_age) + 1)
     trace = rng.integers(0, len(traces), n_samples)
@@ -91,6 +95,7 @@ def _samples(
     signals = schedule.signals(
         query_similarity=traces.query_similarity[at].astype(np.float64),
         step_similarity=traces.query_similarity[step, 0, trace, layer, head].astype(np.float64),
+        token=traces.step_tokens[step, trace, 0, 0],
     )
     columns = np.stack([FEATURES[name].of(signals) for name in features], axis=1)
     return columns, 1 - traces.recovered_mass[at].astype(np.float64), unit

@@ -8,7 +8,7 @@ import numpy as np
 
 from policies import Schedule, StepPolicy
 from traces import Trace
-from tuning.trace_batch import TraceBatch
+from tuning.trace_batch import TraceBatch, check_traced
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
         policy: Whom to replay.
 
     Raises:
-        ValueError: If the policy has the parameters of another model shape.
+        ValueError: If the policy has the parameters of another model shape, or needs a signal that traces do not
+            record.
     """
     batch = traces if isinstance(traces, TraceBatch) else TraceBatch([traces])
     for shape in policy.unit_shapes() - {batch.units}:
         # Else a single row of parameters would silently serve all layers.
         raise ValueError(f"the policy is for {shape} layers and KV heads, but the traces have {batch.units}.")
     needs = policy.needs
+    check_traced(needs, f"the policy {policy.kind!r}")
     wants_mass, wants_overlap = "refresh_mass" in needs, "refresh_overlap" in needs
     fresh = batch.fresh_mass.astype(np.float64) if wants_mass else None
     schedule = Schedule(np.zeros(batch.shape), None if fresh is None else fresh[0])
@@ -73,6 +75,7 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
             schedule.signals(
                 query_similarity=at.age(batch.query_similarity) if "query_similarity" in needs else None,
                 step_similarity=at.last_step(batch.query_similarity) if "step_similarity" in needs else None,
+                token=batch.step_tokens[step],
             )
         )
         lost[step] = np.where(full[step], 0, 1 - at.age(batch.recovered_mass))

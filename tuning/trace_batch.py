@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import cached_property
 
 import numpy as np
 
 from traces import Trace, TraceFile
+
+# Measured signals that follow from what traces record; `StepSignals.token` does as well.
+TRACED_SIGNALS = frozenset({"query_similarity", "step_similarity", "refresh_mass", "refresh_overlap"})
+
+
+def check_traced(needs: Set[str], who: str) -> None:
+    """Refuse what reads measured signals that traces do not record.
+
+    Args:
+        needs: Names of the signals.
+        who: Who reads them, for the message.
+
+    Raises:
+        ValueError: With the signal.
+    """
+    for name in sorted(needs - TRACED_SIGNALS):
+        raise ValueError(f"{who} needs the signal {name!r}, which traces do not record: run it in closed loop instead.")
 
 
 class TraceBatch:
@@ -67,6 +84,13 @@ class TraceBatch:
     def fresh_mass(self) -> np.ndarray:
         """float32 `(steps + 1, traces, layers, kv_heads)`."""
         return self._stacked("fresh_mass")
+
+    @cached_property
+    def step_tokens(self) -> np.ndarray:
+        """float64 `(steps, traces, 1, 1)`: ids of the tokens that were fed."""
+        tokens = [file.array("tokens") if isinstance(file, TraceFile) else file.tokens for file in self.files]
+        fed = [each[-self.n_steps :] for each in tokens]
+        return np.stack(fed, axis=1).astype(np.float64)[:, :, None, None]
 
     @cached_property
     def lost_by_age(self) -> np.ndarray:

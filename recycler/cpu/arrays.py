@@ -89,6 +89,7 @@ class Signals(NamedTuple):
 
     query_similarity: Array
     step_similarity: Array
+    layer_similarity: Array
     refresh_mass: Array
     refresh_overlap: Array
 
@@ -102,8 +103,10 @@ class Rules(NamedTuple):
     pool_forward: int
     group_mean: bool
     updated_ranking: bool
+    accumulated_ranking: bool
     wants_query_similarity: bool
     wants_step_similarity: bool
+    wants_layer_similarity: bool
     wants_refresh: bool
 
 

@@ -23,9 +23,11 @@ _LESS, _LESS_EQUAL, _GREATER, _GREATER_EQUAL, _EQUAL, _NOT_EQUAL = (
     int(op) for op in (Op.LESS, Op.LESS_EQUAL, Op.GREATER, Op.GREATER_EQUAL, Op.EQUAL, Op.NOT_EQUAL)
 )
 _AND, _OR, _XOR, _NOT, _WHERE = (int(op) for op in (Op.AND, Op.OR, Op.XOR, Op.NOT, Op.WHERE))
-# What the schedule knows when a step begins; the two similarities come from the step itself.
-SCHEDULE_SIGNALS = tuple(name for name in SIGNALS if name not in ("query_similarity", "step_similarity"))
-_QUERY_SIMILARITY, _STEP_SIMILARITY = SIGNALS.index("query_similarity"), SIGNALS.index("step_similarity")
+# What the query of the step itself makes, beside each other in `SIGNALS`; the rest is known when a step begins.
+QUERY_SIGNALS = ("query_similarity", "step_similarity", "layer_similarity")
+SCHEDULE_SIGNALS = tuple(name for name in SIGNALS if name not in QUERY_SIGNALS)
+_QUERY_SIMILARITY, _STEP_SIMILARITY, _LAYER_SIMILARITY = (SIGNALS.index(name) for name in QUERY_SIGNALS)
+_N_QUERY_SIGNALS = len(QUERY_SIGNALS)
 
 
 class Program(NamedTuple):
@@ -64,7 +66,7 @@ def run_program(
         layer: Index of the layer.
         first_row: First row.
         last_row: One past the last.
-        state: float64 `(5, rows, layers, kv_heads)`: the signals of `SCHEDULE_SIGNALS`.
+        state: float64 `(6, rows, layers, kv_heads)`: the signals of `SCHEDULE_SIGNALS`.
         signals: Measured signals of the layer.
         decisions: bool `(1 + reasons, layers, rows, kv_heads)`: gets the decision and the reasons.
     """
@@ -77,8 +79,10 @@ def run_program(
                         value = signals.query_similarity[row, head]
                     elif a == _STEP_SIMILARITY:
                         value = signals.step_similarity[row, head]
+                    elif a == _LAYER_SIMILARITY:
+                        value = signals.layer_similarity[row, head]
                     else:
-                        value = state[a if a < _QUERY_SIMILARITY else a - 2, row, layer, head]
+                        value = state[a if a < _QUERY_SIMILARITY else a - _N_QUERY_SIGNALS, row, layer, head]
                 elif op == _CONSTANT:
                     value = program.constants[a]
                 elif op == _TABLE:

@@ -9,11 +9,8 @@ import numpy as np
 
 from policies import NotAProgram, PolicyProgram, Schedule, StepPolicy, StepSignals, policy_program
 from recycler.cpu.arrays import Array, Signals
-from recycler.cpu.decide import SCHEDULE_SIGNALS, Program, as_program, run_program
+from recycler.cpu.decide import QUERY_SIGNALS, SCHEDULE_SIGNALS, Program, as_program, run_program
 from recycler.per_row import PerRow
-
-# Signals that the query of the step itself makes: a policy without them can decide for all layers beforehand.
-_OF_THE_QUERY = frozenset({"query_similarity", "step_similarity"})
 
 
 class Decisions(ABC):
@@ -32,8 +29,13 @@ class Decisions(ABC):
         """What wrappers overruled at this step, bool `(layers, rows, kv_heads)`, by reason."""
 
     @abstractmethod
-    def begin_step(self, schedule: Schedule) -> None:
-        """Get ready for a step; `schedule` is over `(rows, layers, kv_heads)`."""
+    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
+        """Get ready for a step.
+
+        Args:
+            schedule: Over `(rows, layers, kv_heads)`.
+            token: `(rows, 1, 1)`, ids of the tokens that are fed; None if they are not known.
+        """
 
     @abstractmethod
     def decide(self, layer: int, signals: Signals) -> None:
@@ -51,7 +53,8 @@ def decisions(policy: StepPolicy, shape: tuple[int, int, int]) -> Decisions:
         programs = [policy_program(one) for one in each]
     except NotAProgram:
         return DecisionsByLayer(policy, shape)
-    if policy.needs.isdisjoint(_OF_THE_QUERY):
+    # Without a signal that the query of the step makes, it can decide for all layers beforehand.
+    if policy.needs.isdisjoint(QUERY_SIGNALS):
         return DecisionsAhead(policy, shape)
     return DecisionsByProgram(programs, shape)
 
@@ -69,9 +72,9 @@ class DecisionsAhead(Decisions):
         shape = np.moveaxis(self.full, 0, 1).shape
         return {reason: np.moveaxis(np.broadcast_to(noted, shape), 1, 0) for reason, noted in self._noted.items()}
 
-    def begin_step(self, schedule: Schedule) -> None:
+    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
         self._noted = {}
-        full = self._policy.decide(schedule.signals(reasons=self._noted))
+        full = self._policy.decide(schedule.signals(reasons=self._noted, token=token))
         np.moveaxis(self.full, 0, 1)[...] = full
 
     def decide(self, layer: int, signals: Signals) -> None:
@@ -102,8 +105,8 @@ class DecisionsByProgram(Decisions):
     def reasons(self) -> Mapping[str, Array]:
         return dict(zip(self._names, self._results[1:], strict=False))
 
-    def begin_step(self, schedule: Schedule) -> None:
-        signals = schedule.signals()
+    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
+        signals = schedule.signals(token=token)
         self._state = np.stack([getattr(signals, name) for name in SCHEDULE_SIGNALS])
 
     def decide(self, layer: int, signals: Signals) -> None:
@@ -123,8 +126,9 @@ class DecisionsByLayer(Decisions):
     def reasons(self) -> Mapping[str, Array]:
         return self._reasons
 
-    def begin_step(self, schedule: Schedule) -> None:
+    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
         self._schedule = schedule
+        self._token = schedule.signals(token=token).token
         self._reasons = {}
 
     def decide(self, layer: int, signals: Signals) -> None:
@@ -137,8 +141,10 @@ class DecisionsByLayer(Decisions):
                 n_full=schedule.n_full[:, layer],
                 query_similarity=signals.query_similarity,
                 step_similarity=signals.step_similarity,
+                layer_similarity=signals.layer_similarity,
                 refresh_mass=schedule.refresh_mass[:, layer],
                 refresh_overlap=schedule.refresh_overlap[:, layer],
+                token=self._token[:, layer],
                 layer=layer,
                 reasons=noted,
                 tables=schedule.tables,

@@ -78,7 +78,7 @@ class CpuDecoding(Decoding):
         self.tokens_read = np.zeros(self.full.shape, dtype=np.int64)
         self.reasons: Mapping[str, np.ndarray] = {}
         self._decisions = decisions(policy, (len(layers), rows, kv_heads))
-        self._measured = np.full((4, len(layers), rows, kv_heads), np.nan)
+        self._measured = np.full((len(Signals._fields), len(layers), rows, kv_heads), np.nan)
         self._signals = [Signals(*self._measured[:, layer]) for layer in range(len(layers))]
         masses = np.stack([layer.schedule.refresh_mass.detach().numpy() for layer in units], axis=1)
         self._schedule = Schedule(np.zeros(self.full.shape), masses)
@@ -95,7 +95,7 @@ class CpuDecoding(Decoding):
         cosine, sine = (angle[:, 0].contiguous().numpy() for angle in self._parts.rotary(hidden, places[:, None]))
         x, n_own = hidden.numpy(), _parts_of(self._layers[0])[0].n_own
         scratch, rules, start, asked = self._scratch, self._rules, self._start, self._decisions
-        asked.begin_step(self._schedule)
+        asked.begin_step(self._schedule, tokens.numpy()[:, None, None])
         state = zip(self._weights, self._caches, self._units, self._signals, strict=True)
         for layer, (weights, cache, units, signals) in enumerate(state):
             project(x, weights, cosine, sine, cache, n_own, units, signals, rules, scratch, n_threads)
@@ -119,7 +119,7 @@ class CpuDecoding(Decoding):
         dense = self._layers[0].get_seq_length() - self._start
         self.tokens_read = np.where(self.full, dense[:, None, None], filled)
         self.reasons = {reason: np.moveaxis(noted, 0, 1) for reason, noted in self._decisions.reasons.items()}
-        mass, overlap = np.moveaxis(self._measured[2:], 1, 2)
+        mass, overlap = np.moveaxis(self._measured[-2:], 1, 2)
         needs = self._policy.needs
         self._schedule.advance(
             self.full,
@@ -184,6 +184,8 @@ def _layer_weights(layer: Any) -> LayerWeights:
 
 
 def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
+    if selection.group == GroupPooling.LAYER_MEAN:
+        raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
     return Rules(
         sinks=selection.sinks,
         window=selection.window,
@@ -191,8 +193,10 @@ def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
         pool_forward=selection.pool_forward,
         group_mean=selection.group == GroupPooling.MEAN,
         updated_ranking=selection.ranking == Ranking.UPDATED,
+        accumulated_ranking=selection.ranking == Ranking.ACCUMULATED,
         wants_query_similarity="query_similarity" in needs,
         wants_step_similarity="step_similarity" in needs,
+        wants_layer_similarity="layer_similarity" in needs,
         wants_refresh=bool(needs & {"refresh_mass", "refresh_overlap"}),
     )
 
@@ -246,7 +250,7 @@ def _scratch(weights: LayerWeights, units: Units, rules: Rules, places: int, flo
         highest=empty(n_threads, n_units, group),
         total=empty(n_threads, n_units, group),
         partial=empty(n_threads, n_units, group, head_dim),
-        set_logits=empty(n_units, group, k if rules.updated_ranking else 0),
+        set_logits=empty(n_units, group, k if rules.updated_ranking or rules.accumulated_ranking else 0),
         token_score=np.empty((n_threads, max(places, k)), dtype=np.float32),
         pooled=np.empty((n_threads, max(places, k)), dtype=np.float32),
         found=np.empty((n_threads, places), dtype=np.int64),

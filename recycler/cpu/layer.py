@@ -56,6 +56,8 @@ def project(
         _cosine_similarity(scratch.unit_query, units.full_query, signals.query_similarity)
     if rules.wants_step_similarity:
         _cosine_similarity(scratch.unit_query, units.last_query, signals.step_similarity)
+    if rules.wants_layer_similarity:
+        _layer_similarity(scratch.unit_query, units.full_query, signals.layer_similarity)
 
 
 @njit(error_model="numpy", fastmath=True)
@@ -113,6 +115,24 @@ def _cosine_similarity(now: Array, then: Array, similarity: Array) -> None:
                 product += now[row, kv_head, d] * then[row, kv_head, d]
                 a += now[row, kv_head, d] * now[row, kv_head, d]
                 b += then[row, kv_head, d] * then[row, kv_head, d]
+            similarity[row, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
+
+
+@njit(error_model="numpy", fastmath=True)
+def _layer_similarity(now: Array, then: Array, similarity: Array) -> None:
+    """The cosine between means over the KV heads, for every unit of a row."""
+    rows, kv_heads, head_dim = now.shape
+    for row in range(rows):
+        product, a, b = 0.0, 0.0, 0.0
+        for d in range(head_dim):
+            mean_now, mean_then = 0.0, 0.0
+            for kv_head in range(kv_heads):
+                mean_now += now[row, kv_head, d] / kv_heads
+                mean_then += then[row, kv_head, d] / kv_heads
+            product += mean_now * mean_then
+            a += mean_now * mean_now
+            b += mean_then * mean_then
+        for kv_head in range(kv_heads):
             similarity[row, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
 
 
@@ -184,6 +204,8 @@ def _admit(
     filled = units.filled[row, head]
     positions, scores = units.positions[row, head], units.scores[row, head]
     slot = admit(end - 1, start[row], rules.sinks, rules.window, filled, positions, scores)
+    if rules.accumulated_ranking:
+        scores[slot] = 0
     units.filled[row, head] = max(filled, slot + 1)
     if not units.stale[row, head]:
         _copy(cache.own_key[row, head], n_own - 1, units.set_key[row, head], slot)
@@ -269,7 +291,7 @@ def _attend_share(
                 scratch.partial[thread, unit],
                 logits,
                 shift,
-                runs_full or rules.updated_ranking,
+                runs_full or rules.updated_ranking or rules.accumulated_ranking,
             )
 
 
@@ -330,6 +352,11 @@ def _settle(
         if rules.updated_ranking:
             logits, scores = scratch.set_logits[unit], units.scores[row, head]
             group_scores(logits, normaliser, 0, units.filled[row, head], rules.group_mean, scores)
+        elif rules.accumulated_ranking:
+            logits, latest = scratch.set_logits[unit], scratch.token_score[thread]
+            group_scores(logits, normaliser, 0, units.filled[row, head], rules.group_mean, latest)
+            for slot in range(units.filled[row, head]):
+                units.scores[row, head, slot] += latest[slot]
         return
     for d in range(head_dim):
         units.full_query[row, head, d] = scratch.unit_query[row, head, d]

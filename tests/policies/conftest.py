@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from policies import ModelShape, Schedule, StepPolicy, StepSignals
+from policies import SIGNALS, ModelShape, Schedule, StepPolicy, StepSignals
 
 N_TRACES, LAYERS, KV_HEADS = 2, 2, 3
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -43,6 +43,9 @@ def _random_signals(seed: int, missing: float = 0.1) -> StepSignals:
         step_similarity=measured(-1),
         refresh_mass=measured(0),
         refresh_overlap=measured(0),
+        layer_similarity=measured(-1),
+        # Few tokens, so that those that policies name occur.
+        token=np.where(rng.random(shape) < missing, np.nan, rng.integers(0, 12, shape)),
     )
 
 
@@ -78,7 +81,7 @@ def signals_of() -> Callable[..., StepSignals]:
     """Makes signals of one unit or more from the values that matter to a test; other signals were not measured."""
 
     def signals_of(layer: int | None = None, reasons: dict[str, Any] | None = None, **values: Any) -> StepSignals:
-        default = dict.fromkeys((field.name for field in dataclasses.fields(StepSignals)[:7]), np.nan)
+        default = dict.fromkeys(SIGNALS, np.nan)
         default |= {"step": 0, "age": 1, "n_full": 0} | values
         arrays = np.broadcast_arrays(*(np.atleast_1d(np.float64(value)) for value in default.values()))
         return StepSignals(**dict(zip(default, arrays, strict=True)), layer=layer, reasons=reasons)

@@ -22,16 +22,20 @@ import policies
 from policies import (
     FEATURES,
     MEASURED_SIGNALS,
+    SIGNALS,
     AlwaysFull,
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
+    LayerCosine,
     LearnedLogistic,
     MaxAge,
     ModelShape,
     NeverFull,
     PolicyFile,
+    RandomRefresh,
     Selection,
+    SentenceBoundary,
     StepPolicy,
     StepSignals,
     check_fits,
@@ -54,6 +58,9 @@ SCALAR: dict[str, list[StepPolicy]] = {
     "never_full": [NeverFull()],
     "fixed_stride": [FixedStride(10), FixedStride(2.5, phase=1), FixedStride(1)],
     "cosine_threshold": [COSINE, CosineThreshold(0.5, check_every=5), CosineThreshold(-1)],
+    "layer_cosine": [LayerCosine(0.85), LayerCosine(0.5, check_every=1), LayerCosine(-1)],
+    "sentence_boundary": [SentenceBoundary((3, 7, 5)), SentenceBoundary((0,), max_age=4), SentenceBoundary((9,), 1e6)],
+    "random_refresh": [RandomRefresh(0.3, 0.61803, 0.25), RandomRefresh(0, 0.1, 0), RandomRefresh(1, 0, 0.999)],
     "learned_logistic": [
         LOGISTIC,
         LearnedLogistic((), (), intercept=0.1),
@@ -69,6 +76,12 @@ SCALAR: dict[str, list[StepPolicy]] = {
 PER_UNIT: dict[str, list[StepPolicy]] = {
     "fixed_stride": [FixedStride(TABLE), FixedStride(4, phase=TABLE), FixedStride(TABLE, phase=TABLE)],
     "cosine_threshold": [CosineThreshold(SHARES, check_every=TABLE), CosineThreshold(SHARES)],
+    "layer_cosine": [LayerCosine(SHARES, check_every=TABLE), LayerCosine(0.3, check_every=TABLE)],
+    "sentence_boundary": [SentenceBoundary((3, 7, 5), max_age=TABLE)],
+    "random_refresh": [
+        RandomRefresh.drawn(0.2, UNITS, seed=0),
+        RandomRefresh(SHARES, 0.123, phase=((0.0, 0.5, 0.9), (0.1, 0.2, 0.3))),
+    ],
     "learned_logistic": [
         LearnedLogistic(("age",), (SHARES,), intercept=-1),
         LearnedLogistic(("sqrt_age", "query_drift"), (0.3, SHARES), intercept=TABLE),
@@ -156,10 +169,7 @@ class TestDecisions:
     def test_no_value_is_ever_looked_at(self, policy: StepPolicy, random_signals: Make, in_layer: Make) -> None:
         # A meta tensor has no values: code that branches on one, or copies one to the host, fails on it.
         for signals in (random_signals(0), in_layer(random_signals(0), 1)):
-            arrays = {
-                field.name: torch.empty(signals.age.shape, dtype=torch.float64, device="meta")
-                for field in dataclasses.fields(signals)[:7]
-            }
+            arrays = {name: torch.empty(signals.age.shape, dtype=torch.float64, device="meta") for name in SIGNALS}
             full = policy.decide(dataclasses.replace(signals, reasons={}, **arrays))
             assert (full.shape, full.dtype) == (signals.age.shape, torch.bool)
 
@@ -169,9 +179,9 @@ class TestDecisions:
         self, policy: StepPolicy, random_signals: Make, on_torch: Make, seed: int
     ) -> None:
         for signals in (random_signals(seed), on_torch(random_signals(seed))):
-            before = repr([getattr(signals, field.name).tolist() for field in dataclasses.fields(signals)[:7]])
+            before = repr([getattr(signals, name).tolist() for name in SIGNALS])
             assert_same(decide(policy, signals), decide(policy, signals))
-            after = repr([getattr(signals, field.name).tolist() for field in dataclasses.fields(signals)[:7]])
+            after = repr([getattr(signals, name).tolist() for name in SIGNALS])
             assert after == before
 
     def test_asking_for_reasons_changes_no_decision(self, policy: StepPolicy, random_signals: Make) -> None:

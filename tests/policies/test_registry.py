@@ -35,9 +35,12 @@ BUILT_IN = [
     "budget_constrained",
     "cosine_threshold",
     "fixed_stride",
+    "layer_cosine",
     "learned_logistic",
     "max_age",
     "never_full",
+    "random_refresh",
+    "sentence_boundary",
 ]
 
 

@@ -31,8 +31,10 @@ def test_prefill_leaves_sets_of_age_one_and_no_full_steps(zeros: Any) -> None:
     for unmeasured in (
         signals.query_similarity,
         signals.step_similarity,
+        signals.layer_similarity,
         signals.refresh_mass,
         signals.refresh_overlap,
+        signals.token,
     ):
         assert unmeasured.shape == zeros.shape
         assert (unmeasured != unmeasured).all()
@@ -76,6 +78,16 @@ def test_signals_carry_what_was_measured_at_this_step_and_where(zeros: Any, valu
     following = schedule.signals()
     assert (following.query_similarity != following.query_similarity).all()
     assert (following.step_similarity != following.step_similarity).all()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float64"])
+def test_tokens_and_layers_are_spread_over_units_as_float64(zeros: Any, values: Values, dtype: str) -> None:
+    token, cosine = values(np.array([[30]], dtype=dtype)), values([[0.25]])
+    signals = Schedule(zeros).signals(layer_similarity=cosine, token=token)
+    assert (signals.token.tolist(), signals.layer_similarity.tolist()) == ([[30.0] * 3], [[0.25] * 3])
+    assert signals.token.dtype == signals.layer_similarity.dtype == zeros.dtype
+    following = Schedule(zeros).signals()
+    assert (following.token != following.token).all()
 
 
 def test_signals_already_handed_out_do_not_change_with_later_steps(zeros: Any, values: Values) -> None:

@@ -210,6 +210,8 @@ class PlainDecoder:
                 for row in zip(units, queries, strict=True)
             ]
             seen = {name: np.array([[float(unit[name]) for unit in row] for row in table]) for name in table[0][0]}
+            for name, of_layer in self._of_layer(units, queries).items():
+                seen[name] = np.broadcast_to(of_layer[:, None], seen["age"].shape)
             full = self.policy.decide(StepSignals(**seen, layer=layer))
             places = [[unit.set.places for unit in row] for row in units]
             self.seen[layer].append(seen | {"full": full, "places": places})
@@ -220,6 +222,13 @@ class PlainDecoder:
             return torch.from_numpy(np.array(output)).to(query).flatten(1, 2)[:, None], None
 
         return attend
+
+    def _of_layer(self, units: list[list[_PlainUnit]], queries: np.ndarray) -> dict[str, np.ndarray]:
+        """Signals that the units of a row share; the attention sees no tokens."""
+        then = [np.mean([unit.full_query for unit in row], axis=0) for row in units]
+        now = queries.reshape(len(queries), -1, queries.shape[-1]).mean(1)
+        cosines = [_cosine(*pair) for pair in zip(now, then, strict=True)]
+        return {"layer_similarity": np.array(cosines), "token": np.full(len(units), np.nan)}
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,13 @@ from policies import (
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
+    LayerCosine,
     LearnedLogistic,
     MaxAge,
     NeverFull,
+    RandomRefresh,
     Selection,
+    SentenceBoundary,
     StepPolicy,
 )
 from recycler.closed_loop import ClosedLoop, run_closed_loop
@@ -42,6 +45,9 @@ POLICIES = (
     MaxAge(CosineThreshold(0.6, check_every=2), 5),
     BudgetConstrained(CosineThreshold(0.9), ((0.1, 0.5), (0.3, 0.0)), 1),
     LearnedLogistic(("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.2, 1, 1, 1, 1), -2.5),
+    LayerCosine(0.8, check_every=3),
+    SentenceBoundary(tuple(range(0, 61, 7)), max_age=6),
+    RandomRefresh.drawn(0.3, (2, 2), seed=0),
 )
 SELECTIONS = {
     "window": Selection(7, sinks=1, window=2, pool_backward=1, pool_forward=2),

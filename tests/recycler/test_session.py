@@ -16,9 +16,11 @@ from policies import (
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
+    LayerCosine,
     LearnedLogistic,
     NeverFull,
     Selection,
+    SentenceBoundary,
     StepPolicy,
     StepSignals,
 )
@@ -28,6 +30,8 @@ from recycler.session import recycled
 FAMILIES = ["llama", "qwen2", "mistral"]
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 N_NEW = 16
+# Of 61 tokens.
+ENDS = tuple(range(0, 61, 4))
 LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
 
 
@@ -143,7 +147,9 @@ def test_masks_of_eager_attention_are_understood(
 
 
 @pytest.mark.parametrize(
-    "policy", [FixedStride(3), CosineThreshold(0.5), LOGISTIC, NeverFull()], ids=lambda policy: policy.kind
+    "policy",
+    [FixedStride(3), CosineThreshold(0.5), LayerCosine(0.8), SentenceBoundary(ENDS, 9), LOGISTIC, NeverFull()],
+    ids=lambda policy: policy.kind,
 )
 @pytest.mark.parametrize("ranking", ["last_full", "updated"])
 def test_batch_is_its_rows_alone(
@@ -165,6 +171,7 @@ def test_batch_is_its_rows_alone(
         NeverFull(),
         FixedStride(((2, 3), (5, 1)), ((0, 1), (2, 0))),
         CosineThreshold(0.6, check_every=2),
+        LayerCosine(0.85, check_every=2),
         LOGISTIC,
         BudgetConstrained(CosineThreshold(0.9), 0.3, 1),
     ],

@@ -16,10 +16,12 @@ from policies import (
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
+    LayerCosine,
     LearnedLogistic,
     MaxAge,
     NeverFull,
     Selection,
+    SentenceBoundary,
     StepPolicy,
 )
 from recycler.hook import attention_replaced
@@ -47,6 +49,7 @@ POLICIES = [
     NeverFull(),
     FixedStride(((2, 3), (5, 1)), ((0, 1), (2, 0))),
     MaxAge(CosineThreshold(0.5), ((3, 4), (5, 6))),
+    LayerCosine(0.75, check_every=2),
     LearnedLogistic(("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.1, 1, 1, 1, 1), -2.0),
 ]
 
@@ -102,6 +105,68 @@ def test_signals_are_float64_and_unmeasured_ones_are_nan(
         for name in reads:
             last = spying.seen[1][-1][name]
             assert (np.abs(last) <= 1 + 1e-6).all(), name
+
+
+def test_a_layers_similarity_is_that_of_the_mean_queries_of_all_its_heads(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], spy: Callable[..., Any], fast: bool
+) -> None:
+    model, tokens, queries = make_model(kv_heads=2), make_tokens(14, rows=2), list[Tensor]()
+    spying = spy(LayerCosine(0.9, check_every=3))
+
+    def looking_on(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def attend(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if module.layer_idx == 0:
+                # The first layer's queries depend on the tokens alone, not on what was attended to.
+                queries.append(query[:, :, -1].mean(1))
+            return stock(module, query, *args, **kwargs)
+
+        return attend
+
+    with recycled(model, spying, Selection(8, 2, 3)):
+        written = model.generate(tokens, max_new_tokens=13)
+    with torch.no_grad(), attention_replaced(model, looking_on):
+        for end in range(14, 27):
+            model(written[:, :end])
+    last_full, n_full = [queries[0][row] for row in (0, 1)], 0
+    for step, (shown, now) in enumerate(zip(spying.seen[0], queries[1:], strict=True)):
+        for row in (0, 1):
+            cosine = float(torch.cosine_similarity(now[row], last_full[row], dim=0))
+            np.testing.assert_allclose(shown["layer_similarity"][row], [cosine] * 2, rtol=0, atol=1e-5)
+            full = (step + 1) % 3 == 0 and cosine < 0.9
+            assert shown["full"][row].tolist() == [full] * 2
+            if full:
+                last_full[row], n_full = now[row], n_full + 1
+    assert n_full > 2
+
+
+def test_policies_are_shown_the_token_that_is_fed(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], spy: Callable[..., Any]
+) -> None:
+    model, tokens, spying = make_model(), make_tokens(14, rows=2), spy(FixedStride(3))
+    with recycled(model, spying, Selection(8, 2, 3)):
+        written = model.generate(tokens, max_new_tokens=9)
+    # The last token that is written is fed to nobody.
+    fed = written[:, 14:-1].double().numpy()
+    for layer in (0, 1):
+        shown = np.stack([step["token"] for step in spying.seen[layer]], axis=1)
+        np.testing.assert_array_equal(shown, np.repeat(fed[:, :, None], 2, axis=2))
+
+
+def test_the_token_of_embeddings_is_not_known(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], spy: Callable[..., Any]
+) -> None:
+    model, tokens, spying = make_model(), make_tokens(18), spy(SentenceBoundary((99,)))
+    embedded = model.get_input_embeddings()(tokens).detach()
+    with torch.no_grad(), recycled(model, spying, Selection(8, 2, 3)):
+        cache = model(tokens[:, :14]).past_key_values
+        model(inputs_embeds=embedded[:, 14:15], past_key_values=cache)
+        model(tokens[:, 15:16], past_key_values=cache)
+        model(inputs_embeds=embedded[:, 16:17], past_key_values=cache)
+        # Not through the model's own forward: nobody told what is fed.
+        model.model(tokens[:, 17:], past_key_values=cache)
+    shown = [step["token"][0, 0] for step in spying.seen[0]]
+    np.testing.assert_array_equal(shown, [np.nan, float(tokens[0, 15]), np.nan, np.nan])
+    assert [step["full"].all() for step in spying.seen[0]] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("asked", [AlwaysFull(), MaxAge(CosineThreshold(0.6), 4)], ids=lambda policy: policy.kind)

@@ -9,7 +9,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from policies import FEATURES, LearnedLogistic, policy_from_json, policy_to_json
+from policies import FEATURES, Feature, LearnedLogistic, policy_from_json, policy_to_json
 from traces import Trace
 from tuning import TraceBatch, fit_logistic, replay_policy
 
@@ -187,3 +187,23 @@ def test_where_many_lose_equally_much_those_are_told_from_the_others(make_trace:
     traces = TraceBatch([following(KNOWN, make_trace, seed) for seed in range(2)])
     fitted = fit_logistic(traces, EVEN, 0.1, features=KNOWN.features, regularisation=1e3, n_samples=20_000)
     np.testing.assert_allclose(fitted.weights, KNOWN.weights, atol=0.25)
+
+
+def test_a_feature_of_a_signal_that_traces_do_not_record_is_refused(
+    traces: TraceBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drift = Feature("layer_similarity", lambda signals: 1 - signals.layer_similarity)
+    monkeypatch.setattr("tuning.fit.FEATURES", {**FEATURES, "layer_drift": drift})
+    with pytest.raises(ValueError, match="the feature 'layer_drift' needs the signal 'layer_similarity', which traces"):
+        fit_logistic(traces, EVEN, 0.1, features=("age", "layer_drift"))
+
+
+def test_a_feature_of_the_token_that_is_fed_is_fitted(traces: TraceBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    token = Feature(None, lambda signals: seen.append((signals.step, signals.token)) or signals.token)  # type: ignore[func-returns-value]
+    monkeypatch.setattr("tuning.fit.FEATURES", {**FEATURES, "token": token})
+    monkeypatch.setattr("policies.learned_logistic.FEATURES", {**FEATURES, "token": token})
+    fit_logistic(traces, EVEN, 0.1, features=("age", "token"), n_samples=50)
+    (step, fed), *_ = seen
+    at_step = traces.step_tokens[:, :, 0, 0][step.astype(int)]
+    assert (fed[:, None] == at_step).any(1).all()

@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies import (
+    SIGNALS,
     AlwaysFull,
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
+    LayerCosine,
     LearnedLogistic,
     MaxAge,
     NeverFull,
+    SentenceBoundary,
     StepPolicy,
     StepSignals,
 )
@@ -51,6 +54,27 @@ def test_a_set_that_is_never_refreshed_grows_a_step_older_at_each_step(make_trac
     replay = replay_policy(one_unit(make_trace), NeverFull())
     np.testing.assert_allclose(replay.lost_mass[:, 0, 0, 0], [0.1, 0.3, 0.6, 0.95], atol=1e-7)
     assert (replay.full_share, replay.beyond_max_age) == (0, 0)
+
+
+@pytest.mark.parametrize("wrap", [lambda policy: policy, lambda policy: BudgetConstrained(policy, 0.1)])
+def test_a_signal_that_traces_do_not_record_is_refused_by_name(make_trace: MakeTrace, wrap: Any) -> None:
+    policy = wrap(LayerCosine(0.5))
+    message = f"the policy '{policy.kind}' needs the signal 'layer_similarity', which traces do not record"
+    with pytest.raises(ValueError, match=message):
+        replay_policy(one_unit(make_trace), policy)
+
+
+def test_traces_whose_prompts_differ_in_length_are_fed_their_own_tokens(make_trace: MakeTrace) -> None:
+    short = make_trace("short", n_steps=4)
+    prompt = short.header.prompt | {"name": "long", "n_prompt_tokens": 9}
+    tokens = np.arange(13, dtype=np.int32)
+    long = dataclasses.replace(short, header=dataclasses.replace(short.header, prompt=prompt), tokens=tokens)
+    batch = TraceBatch([short, long])
+    assert batch.step_tokens.shape == (4, 2, 1, 1)
+    np.testing.assert_array_equal(batch.step_tokens[:, 0, 0, 0], short.tokens[5:])
+    assert batch.step_tokens[:, 1, 0, 0].tolist() == [9.0, 10.0, 11.0, 12.0]
+    full = replay_policy(batch, SentenceBoundary((10, 12), max_age=1000)).full[:, 1]
+    assert full.all((1, 2)).tolist() == full.any((1, 2)).tolist() == [False, True, False, True]
 
 
 def test_always_full_loses_nothing(make_trace: MakeTrace) -> None:
@@ -118,8 +142,8 @@ class Noting(StepPolicy):
         return self.reads
 
     def decide(self, signals: StepSignals) -> Any:
-        for field in dataclasses.fields(signals)[:7]:
-            self.seen.setdefault(field.name, []).append(np.array(getattr(signals, field.name)))
+        for name in SIGNALS:
+            self.seen.setdefault(name, []).append(np.array(getattr(signals, name)))
         return self.policy.decide(signals)
 
 

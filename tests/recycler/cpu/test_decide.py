@@ -19,16 +19,19 @@ from policies import (
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
+    LayerCosine,
     LearnedLogistic,
     MaxAge,
     NeverFull,
     Op,
+    RandomRefresh,
+    SentenceBoundary,
     StepPolicy,
     StepSignals,
     policy_program,
 )
 from recycler.cpu.arrays import Signals
-from recycler.cpu.decide import SCHEDULE_SIGNALS, as_program, run_program
+from recycler.cpu.decide import QUERY_SIGNALS, SCHEDULE_SIGNALS, as_program, run_program
 
 LAYERS, ROWS, KV_HEADS = 2, 4, 3
 TABLE = ((1.0, 2.0, 3.5), (10.0, 5.0, 7.0))
@@ -42,6 +45,9 @@ POLICIES: list[StepPolicy] = [
     FixedStride(TABLE, phase=TABLE),
     COSINE,
     CosineThreshold(SHARES, check_every=TABLE),
+    LayerCosine(SHARES, check_every=TABLE),
+    SentenceBoundary((3, 7, 5), max_age=TABLE),
+    MaxAge(RandomRefresh.drawn(0.3, (LAYERS, KV_HEADS), seed=0), 9),
     LOGISTIC,
     LearnedLogistic(("sqrt_age", "query_drift"), (0.3, SHARES), intercept=TABLE),
     MaxAge(COSINE, TABLE),
@@ -60,10 +66,12 @@ def random_signals(seed: int) -> StepSignals:
     rng = np.random.default_rng(seed)
     shape = (ROWS, LAYERS, KV_HEADS)
     step = rng.integers(0, 60, shape).astype(np.float64)
-    measured = rng.uniform(-1, 1, (4, *shape))
+    measured = rng.uniform(-1, 1, (5, *shape))
     measured = np.where(rng.random(measured.shape) < 0.5, np.round(measured * 10) / 10, measured)
     measured[rng.random(measured.shape) < 0.15] = np.nan
-    return StepSignals(step, 1 + np.floor(rng.random(shape) ** 3 * step), np.floor(rng.random(shape) * step), *measured)
+    age, n_full = 1 + np.floor(rng.random(shape) ** 3 * step), np.floor(rng.random(shape) * step)
+    token = np.where(rng.random(shape) < 0.1, np.nan, rng.integers(0, 12, shape))
+    return StepSignals(step, age, n_full, *measured, token)
 
 
 def run(policy: StepPolicy, signals: StepSignals) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -74,7 +82,7 @@ def run(policy: StepPolicy, signals: StepSignals) -> tuple[np.ndarray, dict[str,
     state = np.stack([getattr(signals, name) for name in SCHEDULE_SIGNALS])
     for layer in range(LAYERS):
         # Refresh signals come from the schedule; what the layer holds there is of the step before.
-        of_layer = [np.ascontiguousarray(getattr(signals, name)[:, layer]) for name in SIGNALS[3:5]]
+        of_layer = [np.ascontiguousarray(getattr(signals, name)[:, layer]) for name in QUERY_SIGNALS]
         measured = Signals(*of_layer, *np.full((2, ROWS, KV_HEADS), 0.77))
         run_program(program, layer, 0, 1, state, measured, out)
         run_program(program, layer, 1, ROWS, state, measured, out)
@@ -108,7 +116,7 @@ class Computes(StepPolicy):
 def result_of(policy: StepPolicy, op: Op, a: float, b: float) -> float:
     """What the kernel has in the register of the instruction `op`."""
     program = as_program(policy_program(policy))
-    state, measured = np.zeros((len(SCHEDULE_SIGNALS), 1, 1, 1)), np.zeros((4, 1, 1))
+    state, measured = np.zeros((len(SCHEDULE_SIGNALS), 1, 1, 1)), np.zeros((5, 1, 1))
     state[0], state[1] = a, b
     out = np.zeros((1, 1, 1, 1), dtype=bool)
     run_program(program, 0, 0, 1, state, Signals(*measured), out)

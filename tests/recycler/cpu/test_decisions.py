@@ -14,14 +14,18 @@ from policies import (
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
+    LayerCosine,
     LearnedLogistic,
     MaxAge,
+    RandomRefresh,
     Schedule,
+    SentenceBoundary,
     StepPolicy,
     StepSignals,
     policy_program,
 )
 from recycler.cpu.arrays import Signals
+from recycler.cpu.decide import QUERY_SIGNALS
 from recycler.cpu.decisions import Decisions, DecisionsAhead, DecisionsByLayer, DecisionsByProgram, decisions
 from recycler.per_row import PerRow
 
@@ -35,6 +39,9 @@ POLICIES: list[StepPolicy] = [
     FixedStride(TABLE, phase=TABLE),
     CosineThreshold(SHARES, check_every=TABLE),
     LearnedLogistic(("age", "refresh_loss", "refresh_churn"), (0.3, SHARES, 1), intercept=-2),
+    LayerCosine(SHARES, check_every=2),
+    SentenceBoundary((3, 7), max_age=TABLE),
+    RandomRefresh.drawn(0.3, (LAYERS, KV_HEADS), seed=0),
     MaxAge(COSINE, TABLE),
     BudgetConstrained(MaxAge(FixedStride(9), 3), SHARES, burst=TABLE),
     BudgetConstrained(MaxAge(LOGISTIC, 5), 1 / 3, burst=1.5),
@@ -57,20 +64,22 @@ def ask(asked: Decisions, policy: StepPolicy, seed: int) -> list[dict[str, np.nd
     schedule = Schedule(np.zeros((ROWS, LAYERS, KV_HEADS)), rng.random((ROWS, LAYERS, KV_HEADS)))
     steps = []
     for _ in range(12):
-        measured = np.round(rng.uniform(-1, 1, (4, *SHAPE)), 1)
+        measured = np.round(rng.uniform(-1, 1, (5, *SHAPE)), 1)
         measured[rng.random(measured.shape) < 0.1] = np.nan
-        asked.begin_step(schedule)
+        asked.begin_step(schedule, rng.integers(0, 9, (ROWS, 1, 1)))
         for layer in range(LAYERS):
             asked.decide(layer, Signals(*measured[:, layer]))
         steps.append({"full": asked.full.copy()} | {name: noted.copy() for name, noted in asked.reasons.items()})
-        schedule.advance(np.moveaxis(asked.full, 0, 1).copy(), *np.moveaxis(measured[2:], 1, 2))
+        schedule.advance(np.moveaxis(asked.full, 0, 1).copy(), *np.moveaxis(measured[-2:], 1, 2))
     return steps
 
 
 def test_what_needs_no_query_is_asked_ahead_and_the_rest_by_its_program() -> None:
     assert type(decisions(FixedStride(TABLE), SHAPE)) is DecisionsAhead
     assert type(decisions(BudgetConstrained(FixedStride(3), 0.1), SHAPE)) is DecisionsAhead
+    assert type(decisions(SentenceBoundary((3,)), SHAPE)) is DecisionsAhead
     assert type(decisions(COSINE, SHAPE)) is DecisionsByProgram
+    assert type(decisions(LayerCosine(0.5), SHAPE)) is DecisionsByProgram
     assert type(decisions(PerRow((COSINE, AlwaysFull(), LOGISTIC, COSINE)), SHAPE)) is DecisionsByProgram
 
 
@@ -93,7 +102,7 @@ def test_all_ways_to_ask_give_the_same_decisions_and_reasons(policy: StepPolicy)
         DecisionsByProgram([policy_program(policy)], SHAPE),
         DecisionsByLayer(policy, SHAPE),
     ]
-    if policy.needs.isdisjoint({"query_similarity", "step_similarity"}):
+    if policy.needs.isdisjoint(QUERY_SIGNALS):
         ways.append(DecisionsAhead(policy, SHAPE))
     first, *others = (ask(way, policy, seed=7) for way in ways)
     for other in others:
