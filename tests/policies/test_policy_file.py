@@ -172,7 +172,7 @@ class TestRefusals:
             (
                 "selection",
                 {"k": 64, "group": "median"},
-                "not a policy file: selection/group: 'median' is not one of ['max', 'mean'].",
+                "not a policy file: selection/group: 'median' is not one of ['max', 'mean', 'layer_mean'].",
             ),
             ("model", {"id": "tiny"}, "not a policy file: model: 'layers' is a required property."),
             ("provenance", 3, "not a policy file: provenance: 3 is not of type 'object'."),
