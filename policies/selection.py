@@ -7,10 +7,15 @@ from enum import StrEnum
 
 
 class GroupPooling(StrEnum):
-    """How the scores of the query heads of a KV group become one score per token."""
+    """How the scores of query heads become one score per token.
+
+    MAX and MEAN pool over the query heads of a KV group. LAYER_MEAN takes the mean over all query heads of a layer, so
+    that all its units hold the same tokens (TOVA, arXiv 2401.06104); units of a layer must then run full together.
+    """
 
     MAX = "max"
     MEAN = "mean"
+    LAYER_MEAN = "layer_mean"
 
 
 class Ranking(StrEnum):
@@ -18,10 +23,13 @@ class Ranking(StrEnum):
 
     LAST_FULL ranks by the scores of the unit's last full step (RefreshKV); tokens that arrived since have none and
     stay. UPDATED ranks by the attention of the latest step over the set, recycled steps included (Recycled Attention).
+    ACCUMULATED adds the attention of every step over the set to the scores that the set was chosen by (H2O, arXiv
+    2306.14048); a token that arrives begins at 0.
     """
 
     LAST_FULL = "last_full"
     UPDATED = "updated"
+    ACCUMULATED = "accumulated"
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,10 @@ class Selection:
         pool_backward: A token is taken for the best score among itself and tokens up to this many places after it:
             tokens before an attended one come along.
         pool_forward: The same for places before it: tokens after an attended one come along.
-        group: How the query heads of a group are pooled.
+        group: How query heads are pooled.
         ranking: What decides which token leaves a full set.
+        prompt_queries: Last queries of the prompt whose attention, summed, chooses the first set (SnapKV's observation
+            window, arXiv 2404.14469); None for all of them (H2O). Full steps always choose by their own query.
     """
 
     k: int
@@ -50,6 +60,7 @@ class Selection:
     pool_forward: int = 6
     group: GroupPooling = GroupPooling.MAX
     ranking: Ranking = Ranking.LAST_FULL
+    prompt_queries: int | None = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", GroupPooling(self.group))
@@ -58,6 +69,9 @@ class Selection:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, not {value!r}.")
+        n_queries = self.prompt_queries
+        if n_queries is not None and (not isinstance(n_queries, int) or isinstance(n_queries, bool) or n_queries < 1):
+            raise ValueError(f"prompt_queries must be a whole number, 1 or more, or none for all, not {n_queries!r}.")
         if self.k < self.sinks + max(self.window, 1):
             raise ValueError(
                 f"k must hold the sinks and the window: k is {self.k}, but sinks and window need "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from policies import Selection
+from policies import GroupPooling, Ranking, Selection
 from recycler.aged_sets import band, evictions, mass_by_age
 from recycler.attention import probabilities
 from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
@@ -116,8 +116,10 @@ def trace_header(
         model_id: Name of the model in the header; None takes its own.
 
     Raises:
-        ValueError: If `max_age` is below 1, or the model has layers without a KV cache of tokens.
+        ValueError: If `max_age` is below 1, the model has layers without a KV cache of tokens, or sets do not follow
+            from the step that chooses them alone.
     """
+    _refuse_what_ages_do_not_share(selection)
     if max_age < 1:
         raise ValueError(f"max_age must be at least 1 step, not {max_age}.")
     return TraceHeader(
@@ -134,6 +136,19 @@ def trace_header(
         max_age=max_age,
         versions=versions(),
     )
+
+
+def _refuse_what_ages_do_not_share(selection: Selection) -> None:
+    """A trace holds every age of the set of every step, so each set must follow from its own step and unit."""
+    for name, value, supported in (
+        ("ranking", selection.ranking, (Ranking.LAST_FULL, Ranking.UPDATED)),
+        ("group", selection.group, (GroupPooling.MAX, GroupPooling.MEAN)),
+        ("prompt_queries", selection.prompt_queries, (1,)),
+    ):
+        if value not in supported:
+            allowed = " or ".join(repr(getattr(one, "value", one)) for one in supported)
+            value = getattr(value, "value", value)
+            raise ValueError(f"traces are recorded for selections with {name} {allowed}, not {value!r}.")
 
 
 def heads_at_once(model: PreTrainedModel, prompt: Prompt, memory_mib: int) -> int:

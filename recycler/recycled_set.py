@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
 
-from policies import GroupPooling, Selection
+from policies import GroupPooling, Ranking, Selection
 
 # Row and KV head of each of some units, as indices.
 UnitIndex = tuple[Tensor, ...]
@@ -22,8 +22,16 @@ _UNSCORED = float("inf")
 
 
 def group_scores(probabilities: Tensor, group: GroupPooling) -> Tensor:
-    """Pool over the query heads of a group: `(..., group, tokens)` to `(..., tokens)`."""
-    return probabilities.amax(-2) if group == GroupPooling.MAX else probabilities.mean(-2)
+    """Pool over query heads: `(..., group, tokens)` to `(..., tokens)`.
+
+    LAYER_MEAN pools over the axis before as well, which must be all KV heads of a layer, and repeats the result.
+    """
+    if group == GroupPooling.MAX:
+        return probabilities.amax(-2)
+    by_head = probabilities.mean(-2)
+    if group == GroupPooling.LAYER_MEAN:
+        return by_head.mean(-2, keepdim=True).expand_as(by_head)
+    return by_head
 
 
 def token_scores(probabilities: Tensor, selection: Selection) -> Tensor:
@@ -82,7 +90,8 @@ class RecycledSet:
         left = self.positions.gather(-1, slot)
         arrived = torch.as_tensor(position, device=left.device).expand_as(left)
         self.positions = self.positions.scatter(-1, slot, arrived)
-        self.scores = self.scores.scatter(-1, slot, _UNSCORED)
+        unscored = 0.0 if selection.ranking == Ranking.ACCUMULATED else _UNSCORED
+        self.scores = self.scores.scatter(-1, slot, unscored)
         return left
 
     def holds(self, n_tokens: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Learning and tuning policies from traces."""
 
+from traces.estimate import Estimate
 from tuning.allocation import allocate
 from tuning.calibration import calibrate
 from tuning.families import FAMILIES, families_named
 from tuning.family import Family
 from tuning.fit import fit_logistic
 from tuning.replay import Replay, replay_policy
-from tuning.results import Estimate, TuningResult
+from tuning.results import TuningResult
 from tuning.study import search_family
 from tuning.trace_batch import TraceBatch
 from tuning.tuning_data import TuningData

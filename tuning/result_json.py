@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from policies import policy_to_json
+from traces.estimate import Estimate
 from tuning.result_rows import kl_share
-from tuning.results import Estimate, FamilyResult, Measured, TuningResult
+from tuning.results import FamilyResult, Measured, TuningResult
 
 
 def result_to_json(result: TuningResult) -> dict[str, Any]:

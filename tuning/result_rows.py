@@ -9,7 +9,8 @@ from enum import StrEnum
 from typing import Any
 
 from policies import StepPolicy
-from tuning.results import Estimate, Measured, TuningResult
+from traces.estimate import Estimate
+from tuning.results import Measured, TuningResult
 
 # Nats per step that two orders of summation make in float32: a share of such a divergence says nothing.
 _ROUNDING_KL = 1e-7

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from traces.estimate import Estimate
 from tuning.result_rows import ResultRow, Role, interval, nats, percent, result_rows, whole_percent
-from tuning.results import Estimate, TuningResult
+from tuning.results import TuningResult
 
 _CAPTION = (
     "\n* exported. Below each value its 95% interval, bootstrap over prompts. "

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from traces.estimate import Estimate
 from tuning.result_rows import Role, compact, interval, kl_share, nats, percent, result_rows, share_of_baseline
-from tuning.results import Estimate, TuningResult
+from tuning.results import TuningResult
 
 
 def test_rows_are_families_then_baseline_then_references(report_result: TuningResult) -> None:

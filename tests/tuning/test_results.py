@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tuning.results import Estimate, TuningResult, bootstrap, bootstrap_ratio
+from traces.estimate import Estimate, bootstrap, bootstrap_ratio
+from tuning.results import TuningResult
 
 
 @pytest.fixture
