@@ -49,3 +49,26 @@ def test_a_set_too_small_for_its_sinks_and_window_is_refused_with_the_sum(
 def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"'{value}' is not a valid"):
         Selection(**{"k": 64, name: value})
+
+
+def test_a_layers_mean_and_accumulated_attention_are_choices_too() -> None:
+    selection = Selection(64, group="layer_mean", ranking="accumulated")  # type: ignore[arg-type]
+    assert (selection.group, selection.ranking) == (GroupPooling.LAYER_MEAN, Ranking.ACCUMULATED)
+    assert Selection(**json.loads(json.dumps(dataclasses.asdict(selection)))) == selection
+
+
+@pytest.mark.parametrize("prompt_queries", [1, 32, None])
+def test_how_many_queries_choose_the_first_set_comes_back_from_json(prompt_queries: int | None) -> None:
+    selection = Selection(64, prompt_queries=prompt_queries)
+    assert Selection(**json.loads(json.dumps(dataclasses.asdict(selection)))) == selection
+    assert selection.prompt_queries == prompt_queries
+
+
+def test_the_last_query_alone_chooses_unless_told_otherwise() -> None:
+    assert Selection(64) == Selection(64, prompt_queries=1) != Selection(64, prompt_queries=None)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, True, "3", "all"])
+def test_what_is_no_number_of_queries_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"prompt_queries must be a whole number, 1 or more, or none .*{value!r}"):
+        Selection(64, prompt_queries=value)

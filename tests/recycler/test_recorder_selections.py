@@ -1,0 +1,63 @@
+"""Which selections a trace can be recorded for: those whose sets follow from one step of one unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies import Selection
+from recycler.prompts import Prompt
+from recycler.recorder import record_trace, trace_header
+
+REFUSED = [
+    ({"ranking": "accumulated"}, "selections with ranking 'last_full' or 'updated', not 'accumulated'"),
+    ({"group": "layer_mean"}, "selections with group 'max' or 'mean', not 'layer_mean'"),
+    ({"prompt_queries": 3}, "selections with prompt_queries 1, not 3"),
+    ({"prompt_queries": None}, "selections with prompt_queries 1, not None"),
+]
+
+
+def prompt_of(tokens: Tensor, n_steps: int = 4) -> Prompt:
+    return Prompt("random", "noise", tokens[0].numpy(), tokens.shape[1] - n_steps, "drawn", "CC0-1.0")
+
+
+@pytest.mark.parametrize(("how", "message"), REFUSED, ids=lambda value: str(value))
+@pytest.mark.parametrize("record", [record_trace, trace_header])
+def test_a_set_that_hangs_on_other_steps_or_units_is_refused_by_name(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    record: Callable[..., Any],
+    how: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        record(make_model(), prompt_of(make_tokens(20)), Selection(7, 1, 2, **how), max_age=2)
+
+
+def test_it_is_refused_before_the_model_runs(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(ValueError, match="ranking"):
+        record_trace(model, prompt_of(make_tokens(20)), Selection(7, 1, 2, ranking="accumulated"), max_age=2)
+
+
+@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize("group", ["max", "mean"])
+def test_all_others_are_recorded(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], ranking: str, group: str
+) -> None:
+    selection = Selection(7, 1, 2, ranking=ranking, group=group)
+    trace = record_trace(make_model(), prompt_of(make_tokens(20)), selection, max_age=2)
+    assert Selection(**trace.header.selection) == selection
