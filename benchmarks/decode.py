@@ -10,8 +10,6 @@ and a prefill of 32,000 tokens takes minutes. Positions beyond the model's range
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +24,7 @@ import torch
 import typer
 from decode_picture import draw
 from llama import LlamaTimes
+from machine import machine_name
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
@@ -193,20 +192,6 @@ def staggered(layers: int, kv_heads: int, stride: int) -> FixedStride:
         tuple(float((layer * kv_heads + head) * 7 % stride) for head in range(kv_heads)) for layer in range(layers)
     )
     return FixedStride(stride, phases)
-
-
-def machine_name() -> str:
-    """Cores and processor, as far as the system tells."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        family = next(line.split(":")[1].strip() for line in lines if line.startswith("cpu family"))
-        number = next(line.split(":")[1].strip() for line in lines if line.startswith("model\t"))
-        name += f" (family {family}, model {number})"
-    except (OSError, StopIteration):
-        pass
-    return f"{os.cpu_count()} x {name}"
 
 
 @contextmanager

@@ -199,7 +199,8 @@ class LayerUnits:
                 "a selection with group 'layer_mean' needs all KV heads of a layer to run full together, and this "
                 "policy decides otherwise."
             )
-        return probabilities.unflatten(0, (-1, kv_heads))
+        by_layer: Tensor = probabilities.unflatten(0, (-1, kv_heads))
+        return by_layer
 
 
 def _unit_query(query: Tensor) -> Tensor:

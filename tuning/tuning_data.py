@@ -9,7 +9,7 @@ import numpy as np
 from policies import StepPolicy
 from traces.sensitivity import Sensitivity
 from tuning.allocation import allocate, loss_by_stride
-from tuning.replay import replay_policy
+from tuning.replay import Replay, replay_policy
 from tuning.trace_batch import TraceBatch
 
 # Share of the mean cost that every unit keeps: an ablation that happened to do no harm is no proof that none can.
@@ -35,7 +35,11 @@ class TuningData:
 
     def loss(self, policy: StepPolicy) -> float:
         """Replay loss: lost mass per unit-step, weighted by unit cost."""
-        lost = replay_policy(self.traces, policy).lost_mass.mean((0, 1), dtype=np.float64)
+        return self.loss_of(replay_policy(self.traces, policy))
+
+    def loss_of(self, replay: Replay) -> float:
+        """The same of what was replayed already."""
+        lost = replay.lost_mass.mean((0, 1), dtype=np.float64)
         return float((lost * self.unit_cost).mean())
 
     def rates(self, sharpness: float) -> np.ndarray:

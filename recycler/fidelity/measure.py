@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +58,17 @@ def measure(loaded: LoadedModel, task: TaskPrompt, methods: Sequence[Method], *,
         for places, rows in begin(loaded.model, prompt, everyone, fast=fast):
             for place, answered in zip(places, _answers(loaded, prompt, rows, len(places), task), strict=True):
                 name = everyone[place].name
-                outcomes[name] = dataclasses.replace(outcomes[name], **answered)
+                outcomes[name] = dataclasses.replace(outcomes[name], **answered._asdict())
     return PromptOutcome(task.prompt.name, task.prompt.kind, n_prompt, {name: outcomes[name] for name in names})
+
+
+class _Answer(NamedTuple):
+    """The fields of `Outcome` that the model's own words give."""
+
+    answer: str
+    score: float
+    answer_full_share: float
+    answer_read_share: float
 
 
 class _Shares:
@@ -118,10 +128,8 @@ def _follow(
     return log_ps, outcomes
 
 
-def _answers(
-    loaded: LoadedModel, prompt: ReadPrompt, rows: DecodeRows, n_rows: int, task: TaskPrompt
-) -> list[dict[str, float | str]]:
-    """Let every row write on greedily, as stock `generate` does: the fields of `Outcome` that this gives."""
+def _answers(loaded: LoadedModel, prompt: ReadPrompt, rows: DecodeRows, n_rows: int, task: TaskPrompt) -> list[_Answer]:
+    """Let every row write on greedily, as stock `generate` does."""
     ends = _end_tokens(loaded)
     tokens = prompt.logits.argmax(-1).expand(n_rows)
     written: list[np.ndarray] = []
@@ -136,20 +144,13 @@ def _answers(
         done = rows.step(tokens)
         shares.add(done, alive)
         tokens = done.logits.argmax(-1)
-    found: list[dict[str, float | str]] = []
+    found = []
     for row in range(n_rows):
         own = [int(step[row]) for step in written]
         end = next((place for place, token in enumerate(own) if token in ends), len(own))
         text = str(loaded.tokenizer.decode(own[:end]))
         full_share, read_share = shares.of(row)
-        found.append(
-            {
-                "answer": text,
-                "score": task.score(text),
-                "answer_full_share": full_share,
-                "answer_read_share": read_share,
-            }
-        )
+        found.append(_Answer(text, task.score(text), full_share, read_share))
     return found
 
 

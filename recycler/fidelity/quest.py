@@ -55,4 +55,5 @@ class Quest(TokenSelector):
         filled = torch.cat([key, key[:, -1:].expand(-1, missing, -1)], dim=1)
         pages = filled.unflatten(1, (-1, self.page_tokens))
         low, high = pages.amin(2), pages.amax(2)
-        return query.clamp(min=0) @ high.transpose(-1, -2) + query.clamp(max=0) @ low.transpose(-1, -2)
+        bound: Tensor = query.clamp(min=0) @ high.transpose(-1, -2) + query.clamp(max=0) @ low.transpose(-1, -2)
+        return bound

@@ -135,7 +135,7 @@ def needles(request: PromptRequest) -> Prompt:
         raise ValueError(f"{request.context_tokens} tokens of context are too few to hide {n_needles} numbers in")
     hay = text.passage(request.index, request.n_context)[:n_hay]
     depths = sorted(rng.sample(range(n_hay), n_needles))
-    pieces = np.split(hay, _sentence_ends(hay, depths, request.tokenizer))
+    pieces = np.split(hay, sentence_ends(hay, depths, request.tokenizer))
     haystack = chain(pieces[0], *(chain(needle, piece) for needle, piece in zip(hidden, pieces[1:], strict=True)))
     answers = islice(chain.from_iterable(questions), request.n_steps)
     return request.prompt(
@@ -179,7 +179,7 @@ def _reshuffled(lines: Sequence[list[int]], rng: random.Random) -> Iterator[list
         yield from rng.sample(lines, len(lines))
 
 
-def _sentence_ends(
+def sentence_ends(
     tokens: npt.NDArray[np.int32], depths: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """For each depth the end of the sentence there; the depth itself where no end follows."""

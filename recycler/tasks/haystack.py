@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 
-from recycler.prompts.tasks import PromptRequest, _sentence_ends
+from recycler.prompts.tasks import PromptRequest, sentence_ends
 from recycler.prompts.texts import Corpus, haystack_text
 
 # All the essays have 66,000 tokens with the default tokenizer; repeated, they serve a dozen prompts of any model's
@@ -45,7 +45,7 @@ def haystack(
     hay = request.texts(repeated_essays).passage(request.index, request.n_context)[:n_hay]
     low, high = (round(depth * n_hay) for depth in depths)
     drawn = sorted(rng.randrange(low, high) for _ in hidden)
-    pieces = np.split(hay, _sentence_ends(hay, drawn, request.tokenizer))
+    pieces = np.split(hay, sentence_ends(hay, drawn, request.tokenizer))
     return [
         *pieces[0],
         *chain.from_iterable(chain(thing, piece) for thing, piece in zip(hidden, pieces[1:], strict=True)),

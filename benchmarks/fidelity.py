@@ -1,0 +1,240 @@
+"""`python benchmarks/fidelity.py`: tune a policy, compare it with baselines, ask if replay predicts the truth.
+
+Floor and ceiling are rows of the table: full attention (KL 0, all tokens read) and a new set at every step. Everything
+is kept in the output folder as it comes, so an interrupted run goes on where it stopped. `--quick` is a rehearsal of
+all stages in a few minutes; its numbers mean little, and it writes to the output folder only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import Annotated, Any
+
+import typer
+from machine import machine_name
+from replay_validity import Validity, draw_validity, measure_validity, spread_of_policies
+
+from policies import PolicyFile
+from recycler import evaluate
+from recycler.closed_loop_store import ClosedLoopStore
+from recycler.models import LoadedModel, load_model
+from recycler.sentence_ends import sentence_end_tokens
+from traces import TraceFolder
+from traces.command import run_command
+from traces.sensitivity import Sensitivity
+from tuning import optimize
+from tuning.split import split_by_prompt
+from tuning.trace_batch import TraceBatch
+from tuning.tuning_data import TuningData, unit_cost
+
+_ROOT = Path(__file__).parents[1]
+# The replay loss that the tuner minimises.
+_TUNED_ON = "weighted"
+# RefreshKV's own comparison, worst first (arXiv 2411.05787).
+_PAPER_ORDER = ("streaming_llm", "snapkv", "refreshkv_s10", "refreshkv_qc5_tuned", "full")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run.
+
+    Attributes:
+        context_tokens: Of every prompt.
+        steps: Of natural texts and long answers.
+        prompts: Per task.
+        per_kind: Recorded prompts per kind, half of them held out.
+        trials: Of the tuner, per family.
+        families: That are tuned; empty for all.
+        tasks: That are compared; empty for all.
+    """
+
+    context_tokens: int
+    steps: int
+    prompts: int
+    per_kind: int
+    trials: int
+    families: str
+    tasks: str
+
+
+_FULL_SIZE = Size(2048, 64, 6, 4, 40, "", "")
+_QUICK_SIZE = Size(512, 32, 1, 2, 6, "stride_profile,fixed_stride", "single_needle,copying,key_values,few_shot,prose")
+
+
+def main(
+    k: Annotated[int, typer.Option(help="Tokens of a set.")] = 128,
+    budget: Annotated[float, typer.Option(help="Share of unit-steps that may run full.")] = 0.1,
+    out: Annotated[Path, typer.Option(help="Folder of everything on the way.")] = Path("results/fidelity-benchmark"),
+    quick: Annotated[bool, typer.Option("--quick", help="A rehearsal in a few minutes.")] = False,
+    context_tokens: Annotated[int | None, typer.Option(help="Prompt tokens; default: 2,048 (quick: 512).")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts per task; default: 6 (quick: 1).")] = None,
+) -> dict[str, Any]:
+    """Compare a tuned policy with every baseline, and write the report."""
+    began = time.perf_counter()
+    size = _QUICK_SIZE if quick else _FULL_SIZE
+    n_context = context_tokens or size.context_tokens
+    folder = out / ("quick" if quick else f"{n_context}-k{k}-{budget:g}")
+    tuned = optimize.main(
+        budget=budget,
+        out=folder / "tuned",
+        traces=None,
+        model=None,
+        dtype="float32",
+        device=None,
+        families=size.families,
+        trials=size.trials,
+        candidates=2,
+        seed=0,
+        storage=None,
+        k=k,
+        context_tokens=n_context,
+        steps=size.steps,
+        per_kind=size.per_kind,
+    )
+    policy = Path(tuned["policy"])
+    validity = _validity(load_model(None), folder / "tuned", budget)
+    compared = evaluate.main(
+        policy=[policy],
+        tasks=size.tasks,
+        methods="",
+        prompts=prompts or size.prompts,
+        context_tokens=n_context,
+        steps=size.steps,
+        first_index=size.per_kind,
+        seed=0,
+        out=folder / "compared",
+        model=None,
+        dtype="float32",
+        device=None,
+    )
+    correlations = {loss: validity.correlations(loss) for loss in validity.losses}
+    everything = {
+        **json.loads((folder / "compared" / "results.json").read_text(encoding="utf-8")),
+        "replay_validity": {
+            "policies": validity.labels,
+            "kinds": list(validity.kinds),
+            "kl": validity.kl.round(6).tolist(),
+            "losses": {name: loss.round(6).tolist() for name, loss in validity.losses.items()},
+            "spearman": correlations,
+        },
+        "policy": PolicyFile.read(policy).to_json(),
+        "machine": machine_name(),
+    }
+    caption = f"{compared['model']}, k = {k} tokens, {n_context:,} tokens of context, {machine_name()}"
+    draw_validity(validity, _TUNED_ON, caption).savefig(folder / "replay-validity.png", dpi=110)
+    minutes = round((time.perf_counter() - began) / 60, 1)
+    report = _report(compared, validity, folder, caption, minutes)
+    evaluate.write_beside(folder / "results.md", report)
+    if not quick:
+        _publish(folder, everything, report)
+    return {
+        **{name: compared[name] for name in ("model", "k", "context_tokens", "rows")},
+        "spearman": correlations,
+        "minutes": minutes,
+    }
+
+
+def _validity(loaded: LoadedModel, folder: Path, budget: float) -> Validity:
+    """Replay against closed loop on the held-out prompts of a tuning run."""
+    files = list(TraceFolder(folder / "traces"))
+    split = split_by_prompt(files)
+    tune = TraceBatch(split.tune)
+    cost = unit_cost(tune, Sensitivity.read(folder / "traces"))
+    policies = spread_of_policies(TuningData(tune, budget, cost), sentence_end_tokens(loaded.tokenizer))
+    losses = {
+        "mass": lambda batch, replay: 1 - replay.recovered_mass,
+        _TUNED_ON: lambda batch, replay: TuningData(batch, budget, cost).loss_of(replay),
+    }
+    return measure_validity(loaded, split.held_out, policies, losses, ClosedLoopStore(folder / "closed_loop"))
+
+
+def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption: str, minutes: float) -> str:
+    """The document of all results."""
+    return "\n".join(
+        [
+            "# Results",
+            "",
+            f"Written by `python benchmarks/fidelity.py` in {minutes:.0f} minutes: {caption}. What the methods are, and "
+            "where they differ from their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in "
+            "[LOG.md](LOG.md).",
+            "",
+            "## Methods at equal k",
+            "",
+            "![ranking](pictures/fidelity-ranking.png)",
+            "",
+            (folder / "compared" / "tables.md").read_text(encoding="utf-8"),
+            "## How the error compounds",
+            "",
+            "![curves](pictures/fidelity-curves.png)",
+            "",
+            "## The paper's ordering",
+            "",
+            *_ordering(compared["rows"]),
+            "",
+            "## Does replay predict the truth?",
+            "",
+            f"Spearman's rank correlation over {len(validity.labels)} policies of all families between the replayed "
+            f"loss and closed-loop KL, on prompts that no policy was tuned on. `{_TUNED_ON}` is what the tuner minimises.",
+            "",
+            *_correlations(validity),
+            "",
+            "![replay against closed loop](pictures/replay-validity.png)",
+            "",
+        ]
+    )
+
+
+def _ordering(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether methods come in the paper's order, by task: higher accuracy, or lower KL where nothing is answered."""
+    values = {(row["method"], row["task"], row["measure"]): row["value"] for row in rows}
+    lines = [
+        "RefreshKV reports StreamingLLM < SnapKV <= fixed stride < dynamic <= full. Here, by own answers (accuracy) "
+        "and teacher-forced (KL, lower is better):",
+        "",
+        f"| task, measure | {' | '.join(_PAPER_ORDER)} | in this order |",
+        f"|---|{'---:|' * len(_PAPER_ORDER)}---|",
+    ]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for measure, sign in (("accuracy", 1), ("kl", -1)):
+            found = [values.get((method, task, measure)) for method in _PAPER_ORDER]
+            known = [value for value in found if value is not None]
+            if len(known) < len(found):
+                continue
+            broken = [
+                f"{_PAPER_ORDER[at]} > {_PAPER_ORDER[at + 1]}"
+                for at in range(len(known) - 1)
+                if sign * (known[at] - known[at + 1]) > 0
+            ]
+            cells = " | ".join(f"{value:.3f}" for value in known)
+            lines.append(f"| {task}, {measure} | {cells} | {'yes' if not broken else 'no: ' + '; '.join(broken)} |")
+    return lines
+
+
+def _correlations(validity: Validity) -> list[str]:
+    by_loss = {loss: validity.correlations(loss) for loss in validity.losses}
+    kinds = list(next(iter(by_loss.values())))
+    return [
+        f"| replayed loss | {' | '.join(kinds)} |",
+        f"|---|{'---:|' * len(kinds)}",
+        *(f"| {loss} | {' | '.join(f'{found[kind]:.3f}' for kind in kinds)} |" for loss, found in by_loss.items()),
+    ]
+
+
+def _publish(folder: Path, everything: dict[str, Any], report: str) -> None:
+    """Put the report, its pictures and its numbers where the README points."""
+    machine = "".join(part if part.isalnum() else "-" for part in machine_name()).strip("-")
+    evaluate.write_beside(_ROOT / "benchmarks" / "results" / f"fidelity-{machine}.json", json.dumps(everything))
+    evaluate.write_beside(_ROOT / "docs" / "results.md", report)
+    pictures = _ROOT / "docs" / "pictures"
+    copyfile(folder / "compared" / "ranking.png", pictures / "fidelity-ranking.png")
+    copyfile(folder / "compared" / "curves.png", pictures / "fidelity-curves.png")
+    copyfile(folder / "replay-validity.png", pictures / "replay-validity.png")
+
+
+if __name__ == "__main__":
+    run_command(main)
