@@ -159,8 +159,8 @@ def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption:
         [
             "# Results",
             "",
-            f"Written by `python benchmarks/fidelity.py` in {minutes:.0f} minutes: {caption}. What the methods are, and "
-            "where they differ from their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in "
+            f"Written by `python benchmarks/fidelity.py` in {minutes:.0f} minutes: {caption}. What the methods are, "
+            "and where they differ from their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in "
             "[LOG.md](LOG.md).",
             "",
             "## Methods at equal k",
@@ -179,7 +179,7 @@ def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption:
             "## Does replay predict the truth?",
             "",
             f"Spearman's rank correlation over {len(validity.labels)} policies of all families between the replayed "
-            f"loss and closed-loop KL, on prompts that no policy was tuned on. `{_TUNED_ON}` is what the tuner minimises.",
+            f"loss and closed-loop KL, on prompts that no policy was tuned on; the tuner minimises `{_TUNED_ON}`.",
             "",
             *_correlations(validity),
             "",

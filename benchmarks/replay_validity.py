@@ -28,13 +28,13 @@ _PARAMETERS: Mapping[str, dict[str, Any]] = {
     "fixed_stride": {"phase_between_units": 1},
     "cosine_threshold": {"asked": 1.0, "check_every": 1},
     "learned_logistic": {"refresh_churn": False, "positive_share": 0.1, "regularisation": 0.1, "asked": 1.0},
-    "stride_profile": {"sharpness": 0.9},
-    "cosine_profile": {"sharpness": 0.9, "asked": 1.2},
+    "stride_profile": {"sharpness": 1.2},
+    "cosine_profile": {"sharpness": 1.2, "asked": 1.2},
     "logistic_profile": {
         "refresh_churn": False,
         "positive_share": 0.1,
         "regularisation": 0.1,
-        "sharpness": 0.9,
+        "sharpness": 1.2,
         "asked": 1.2,
     },
 }

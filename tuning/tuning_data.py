@@ -23,7 +23,7 @@ class TuningData:
     Attributes:
         traces: Tuning prompts only.
         budget: Share of unit-steps that may run full, in (0, 1].
-        unit_cost: float64 `(layers, kv_heads)`, mean 1: relative cost of lost mass in each unit.
+        unit_cost: float64 `(layers, kv_heads)`, mean 1: how much a lost share of mass moves the output, in each unit.
     """
 
     traces: TraceBatch
@@ -34,13 +34,17 @@ class TuningData:
         check_budget(self.budget)
 
     def loss(self, policy: StepPolicy) -> float:
-        """Replay loss: lost mass per unit-step, weighted by unit cost."""
+        """Replay loss: the square of the lost mass of a step, weighted by unit cost; mean over steps and traces.
+
+        Divergence grows with the square of a perturbation, and what units add to it at a step adds up. Over policies of
+        all families its rank correlation with closed-loop KL is 0.98 (`benchmarks/fidelity.py`).
+        """
         return self.loss_of(replay_policy(self.traces, policy))
 
     def loss_of(self, replay: Replay) -> float:
         """The same of what was replayed already."""
-        lost = replay.lost_mass.mean((0, 1), dtype=np.float64)
-        return float((lost * self.unit_cost).mean())
+        perturbation = np.einsum("...lh,lh->...", replay.lost_mass, self.unit_cost, dtype=np.float64)
+        return float(((perturbation / self.unit_cost.size) ** 2).mean())
 
     def rates(self, sharpness: float) -> np.ndarray:
         """Full steps per step `(layers, kv_heads)` that the budget buys each unit, with mean at most the budget.
@@ -65,10 +69,11 @@ def check_budget(budget: float) -> None:
 
 
 def unit_cost(traces: TraceBatch, sensitivity: Sensitivity | None) -> np.ndarray:
-    """Cost of lost mass per unit, from ablations: damage done by each unit alone over the mass that it lost meanwhile.
+    """Cost of lost mass per unit, from ablations: root of the damage done by each unit alone over the mass it lost.
 
     Mass lost is a poor guide by itself: in the default model one KV head of ninety does more than half of the damage
-    on copied text, and loses less mass than most.
+    on copied text, and loses less mass than most. The root, because damage is a divergence, quadratic in the
+    perturbation that caused it: small damages of many units together are more than their sum.
 
     Args:
         traces: Tuning prompts; those that were not ablated are passed over.
@@ -81,7 +86,7 @@ def unit_cost(traces: TraceBatch, sensitivity: Sensitivity | None) -> np.ndarray
     measured = [] if sensitivity is None else [name for name in names if name in sensitivity.kl]
     if sensitivity is None or not measured:
         return np.ones(traces.units)
-    damage = np.sum([sensitivity.kl[name] for name in measured], axis=0)
+    damage = np.sum([np.sqrt(np.maximum(sensitivity.kl[name], 0)) for name in measured], axis=0)
     if not damage.any():
         # As where sets hold the whole context.
         return np.ones(traces.units)

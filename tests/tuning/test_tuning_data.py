@@ -45,10 +45,10 @@ def test_without_ablations_all_units_cost_the_same(make_trace: MakeTrace) -> Non
     np.testing.assert_array_equal(unit_cost(traces, other_prompt), np.ones((2, 3)))
 
 
-def test_cost_is_damage_per_lost_mass(make_trace: MakeTrace) -> None:
+def test_cost_is_the_root_of_damage_per_lost_mass(make_trace: MakeTrace) -> None:
     trace = losing(make_trace, "a", [[0.1, 0.2], [0.5, 0.5]])
-    # Damage over loss: 10, 30, 2, 6; mean 12.
-    cost = unit_cost(TraceBatch([trace]), sensitivity(a=[[1, 6], [1, 3]]))
+    # Root of damage over loss: 10, 30, 2, 6; mean 12.
+    cost = unit_cost(TraceBatch([trace]), sensitivity(a=[[1, 36], [1, 9]]))
     np.testing.assert_allclose(cost, np.array([[10, 30], [2, 6]]) / 12, rtol=1e-6)
 
 
@@ -56,7 +56,7 @@ def test_cost_adds_up_ablated_prompts_and_passes_over_the_others(make_trace: Mak
     a = losing(make_trace, "a", [[0.1, 0.2]])
     b = losing(make_trace, "b", [[0.9, 0.9]])
     c = losing(make_trace, "c", [[0.3, 0.1]])
-    cost = unit_cost(TraceBatch([c, b, a]), sensitivity(a=[[1, 1]], c=[[3, 1]]))
+    cost = unit_cost(TraceBatch([c, b, a]), sensitivity(a=[[1, 1]], c=[[9, 1]]))
     # (1 + 3) / (0.1 + 0.3) and (1 + 1) / (0.2 + 0.1).
     expected = np.array([[10, 20 / 3]])
     np.testing.assert_allclose(cost, expected / expected.mean(), rtol=1e-6)
@@ -74,7 +74,7 @@ def test_cost_counts_the_ages_that_an_ablation_went_through(make_trace: MakeTrac
 
 def test_no_unit_is_free(make_trace: MakeTrace) -> None:
     trace = losing(make_trace, "a", [[0.5, 0.5, 0.5, 0.5]])
-    cost = unit_cost(TraceBatch([trace]), sensitivity(a=[[1, 0, 1, 2]]))
+    cost = unit_cost(TraceBatch([trace]), sensitivity(a=[[1, 0, 1, 4]]))
     # Floor: a hundredth of the mean cost; then scaled to mean 1 again.
     expected = np.array([[1, 0.01, 1, 2]])
     np.testing.assert_allclose(cost, expected / expected.mean(), rtol=1e-6)
@@ -93,21 +93,28 @@ def test_ablations_without_any_damage_tell_no_unit_from_another(make_trace: Make
     np.testing.assert_array_equal(unit_cost(TraceBatch([trace]), sensitivity(a=[[0, 0]])), [[1, 1]])
 
 
-def test_loss_is_lost_mass_weighted_by_cost(make_trace: MakeTrace) -> None:
+def test_loss_is_the_square_of_lost_mass_weighted_by_cost(make_trace: MakeTrace) -> None:
     trace = losing(make_trace, "a", [[0.1, 0.2], [0.3, 0.4]])
     cost = np.array([[0.4, 0.8], [1.2, 1.6]])
     data = TuningData(TraceBatch([trace, trace]), 0.5, cost)
-    expected = (0.1 * 0.4 + 0.2 * 0.8 + 0.3 * 1.2 + 0.4 * 1.6) / 4
+    expected = ((0.1 * 0.4 + 0.2 * 0.8 + 0.3 * 1.2 + 0.4 * 1.6) / 4) ** 2
     assert data.loss(NeverFull()) == pytest.approx(expected, rel=1e-6)
     assert data.loss(FixedStride(2)) == pytest.approx(expected / 2, rel=1e-6)
     assert data.loss(AlwaysFull()) == 0
 
 
-def test_loss_with_equal_costs_is_what_replay_lost(make_trace: MakeTrace) -> None:
+def test_loss_with_equal_costs_is_the_mean_square_of_what_steps_lost(make_trace: MakeTrace) -> None:
     traces = TraceBatch([make_trace(name, seed=seed) for seed, name in enumerate("abc")])
     policy = FixedStride(((1, 2, 3), (4, 5, 6)))
-    loss = TuningData(traces, 0.1, np.ones((2, 3))).loss(policy)
-    assert loss == pytest.approx(1 - replay_policy(traces, policy).recovered_mass)
+    data, replay = TuningData(traces, 0.1, np.ones((2, 3))), replay_policy(traces, policy)
+    assert data.loss(policy) == pytest.approx((replay.lost_mass.mean((2, 3)) ** 2).mean(), rel=1e-6)
+    assert data.loss_of(replay) == data.loss(policy)
+
+
+def test_units_that_lose_at_the_same_step_cost_more_than_in_turn(make_trace: MakeTrace) -> None:
+    data = TuningData(TraceBatch([losing(make_trace, "a", [[0.5, 0.5]])]), 0.5, np.ones((1, 2)))
+    together, in_turn = FixedStride(2), FixedStride(2, ((0, 1),))
+    assert data.loss(together) == pytest.approx(2 * data.loss(in_turn), rel=1e-6)
 
 
 def ageing(make_trace: MakeTrace, speeds: list[list[float]], **sizes: int) -> TraceBatch:

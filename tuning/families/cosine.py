@@ -41,7 +41,7 @@ class CosineProfile(Family):
     name: ClassVar[str] = "cosine_profile"
 
     def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
-        rates = data.rates(trial.suggest_float("sharpness", 0.3, 1.2))
+        rates = data.rates(trial.suggest_float("sharpness", 0.5, 2.0))
         asked = trial.suggest_float("asked", 0.5, 2.0, log=True)
 
         def policy_at(thresholds: np.ndarray) -> CosineThreshold:

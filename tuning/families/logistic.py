@@ -43,7 +43,7 @@ class LogisticProfile(Family):
 
     def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
         fitted = _fitted(trial, data)
-        rates = data.rates(trial.suggest_float("sharpness", 0.3, 1.2))
+        rates = data.rates(trial.suggest_float("sharpness", 0.5, 2.0))
         asked = trial.suggest_float("asked", 0.5, 2.0, log=True)
 
         def policy_at(shift: np.ndarray) -> LearnedLogistic:

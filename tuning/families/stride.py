@@ -31,5 +31,5 @@ class StrideProfile(Family):
     name: ClassVar[str] = "stride_profile"
 
     def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
-        rates = data.rates(trial.suggest_float("sharpness", 0.3, 1.2))
+        rates = data.rates(trial.suggest_float("sharpness", 0.5, 2.0))
         return within_rates(staggered(rates), rates)
