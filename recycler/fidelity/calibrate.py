@@ -40,7 +40,7 @@ def calibrated_thresholds(
         policies = [LayerCosine(threshold, every) for every in wanted for threshold in _THRESHOLDS]
         shares = [
             run_closed_loop(loaded.model, prompt.tokens, prompt.n_prompt_tokens, policies, selection).full_share
-            for prompt in tqdm(prompts, desc="tuning thresholds", unit="prompt", disable=not policies)
+            for prompt in tqdm(prompts if wanted else (), desc="tuning thresholds", unit="prompt", disable=not wanted)
         ]
         mean = np.mean(shares, axis=0).reshape(len(wanted), len(_THRESHOLDS)) if wanted else np.empty((0, 0))
         for every in CHECKS_EVERY:
