@@ -128,7 +128,7 @@ def main(
     caption = f"{compared['model']}, k = {k} tokens, {n_context:,} tokens of context, {machine_name()}"
     draw_validity(validity, _TUNED_ON, caption).savefig(folder / "replay-validity.png", dpi=110)
     minutes = round((time.perf_counter() - began) / 60, 1)
-    report = _report(compared, validity, folder, caption, minutes)
+    report = _report(compared, validity, folder, caption)
     evaluate.write_beside(folder / "results.md", report)
     if not quick:
         _publish(folder, everything, report)
@@ -153,15 +153,14 @@ def _validity(loaded: LoadedModel, folder: Path, budget: float) -> Validity:
     return measure_validity(loaded, split.held_out, policies, losses, ClosedLoopStore(folder / "closed_loop"))
 
 
-def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption: str, minutes: float) -> str:
+def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption: str) -> str:
     """The document of all results."""
     return "\n".join(
         [
             "# Results",
             "",
-            f"Written by `python benchmarks/fidelity.py` in {minutes:.0f} minutes: {caption}. What the methods are, "
-            "and where they differ from their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in "
-            "[LOG.md](LOG.md).",
+            f"Written by `python benchmarks/fidelity.py`: {caption}. What the methods are, and where they differ from "
+            "their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in [LOG.md](LOG.md).",
             "",
             "## Methods at equal k",
             "",

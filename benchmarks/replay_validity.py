@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from optuna.trial import FixedTrial
 from scipy import stats
 from tqdm import tqdm
@@ -139,6 +140,8 @@ def draw_validity(validity: Validity, loss: str, caption: str) -> Figure:
             panel.plot(x[of_group], y[of_group], marker, color=colour, label=name, markersize=6, alpha=0.85)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         y_label = "closed loop: KL (nats per step)" if place % 3 == 0 else ""
         style.style_axes(panel, f"{kinds[place]}: {correlation[kinds[place]]:.2f}", f"replay: {loss} loss", y_label)
     handles = axes.flat[0].get_legend_handles_labels()

@@ -58,7 +58,7 @@ def draw_curves(
         panel.set_yscale("log")
         style.style_axes(panel, tasks[place], "decode step", "KL (nats), mean of 8 steps" if place == 0 else "")
     if tasks:
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 
