@@ -19,8 +19,8 @@ from recycler.fidelity.comparison import Comparison, check_lengths, compare
 from recycler.fidelity.method import Method, Scheduled
 from recycler.fidelity.pictures import draw_curves, draw_ranking
 from recycler.fidelity.store import FidelityStore
-from recycler.fidelity.summary import curves, rows_to_json, summarise
-from recycler.fidelity.table import tables
+from recycler.fidelity.summary import ALL_TASKS, curves, kl_shares, rows_to_json, summarise
+from recycler.fidelity.table import share_table, source_table, tables
 from recycler.model_shape import model_shape
 from recycler.models import LoadedModel, load_model
 from recycler.prompts import default_prompts
@@ -79,11 +79,17 @@ def main(
         raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
     competitors = _competitors(loaded, shape, files[0], _named(methods), out, context_tokens, steps, seed)
     comparison = compare(loaded, todo, [*competitors, *under_test], FidelityStore(out / "outcomes"))
-    return report(comparison, loaded.id, k, context_tokens, [method.name for method in under_test], out)
+    return report(comparison, loaded.id, k, context_tokens, competitors, under_test, out)
 
 
 def report(
-    comparison: Comparison, model_id: str, k: int, context_tokens: int, under_test: Sequence[str], out: Path
+    comparison: Comparison,
+    model_id: str,
+    k: int,
+    context_tokens: int,
+    competitors: Sequence[Method],
+    under_test: Sequence[Method],
+    out: Path,
 ) -> dict[str, Any]:
     """Write tables, pictures and `results.json`, and print the tables; the last line of the command.
 
@@ -92,23 +98,31 @@ def report(
         model_id: Name of the model.
         k: Tokens of a set.
         context_tokens: Prompt tokens.
-        under_test: Names of the methods that stand out in the pictures.
+        competitors: The baselines.
+        under_test: The methods that stand out in the pictures.
         out: Folder.
     """
     rows = summarise(comparison.outcomes)
     console = Console(highlight=False, width=None if os.isatty(1) else 160)
+    named = [method.name for method in under_test]
     found = tables(rows, comparison.screened)
+    if competitors:
+        found += [share_table(name, kl_shares(comparison.outcomes, name)) for name in named]
     for table in found:
         table.print(console)
+    sources = source_table([*competitors, *under_test])
     n_prompts = len(comparison.outcomes)
     caption = f"{model_id}, k = {k} tokens, {context_tokens:,} tokens of context, {n_prompts} prompts"
     by_step = curves(comparison.outcomes, list(dict.fromkeys(row.method for row in rows)))
-    if any(row.task == "all" for row in rows):
-        draw_ranking(rows, under_test, caption).savefig(out / "ranking.png", dpi=110)
-    draw_curves(by_step, [*under_test, *_CURVES], caption).savefig(out / "curves.png", dpi=110)
+    if any(row.task == ALL_TASKS for row in rows):
+        draw_ranking(rows, named, caption).savefig(out / "ranking.png", dpi=110)
+    draw_curves(by_step, [*named, *_CURVES], caption).savefig(out / "curves.png", dpi=110)
     last_line = {"model": model_id, "k": k, "context_tokens": context_tokens, "rows": rows_to_json(rows)}
     everything = {
         **last_line,
+        "methods": {
+            method.name: {"source": method.source, **method.settings()} for method in (*competitors, *under_test)
+        },
         "screened": [asdict(one) for one in comparison.screened],
         "curves": {
             task: {name: [round(value, 5) for value in values] for name, values in methods.items()}
@@ -118,7 +132,8 @@ def report(
     }
     write_beside(out / "results.json", json.dumps(everything))
     write_beside(
-        out / "tables.md", "\n\n".join(f"### {table.title}\n\n{table.to_markdown()}" for table in found) + "\n"
+        out / "tables.md",
+        "\n\n".join(f"### {table.title}\n\n{table.to_markdown()}" for table in (*found, sources)) + "\n",
     )
     return last_line
 

@@ -25,8 +25,9 @@ class Row:
     Attributes:
         method: Name of the method.
         task: Name of the task, or `all` for the mean over prompts of all tasks that are compared.
-        measure: `kl` (nats per step), `agreement` (share of steps), `nll_change` (nats per token), `accuracy` (mean
-            score of the model's own answers) or `accuracy_kept` (the same as a share of full attention's).
+        measure: `kl` (nats per step), `agreement` (share of steps), `nll_change` (nats per token), `full_share`,
+            `read_share`, all teacher-forced; `accuracy` (mean score of the model's own answers) or `accuracy_kept` (the
+            same as a share of full attention's).
         value: Mean over prompts.
         low: Lower end of the 95% bootstrap interval over prompts.
         high: Upper end.
@@ -49,6 +50,8 @@ _FORCED: Mapping[str, Callable[[Outcome], np.ndarray]] = {
     "kl": lambda outcome: outcome.kl,
     "agreement": lambda outcome: outcome.agreement,
     "nll_change": lambda outcome: outcome.nll_change,
+    "full_share": lambda outcome: np.array([outcome.full_share]),
+    "read_share": lambda outcome: np.array([outcome.read_share]),
 }
 
 
@@ -79,6 +82,20 @@ def summarise(outcomes: Sequence[PromptOutcome]) -> list[Row]:
         if all(name in prompt.methods for prompt in prompts)
         for row in _rows(name, task, prompts)
     ]
+
+
+def kl_shares(outcomes: Sequence[PromptOutcome], method: str) -> dict[str, Estimate]:
+    """KL of a method as a share of every other's, over the prompts that both ran on, resampled together.
+
+    Full attention, whose KL is rounding, is left out.
+    """
+    found: dict[str, Estimate] = {}
+    for name in dict.fromkeys(name for outcome in outcomes for name in outcome.methods):
+        both = [outcome.methods for outcome in outcomes if method in outcome.methods and name in outcome.methods]
+        if both and name not in ("full", method):
+            ours, theirs = (np.array([one[which].kl.mean() for one in both]) for which in (method, name))
+            found[name] = bootstrap_ratio(ours, theirs)
+    return found
 
 
 def curves(outcomes: Sequence[PromptOutcome], methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:

@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from recycler.fidelity.comparison import Screened
+from recycler.fidelity.method import Method
 from recycler.fidelity.summary import ALL_TASKS, Row
+from traces.estimate import Estimate
 
 _COLUMNS: Mapping[str, str] = {
     "kl": "KL to full (nats/step)",
@@ -67,6 +69,21 @@ def tables(rows: Sequence[Row], screened: Sequence[Screened]) -> list[TextTable]
             cells = tuple((name, *(_estimate(by_key.get((name, task, measure))) for task in tasks)) for name in methods)
             found.append(TextTable(title, ("method", *tasks), cells))
     return found
+
+
+def share_table(method: str, shares: Mapping[str, Estimate]) -> TextTable:
+    """KL of a method beside every other's, the least share first; see `summary.kl_shares`."""
+    ordered = sorted(shares.items(), key=lambda item: item[1].value)
+    cells = tuple(
+        (name, f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]") for name, share in ordered if share.value > 0
+    )
+    title = f"KL of {method} as a share of each method's (same prompts, 95% bootstrap interval)"
+    return TextTable(title, ("method", f"KL of {method} / its KL"), cells)
+
+
+def source_table(methods: Sequence[Method]) -> TextTable:
+    """What each method is."""
+    return TextTable("The methods", ("method", "source"), tuple((method.name, method.source) for method in methods))
 
 
 def _what_full_can_do(screened: Sequence[Screened], by_key: Mapping[tuple[str, str, str], Row]) -> TextTable:

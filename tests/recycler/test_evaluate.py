@@ -71,7 +71,7 @@ def test_the_last_line_holds_every_method_task_and_measure(run: Run, write_polic
     fields = {"method", "task", "measure", "value", "low", "high", "full_share", "read_share"}
     assert all(set(row) == fields for row in last["rows"])
     methods, tasks = ("full", "streaming_llm", "sfi", "random", "tuned_mine"), ("prose", "technical", "all")
-    measures = ("kl", "agreement", "nll_change")
+    measures = ("kl", "agreement", "nll_change", "full_share", "read_share")
     assert {(row["method"], row["task"], row["measure"]) for row in last["rows"]} == {
         (method, task, measure) for method in methods for task in tasks for measure in measures
     }
