@@ -33,6 +33,8 @@ from tuning.trace_batch import TraceBatch
 from tuning.tuning_data import TuningData, unit_cost
 
 _ROOT = Path(__file__).parents[1]
+# What people made of the numbers; it goes above them.
+_NOTES = _ROOT / "docs" / "results_notes.md"
 # The replay loss that the tuner minimises.
 _TUNED_ON = "weighted"
 # RefreshKV's own comparison, worst first (arXiv 2411.05787).
@@ -162,6 +164,7 @@ def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption:
             f"Written by `python benchmarks/fidelity.py`: {caption}. What the methods are, and where they differ from "
             "their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in [LOG.md](LOG.md).",
             "",
+            *([_NOTES.read_text(encoding="utf-8")] if _NOTES.exists() else []),
             "## Methods at equal k",
             "",
             "![ranking](pictures/fidelity-ranking.png)",
