@@ -8,6 +8,7 @@ all stages in a few minutes; its numbers mean little, and it writes to the outpu
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -229,7 +230,7 @@ def _correlations(validity: Validity) -> list[str]:
 
 def _publish(folder: Path, everything: dict[str, Any], report: str) -> None:
     """Put the report, its pictures and its numbers where the README points."""
-    machine = "".join(part if part.isalnum() else "-" for part in machine_name()).strip("-")
+    machine = re.sub("[^0-9A-Za-z]+", "-", machine_name()).strip("-")
     evaluate.write_beside(_ROOT / "benchmarks" / "results" / f"fidelity-{machine}.json", json.dumps(everything))
     evaluate.write_beside(_ROOT / "docs" / "results.md", report)
     pictures = _ROOT / "docs" / "pictures"
