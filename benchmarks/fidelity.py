@@ -66,7 +66,7 @@ class Size:
 
 
 _FULL_SIZE = Size(2048, 64, 5, 4, 40, "", "")
-_QUICK_SIZE = Size(512, 32, 1, 2, 6, "stride_profile,fixed_stride", "single_needle,copying,key_values,few_shot,prose")
+_QUICK_SIZE = Size(384, 20, 1, 2, 6, "stride_profile,fixed_stride", "single_needle,copying,key_values,few_shot,prose")
 
 
 def main(
@@ -74,7 +74,7 @@ def main(
     budget: Annotated[float, typer.Option(help="Share of unit-steps that may run full.")] = 0.1,
     out: Annotated[Path, typer.Option(help="Folder of everything on the way.")] = Path("results/fidelity-benchmark"),
     quick: Annotated[bool, typer.Option("--quick", help="A rehearsal in a few minutes.")] = False,
-    context_tokens: Annotated[int | None, typer.Option(help="Prompt tokens; default: 2,048 (quick: 512).")] = None,
+    context_tokens: Annotated[int | None, typer.Option(help="Prompt tokens; default: 2,048 (quick: 384).")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts per task; default: 5 (quick: 1).")] = None,
 ) -> dict[str, Any]:
     """Compare a tuned policy with every baseline, and write the report."""
