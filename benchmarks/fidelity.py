@@ -8,6 +8,7 @@ all stages in a few minutes; its numbers mean little, and it writes to the outpu
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from tuning.trace_batch import TraceBatch
 from tuning.tuning_data import TuningData, unit_cost
 
 _ROOT = Path(__file__).parents[1]
+# What people made of the numbers; it goes above them.
+_NOTES = _ROOT / "docs" / "results_notes.md"
 # The replay loss that the tuner minimises.
 _TUNED_ON = "weighted"
 # RefreshKV's own comparison, worst first (arXiv 2411.05787).
@@ -62,7 +65,7 @@ class Size:
     tasks: str
 
 
-_FULL_SIZE = Size(2048, 64, 6, 4, 40, "", "")
+_FULL_SIZE = Size(2048, 64, 5, 4, 40, "", "")
 _QUICK_SIZE = Size(512, 32, 1, 2, 6, "stride_profile,fixed_stride", "single_needle,copying,key_values,few_shot,prose")
 
 
@@ -72,7 +75,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of everything on the way.")] = Path("results/fidelity-benchmark"),
     quick: Annotated[bool, typer.Option("--quick", help="A rehearsal in a few minutes.")] = False,
     context_tokens: Annotated[int | None, typer.Option(help="Prompt tokens; default: 2,048 (quick: 512).")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Prompts per task; default: 6 (quick: 1).")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts per task; default: 5 (quick: 1).")] = None,
 ) -> dict[str, Any]:
     """Compare a tuned policy with every baseline, and write the report."""
     began = time.perf_counter()
@@ -162,6 +165,7 @@ def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption:
             f"Written by `python benchmarks/fidelity.py`: {caption}. What the methods are, and where they differ from "
             "their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in [LOG.md](LOG.md).",
             "",
+            *([_NOTES.read_text(encoding="utf-8")] if _NOTES.exists() else []),
             "## Methods at equal k",
             "",
             "![ranking](pictures/fidelity-ranking.png)",
@@ -226,7 +230,7 @@ def _correlations(validity: Validity) -> list[str]:
 
 def _publish(folder: Path, everything: dict[str, Any], report: str) -> None:
     """Put the report, its pictures and its numbers where the README points."""
-    machine = "".join(part if part.isalnum() else "-" for part in machine_name()).strip("-")
+    machine = re.sub("[^0-9A-Za-z]+", "-", machine_name()).strip("-")
     evaluate.write_beside(_ROOT / "benchmarks" / "results" / f"fidelity-{machine}.json", json.dumps(everything))
     evaluate.write_beside(_ROOT / "docs" / "results.md", report)
     pictures = _ROOT / "docs" / "pictures"

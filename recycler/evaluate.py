@@ -111,7 +111,7 @@ def report(
     for table in found:
         table.print(console)
     sources = source_table([*competitors, *under_test])
-    n_prompts = len(comparison.outcomes)
+    n_prompts = sum(len(outcome.methods) > 1 for outcome in comparison.outcomes)
     caption = f"{model_id}, k = {k} tokens, {context_tokens:,} tokens of context, {n_prompts} prompts"
     by_step = curves(comparison.outcomes, list(dict.fromkeys(row.method for row in rows)))
     if any(row.task == ALL_TASKS for row in rows):

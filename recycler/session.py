@@ -287,7 +287,8 @@ def _visible(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[int, Tens
         return query.shape[2] if query.shape[2] > 1 else key.shape[2], None
     last = mask[:, 0, -1].expand(key.shape[0], -1)
     visible = last if last.dtype == torch.bool else last == 0
-    end = visible.shape[1] - int(visible.flip(-1).to(torch.uint8).argmax(-1).min())
+    # Not the end of any one row: a row may be padding on the right, or all of it so far.
+    end = int((visible * torch.arange(1, visible.shape[1] + 1, device=visible.device)).amax())
     return end, visible[:, :end]
 
 

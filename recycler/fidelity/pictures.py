@@ -40,7 +40,11 @@ def draw_curves(
     curves: Mapping[str, Mapping[str, Sequence[float]]], methods: Sequence[str], caption: str, least_steps: int = 24
 ) -> Figure:
     """Draw the mean KL of some methods along the continuation, a panel for each task with at least `least_steps`."""
-    tasks = [task for task, found in curves.items() if len(found["full"]) >= least_steps]
+    tasks = [
+        task
+        for task, found in curves.items()
+        if len(found["full"]) >= least_steps and any(name in found for name in methods)
+    ]
     n_columns = min(3, max(1, len(tasks)))
     n_lines = max(1, -(-len(tasks) // n_columns))
     figure = style.new_figure("How the error compounds", caption, (13.5, 1.6 + 3.6 * n_lines))

@@ -94,7 +94,9 @@ def kl_shares(outcomes: Sequence[PromptOutcome], method: str) -> dict[str, Estim
         both = [outcome.methods for outcome in outcomes if method in outcome.methods and name in outcome.methods]
         if both and name not in ("full", method):
             ours, theirs = (np.array([one[which].kl.mean() for one in both]) for which in (method, name))
-            found[name] = bootstrap_ratio(ours, theirs)
+            # Where sets hold the whole context, both are rounding.
+            if theirs.min() > 0:
+                found[name] = bootstrap_ratio(ours, theirs)
     return found
 
 

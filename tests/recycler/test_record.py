@@ -102,6 +102,7 @@ def test_default_prompts_of_the_kinds_asked_for_are_recorded(run: Run, tmp_path:
         "pool_forward": 6,
         "group": "max",
         "ranking": "last_full",
+        "prompt_queries": 1,
     }
 
 
@@ -122,6 +123,7 @@ def test_every_option_reaches_the_trace(run: Run, tmp_path: Path) -> None:
         "pool_forward": 1,
         "group": "mean",
         "ranking": "updated",
+        "prompt_queries": 1,
     }
 
 

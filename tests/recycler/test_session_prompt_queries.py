@@ -85,6 +85,8 @@ def alone(model: PreTrainedModel, tokens: Tensor, selection: Selection) -> tuple
         {"prefill_chunk_size": 19},
         {"cache_implementation": "static"},
         {"cache_implementation": "static", "prefill_chunk_size": 14},
+        # A chunk that is all padding for one row.
+        {"cache_implementation": "static", "prefill_chunk_size": 6},
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recycler.fidelity import Outcome, PromptOutcome
-from recycler.fidelity.summary import Row, can_do, curves, rows_to_json, summarise
+from recycler.fidelity.summary import Row, can_do, curves, kl_shares, rows_to_json, summarise
 from traces.estimate import bootstrap, bootstrap_ratio
 
 
@@ -53,7 +53,15 @@ def test_a_row_is_the_mean_over_prompts_of_the_mean_over_steps() -> None:
 
 
 def test_texts_that_are_only_teacher_forced_have_no_accuracy() -> None:
-    assert {row.measure for row in summarise(PROSE)} == {"kl", "agreement", "nll_change"}
+    measures = {row.measure for row in summarise(PROSE)}
+    assert measures == {"kl", "agreement", "nll_change", "full_share", "read_share"}
+
+
+def test_shares_are_rows_of_their_own_with_intervals() -> None:
+    rows = summarise(PROSE)
+    for measure, shares in (("full_share", [0.1, 0.3]), ("read_share", [0.3, 0.5])):
+        row, expected = one(rows, "ours", "prose", measure), bootstrap(np.array(shares))
+        assert (row.value, row.low, row.high) == (expected.value, expected.low, expected.high)
 
 
 def test_accuracy_is_of_the_answers_and_so_are_its_shares() -> None:
@@ -81,8 +89,9 @@ def test_nothing_is_kept_of_what_full_attention_cannot_do() -> None:
         prompt("needle", 0, full=answered(0.0), ours=answered(1.0)),
         prompt("needle", 1, full=answered(1.0), ours=answered(1.0)),
     ]
-    measures = [row.measure for row in summarise(outcomes) if row.method == "ours"]
-    assert measures == ["kl", "agreement", "accuracy"]
+    measures = {row.measure for row in summarise(outcomes) if row.method == "ours"}
+    assert "accuracy" in measures
+    assert "accuracy_kept" not in measures
 
 
 def test_steps_without_a_next_token_have_no_change_of_likelihood() -> None:
@@ -117,6 +126,23 @@ def test_a_method_that_misses_a_task_is_left_out_there_and_the_task_out_of_all()
     assert tasks["extra"] == {"code", "copying", "all"}
     assert tasks["full"] == tasks["ours"] == {"prose", "code", "copying", "poems", "all"}
     assert one(rows, "ours", "all", "kl").value == 0
+
+
+def test_kl_is_compared_on_the_prompts_that_both_methods_ran_on() -> None:
+    def kl(value: float) -> Outcome:
+        return answered(1.0, kl=value)
+
+    outcomes = [
+        prompt("needle", 0, full=kl(0), ours=kl(1), theirs=kl(2), rare=kl(4)),
+        prompt("needle", 1, full=kl(0), ours=kl(3), theirs=kl(4)),
+        prompt("needle", 2, full=kl(0), theirs=kl(99)),
+    ]
+    shares = kl_shares(outcomes, "ours")
+    assert shares == {
+        "theirs": bootstrap_ratio(np.array([1.0, 3.0]), np.array([2.0, 4.0])),
+        "rare": bootstrap_ratio(np.array([1.0]), np.array([4.0])),
+    }
+    assert (shares["theirs"].value, shares["rare"].value) == (pytest.approx(2 / 3), 0.25)
 
 
 def test_full_attention_can_do_a_task_where_it_beats_guessing_by_a_quarter() -> None:
