@@ -104,8 +104,9 @@ def _replay_program(batch: TraceBatch, program: PolicyProgram, needs: frozenset[
     with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1)) as threads:
         n_beyond = sum(threads.map(replay, range(len(batch))))
     by_unit = (len(batch), batch.n_steps, *batch.units)
-    steps_first = [np.moveaxis(part.reshape(by_unit), 0, 1) for part in (full, lost)]
-    return Replay(*steps_first, n_beyond / max(int((~full).sum()), 1))
+    n_recycled = max(int((~full).sum()), 1)
+    full, lost = (np.moveaxis(part.reshape(by_unit), 0, 1) for part in (full, lost))
+    return Replay(full, lost, n_beyond / n_recycled)
 
 
 def _replay_by_steps(batch: TraceBatch, policy: StepPolicy, needs: frozenset[str]) -> Replay:

@@ -8,7 +8,13 @@ from typing import Any
 
 from policies.compiled.kernel import PROGRAM_SOURCES, digest_of, stamped_kernel
 
-_SOURCES = digest_of((*sorted(Path(__file__).parent.glob("*.py")), *PROGRAM_SOURCES))
+
+def _digest_of_sources() -> str:
+    """Of all that kernels are made of."""
+    return digest_of((*sorted(Path(__file__).parent.glob("*.py")), *PROGRAM_SOURCES))
+
+
+_SOURCES = _digest_of_sources()
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies import Op
@@ -43,6 +43,7 @@ def ran(op: Op, *operands: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("op", OF_NUMBERS)
+@settings(deadline=None)  # The first call compiles.
 @given(pairs=st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=20))
 def test_operators_on_many_units_are_those_of_numpy(op: Op, pairs: list[tuple[float, float]]) -> None:
     left, right = np.array(pairs).T
