@@ -62,6 +62,18 @@ class Selection:
     ranking: Ranking = Ranking.LAST_FULL
     prompt_queries: int | None = 1
 
+    @classmethod
+    def unpooled(cls, k: int) -> Selection:
+        """The set for schedules that treat each unit by itself, which tuning records by default.
+
+        Pooling along tokens keeps an aging set useful, and crowds a fresh one with tokens that nobody looks at. Under
+        one clock for all units every set ages, so `Selection(k)` pools. Divided by what it is worth, a budget
+        refreshes the few units whose attention moves nearly at every step and most others never: the former need no
+        pooling, and the latter live on the first set, which the prompt's last 32 queries therefore choose together
+        (SnapKV's observation window, arXiv 2404.14469).
+        """
+        return cls(k, pool_forward=0, prompt_queries=32)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", GroupPooling(self.group))
         object.__setattr__(self, "ranking", Ranking(self.ranking))

@@ -17,6 +17,8 @@ from recycler.recording import find_recorded, record_prompts
 from recycler.written_continuation import with_written_continuation
 from traces.command import run_command
 
+_UNPOOLED = Selection.unpooled(128)
+
 
 def main(
     files: Annotated[
@@ -46,7 +48,7 @@ def main(
     write_continuation: Annotated[
         bool, typer.Option("--write-continuation", help="Let the model continue the text files, and record that.")
     ] = False,
-    k: Annotated[int, typer.Option(help="Most tokens of a recycled set.")] = 128,
+    k: Annotated[int, typer.Option(help="Most tokens of a recycled set.")] = _UNPOOLED.k,
     sinks: Annotated[int, typer.Option(help="First tokens, always kept.")] = Selection.sinks,
     window: Annotated[int, typer.Option(help="Last tokens, always kept.")] = Selection.window,
     pool_backward: Annotated[
@@ -54,13 +56,16 @@ def main(
     ] = Selection.pool_backward,
     pool_forward: Annotated[
         int, typer.Option(help="Tokens after an attended one that come along.")
-    ] = Selection.pool_forward,
+    ] = _UNPOOLED.pool_forward,
     group: Annotated[GroupPooling, typer.Option(help="How query heads of a group are pooled.")] = Selection.group,
     ranking: Annotated[Ranking, typer.Option(help="What decides which token leaves a full set.")] = Selection.ranking,
+    prompt_queries: Annotated[
+        int, typer.Option(help="Last queries of the prompt that choose the first set.")
+    ] = _UNPOOLED.prompt_queries or 1,
     memory_mib: Annotated[int, typer.Option(min=1, help="Most memory beside the model, in MiB.")] = 1024,
 ) -> dict[str, Any]:
     """Record what every schedule would meet: one trace per prompt, prompts recorded already left as they are."""
-    selection = Selection(k, sinks, window, pool_backward, pool_forward, group, ranking)
+    selection = Selection(k, sinks, window, pool_backward, pool_forward, group, ranking, prompt_queries)
     max_age = steps if max_age is None else max_age
     texts = [*(prompts or []), *(files or [])]
     if texts and kinds:

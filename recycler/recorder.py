@@ -61,8 +61,9 @@ def record_trace(
     """
     header = trace_header(model, prompt, selection, max_age=max_age, model_id=model_id)
     shape = model_shape(model, model_id)
-    n_heads = heads_at_once(model, prompt, memory_mib)
-    first = prompt.n_prompt_tokens - 1
+    n_heads = heads_at_once(model, prompt, selection, memory_mib)
+    n_voters = _n_voters(prompt, selection)
+    first = prompt.n_prompt_tokens - n_voters
     n_steps = prompt.n_steps
     arrays = {
         name: np.empty((n_steps, max_age, *shape.units), dtype=np.float32)
@@ -79,7 +80,9 @@ def record_trace(
             refuse_full_window(layer, key.shape[2], kwargs.get("sliding_window"))
             for begin in range(0, shape.kv_heads, n_heads):
                 heads = slice(begin, begin + n_heads)
-                record = _record_heads(grouped[heads], key[0, heads], first, selection, max_age, kwargs["scaling"])
+                record = _record_heads(
+                    grouped[heads], key[0, heads], first, n_voters, selection, max_age, kwargs["scaling"]
+                )
                 for name, values in record.items():
                     by_step = values.movedim(0, -1).float().cpu().numpy()
                     if name == "fresh_mass":
@@ -93,12 +96,12 @@ def record_trace(
     tokens = torch.as_tensor(prompt.tokens.astype(np.int64), device=model.device)[None]
     cache = prefill(model, tokens[:, :first], chunk_tokens) if first else None
     with torch.inference_mode(), attention_replaced(model, recording):
-        logits = model(tokens[:, first:], past_key_values=cache, use_cache=True).logits[0, 1:]
+        logits = model(tokens[:, first:], past_key_values=cache, use_cache=True).logits[0, n_voters:]
     return Trace(
         header=header,
         tokens=prompt.tokens,
         fresh_mass=fresh_mass,
-        token_log_prob=_token_log_prob(logits, tokens[0, first + 1 :]),
+        token_log_prob=_token_log_prob(logits, tokens[0, prompt.n_prompt_tokens :]),
         **arrays,
     )
 
@@ -143,15 +146,20 @@ def _refuse_what_ages_do_not_share(selection: Selection) -> None:
     for name, value, supported in (
         ("ranking", selection.ranking, (Ranking.LAST_FULL, Ranking.UPDATED)),
         ("group", selection.group, (GroupPooling.MAX, GroupPooling.MEAN)),
-        ("prompt_queries", selection.prompt_queries, (1,)),
     ):
         if value not in supported:
-            allowed = " or ".join(repr(getattr(one, "value", one)) for one in supported)
-            value = getattr(value, "value", value)
-            raise ValueError(f"traces are recorded for selections with {name} {allowed}, not {value!r}.")
+            allowed = " or ".join(repr(one.value) for one in supported)
+            raise ValueError(f"traces are recorded for selections with {name} {allowed}, not {value.value!r}.")
+    if selection.prompt_queries is None:
+        raise ValueError("traces are recorded for selections with a number of prompt_queries, not with all of them.")
 
 
-def heads_at_once(model: PreTrainedModel, prompt: Prompt, memory_mib: int) -> int:
+def _n_voters(prompt: Prompt, selection: Selection) -> int:
+    """Queries of the prompt that choose the first set, its last one included."""
+    return min(selection.prompt_queries or 1, prompt.n_prompt_tokens)
+
+
+def heads_at_once(model: PreTrainedModel, prompt: Prompt, selection: Selection, memory_mib: int) -> int:
     """How many KV heads of a layer can be recorded together, at least 1.
 
     Raises:
@@ -161,7 +169,8 @@ def heads_at_once(model: PreTrainedModel, prompt: Prompt, memory_mib: int) -> in
     shape = model_shape(model)
     group = shape.query_heads // shape.kv_heads
     number_bytes = torch.promote_types(model.dtype, torch.float32).itemsize
-    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * (prompt.n_steps + 1) * len(prompt.tokens) * number_bytes
+    n_rows = prompt.n_steps + _n_voters(prompt, selection)
+    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * n_rows * len(prompt.tokens) * number_bytes
     if head_bytes > memory_mib * 2**20:
         raise ValueError(
             f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB "
@@ -186,14 +195,15 @@ def versions() -> dict[str, str]:
 
 
 def _record_heads(
-    query: Tensor, key: Tensor, first: int, selection: Selection, max_age: int, scaling: float
+    query: Tensor, key: Tensor, first: int, n_voters: int, selection: Selection, max_age: int, scaling: float
 ) -> dict[str, Tensor]:
     """All arrays of some KV heads of a layer.
 
     Args:
-        query: `(heads, group, rows, head_dim)`; row i sits at place `first + i`.
+        query: `(heads, group, n_voters - 1 + rows, head_dim)`, those of consecutive places. Row 0 is the prompt's last.
         key: `(heads, tokens, head_dim)`.
-        first: Place of row 0.
+        first: Place of the first query.
+        n_voters: Queries that choose the set of row 0 together; each other row chooses its own.
         selection: How sets are chosen.
         max_age: Oldest age.
         scaling: Factor on query x key.
@@ -201,14 +211,21 @@ def _record_heads(
     Returns:
         Arrays by age `(heads, rows, max_age)`, and `fresh_mass` `(heads, rows)`.
     """
-    rows, tokens = query.shape[2], key.shape[1]
-    row_end = first + 1 + torch.arange(rows, device=query.device)[:, None]
+    tokens = key.shape[1]
+    ends = first + 1 + torch.arange(query.shape[2], device=query.device)[:, None]
     logits = (query @ key[:, None].transpose(-1, -2)).mul_(scaling)
-    # What comes before row 0 is visible to all rows.
-    logits[..., first:].masked_fill_(torch.arange(first, tokens, device=query.device) >= row_end, float("-inf"))
+    # What comes before the first query is visible to all.
+    logits[..., first:].masked_fill_(torch.arange(first, tokens, device=query.device) >= ends, float("-inf"))
     weights = probabilities(logits, None)
     del logits
-    chosen = select(token_scores(weights.transpose(1, 2), selection), selection, 0, row_end)
+    first += n_voters - 1
+    row_end, query = ends[n_voters - 1 :], query[:, :, n_voters - 1 :]
+    votes = weights[:, :, :n_voters].sum(2)
+    weights = weights[:, :, n_voters - 1 :]
+    choosing = weights.transpose(1, 2)
+    if n_voters > 1:
+        choosing = torch.cat([votes[:, None], choosing[:, 1:]], dim=1)
+    chosen = select(token_scores(choosing, selection), selection, 0, row_end)
     left = evictions(chosen, weights, first, max_age)
     mean_weights = weights.mean(1)
     del weights

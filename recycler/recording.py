@@ -53,7 +53,7 @@ def record_prompts(
     recorded = find_recorded(loaded, prompts, selection, folder, max_age=max_age)
     missing = [prompt for prompt in prompts if prompt.name not in recorded]
     for prompt in missing:
-        heads_at_once(loaded.model, prompt, memory_mib)
+        heads_at_once(loaded.model, prompt, selection, memory_mib)
     _prepare(folder)
     bar = tqdm(desc="recording", unit="prompt", total=len(prompts), initial=len(recorded), disable=not missing)
     with bar as progress:

@@ -61,16 +61,20 @@ def record_plainly(
     for layer, head in np.ndindex(len(layers), kv_heads):
         query, key = layers[layer]
         grouped = query.reshape(kv_heads, -1, *query.shape[1:])[head]
-        logits = [
+        every = [
             grouped[:, place] @ key[head, : place + 1].T / np.sqrt(query.shape[-1])
-            for place in range(first, len(prompt.tokens))
+            for place in range(len(prompt.tokens))
         ]
+        logits = every[first:]
         weights = [softmax(row) for row in logits]
+        # The set that prefill chooses is the choice of the prompt's last queries, of which there may be fewer.
+        voters = [softmax(row) for row in every[: first + 1][-(selection.prompt_queries or 0) :]]
+        votes = np.sum([np.pad(row, ((0, 0), (0, first + 1 - row.shape[1]))) for row in voters], axis=0)
         mean_query = grouped.mean(0)[first:]
         mean_query /= np.linalg.norm(mean_query, axis=-1, keepdims=True)
         fresh = [set(plain_set(row, selection).places) for row in weights]
         for source in range(n_steps + 1):
-            aged = plain_set(weights[source], selection)
+            aged = plain_set(weights[source] if source else votes, selection)
             arrays["fresh_mass"][source, layer, head] = weights[source].mean(0)[aged.places].sum()
             for row in range(source + 1, min(source + max_age, n_steps) + 1):
                 aged.admit(first + row)
@@ -104,6 +108,8 @@ SITUATIONS = {
     "all fits": (6, 8, 8, Selection(40, sinks=4, window=32)),
     "pooling beyond the text": (4, 8, 8, Selection(4, sinks=1, window=1, pool_backward=30, pool_forward=30)),
     "one step": (9, 1, 3, Selection(4, sinks=1, window=1)),
+    "several queries choose the first set": (20, 14, 9, Selection(8, sinks=1, window=2, prompt_queries=5)),
+    "more queries than prompt": (6, 8, 8, Selection(4, sinks=1, window=1, prompt_queries=32)),
     "age one only": (9, 8, 1, Selection(4, sinks=1, window=1)),
     "more ages than steps": (9, 5, 20, Selection(4, sinks=1, window=1)),
     "more steps than a block": (5, 140, 3, Selection(6, sinks=1, window=2)),

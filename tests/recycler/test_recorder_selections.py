@@ -16,8 +16,7 @@ from recycler.recorder import record_trace, trace_header
 REFUSED = [
     ({"ranking": "accumulated"}, "selections with ranking 'last_full' or 'updated', not 'accumulated'"),
     ({"group": "layer_mean"}, "selections with group 'max' or 'mean', not 'layer_mean'"),
-    ({"prompt_queries": 3}, "selections with prompt_queries 1, not 3"),
-    ({"prompt_queries": None}, "selections with prompt_queries 1, not None"),
+    ({"prompt_queries": None}, "selections with a number of prompt_queries, not with all of them"),
 ]
 
 
@@ -55,9 +54,14 @@ def test_it_is_refused_before_the_model_runs(
 
 @pytest.mark.parametrize("ranking", ["last_full", "updated"])
 @pytest.mark.parametrize("group", ["max", "mean"])
+@pytest.mark.parametrize("prompt_queries", [1, 3])
 def test_all_others_are_recorded(
-    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], ranking: str, group: str
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    ranking: str,
+    group: str,
+    prompt_queries: int,
 ) -> None:
-    selection = Selection(7, 1, 2, ranking=ranking, group=group)
+    selection = Selection(7, 1, 2, ranking=ranking, group=group, prompt_queries=prompt_queries)
     trace = record_trace(make_model(), prompt_of(make_tokens(20)), selection, max_age=2)
     assert Selection(**trace.header.selection) == selection
