@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+import numpy as np
+
+from policies.per_unit import as_per_unit, numbers
 
 
 class GroupPooling(StrEnum):
@@ -41,7 +46,7 @@ class Selection:
     `Selection(k, sinks=0, window=0, pool_backward=3, pool_forward=3)` is the paper's kernel of 7.
 
     Attributes:
-        k: Most tokens that a set ever holds, sinks, window and new tokens included.
+        k: Most tokens that a set ever holds, sinks, window and new tokens included; with `unit_k`, the most on average.
         sinks: First tokens of the row, always kept.
         window: Last tokens, the current one included, always kept.
         pool_backward: A token is taken for the best score among itself and tokens up to this many places after it:
@@ -51,6 +56,7 @@ class Selection:
         ranking: What decides which token leaves a full set.
         prompt_queries: Last queries of the prompt whose attention, summed, chooses the first set (SnapKV's observation
             window, arXiv 2404.14469); None for all of them (H2O). Full steps always choose by their own query.
+        unit_k: Most tokens of each unit's set, `(layers, kv_heads)`, with mean at most `k`; None gives every unit `k`.
     """
 
     k: int
@@ -61,6 +67,7 @@ class Selection:
     group: GroupPooling = GroupPooling.MAX
     ranking: Ranking = Ranking.LAST_FULL
     prompt_queries: int | None = 1
+    unit_k: Sequence[Sequence[int]] | None = None
 
     @classmethod
     def unpooled(cls, k: int) -> Selection:
@@ -89,3 +96,17 @@ class Selection:
                 f"k must hold the sinks and the window: k is {self.k}, but sinks and window need "
                 f"{self.sinks} + {max(self.window, 1)} = {self.sinks + max(self.window, 1)} tokens."
             )
+        if self.unit_k is not None:
+            sizes = as_per_unit("unit_k", self.unit_k, self.sinks + max(self.window, 1), float("inf"))
+            if isinstance(sizes, (int, float)) or any(size != int(size) for size in numbers(sizes)):
+                raise ValueError(
+                    "unit_k must be a table of whole numbers, one row per layer and one column per KV head."
+                )
+            object.__setattr__(self, "unit_k", tuple(tuple(int(size) for size in row) for row in sizes))
+            if (mean := float(np.mean(self.unit_k))) > self.k:
+                raise ValueError(f"unit_k must have a mean of at most k, and {mean:g} is above {self.k}.")
+
+    @property
+    def widest(self) -> int:
+        """Tokens of the largest set."""
+        return self.k if self.unit_k is None else max(map(max, self.unit_k))

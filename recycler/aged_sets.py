@@ -54,7 +54,7 @@ def _evictions_by_last_full(chosen: RecycledSet, first: int, max_age: int) -> Te
     # One slot more, always out of the running, stands for window tokens that are not there.
     positions = pad(chosen.positions, (0, 1), value=-1)
     rank = ranks(chosen.scores, chosen.positions).masked_fill_(chosen.positions < selection.sinks, STAYS)
-    rank = rank.masked_fill_(~chosen.filled, EMPTY)
+    rank = chosen.close(rank.masked_fill_(~chosen.filled, EMPTY))
     # Not `pad`: it takes its value as a float, which cannot hold this one.
     rank = torch.cat([rank, rank.new_full((heads, rows, 1), STAYS)], dim=-1)
     released_at = positions - (source - selection.window)
@@ -84,11 +84,11 @@ def _evictions_step_by_step(chosen: RecycledSet, probabilities: Tensor, first: i
     selection = chosen.selection
     heads, rows, _ = chosen.positions.shape
     left = chosen.positions.new_full((heads, rows, max_age), -1)
-    aging = RecycledSet(chosen.positions, chosen.scores, selection)
+    aging = chosen
     for age in range(1, min(max_age, rows - 1) + 1):
         alive = rows - age
         place = first + age + torch.arange(alive, device=left.device)[:, None]
-        aging = RecycledSet(aging.positions[:, :alive], aging.scores[:, :alive], selection)
+        aging = RecycledSet(aging.positions[:, :alive], aging.scores[:, :alive], selection, chosen.sizes)
         left[:, :alive, age - 1] = aging.admit(place, 0)[..., 0]
         aging.scores = _scores_over_sets(aging, probabilities[:, :, age:], selection)
     return left

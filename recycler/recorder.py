@@ -19,7 +19,7 @@ from recycler.hook import AttentionFunction, attention_replaced, refuse_full_win
 from recycler.model_shape import check_positions, model_shape
 from recycler.prefill import prefill
 from recycler.prompts import Prompt
-from recycler.recycled_set import select, token_scores
+from recycler.recycled_set import select, token_scores, unit_sizes
 from traces import Trace, TraceHeader
 
 # Arrays of (rows, tokens) floats alive at once per KV head, beside two per query head: mean attention, pooled scores,
@@ -78,10 +78,18 @@ def record_trace(
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             grouped = query[0].unflatten(0, (shape.kv_heads, -1))
             refuse_full_window(layer, key.shape[2], kwargs.get("sliding_window"))
+            sizes = unit_sizes(selection, layer, key.device)
             for begin in range(0, shape.kv_heads, n_heads):
                 heads = slice(begin, begin + n_heads)
                 record = _record_heads(
-                    grouped[heads], key[0, heads], first, n_voters, selection, max_age, kwargs["scaling"]
+                    grouped[heads],
+                    key[0, heads],
+                    first,
+                    n_voters,
+                    selection,
+                    max_age,
+                    kwargs["scaling"],
+                    None if sizes is None else sizes[heads, None],
                 )
                 for name, values in record.items():
                     by_step = values.movedim(0, -1).float().cpu().numpy()
@@ -195,7 +203,14 @@ def versions() -> dict[str, str]:
 
 
 def _record_heads(
-    query: Tensor, key: Tensor, first: int, n_voters: int, selection: Selection, max_age: int, scaling: float
+    query: Tensor,
+    key: Tensor,
+    first: int,
+    n_voters: int,
+    selection: Selection,
+    max_age: int,
+    scaling: float,
+    sizes: Tensor | None,
 ) -> dict[str, Tensor]:
     """All arrays of some KV heads of a layer.
 
@@ -207,6 +222,7 @@ def _record_heads(
         selection: How sets are chosen.
         max_age: Oldest age.
         scaling: Factor on query x key.
+        sizes: int64 `(heads, 1, 1)`: most tokens of each head's sets; None for the selection's k.
 
     Returns:
         Arrays by age `(heads, rows, max_age)`, and `fresh_mass` `(heads, rows)`.
@@ -225,7 +241,7 @@ def _record_heads(
     choosing = weights.transpose(1, 2)
     if n_voters > 1:
         choosing = torch.cat([votes[:, None], choosing[:, 1:]], dim=1)
-    chosen = select(token_scores(choosing, selection), selection, 0, row_end)
+    chosen = select(token_scores(choosing, selection), selection, 0, row_end, sizes)
     left = evictions(chosen, weights, first, max_age)
     mean_weights = weights.mean(1)
     del weights

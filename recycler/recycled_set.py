@@ -60,11 +60,13 @@ class RecycledSet:
         positions: int64 `(..., k)`, places in the cache; -1 marks an empty slot. In no order.
         scores: float32 `(..., k)`, the scores by which tokens leave; infinite for tokens not scored yet.
         selection: The settings it was chosen with.
+        sizes: int64, broadcastable to `(..., 1)`: slots that each set may use, the first ones; None for all of them.
     """
 
     positions: Tensor
     scores: Tensor
     selection: Selection
+    sizes: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:
@@ -86,13 +88,19 @@ class RecycledSet:
         selection = self.selection
         stays = (self.positions < start + selection.sinks) | (self.positions > position - selection.window)
         rank = ranks(self.scores, self.positions).masked_fill_(stays, STAYS).masked_fill_(~self.filled, EMPTY)
-        slot = rank.argmin(-1, keepdim=True)
+        slot = self.close(rank).argmin(-1, keepdim=True)
         left = self.positions.gather(-1, slot)
         arrived = torch.as_tensor(position, device=left.device).expand_as(left)
         self.positions = self.positions.scatter(-1, slot, arrived)
         unscored = 0.0 if selection.ranking == Ranking.ACCUMULATED else _UNSCORED
         self.scores = self.scores.scatter(-1, slot, unscored)
         return left
+
+    def close(self, rank: Tensor) -> Tensor:
+        """Rank slots that a set may not use above all others, in place; `(..., k)`."""
+        if self.sizes is None:
+            return rank
+        return rank.masked_fill_(torch.arange(rank.shape[-1], device=rank.device) >= self.sizes, STAYS)
 
     def holds(self, n_tokens: int) -> Tensor:
         """bool `(..., n_tokens)`: which places of the cache are in the set."""
@@ -102,7 +110,16 @@ class RecycledSet:
         return mask.scatter_(-1, places, True)[..., :-1]
 
 
-def select(scores: Tensor, selection: Selection, start: Tensor | int, end: Tensor | int) -> RecycledSet:
+def unit_sizes(selection: Selection, layer: int, device: torch.device) -> Tensor | None:
+    """Most tokens of the set of each KV head of a layer, int64 `(kv_heads, 1)`; None if all have `k`."""
+    if selection.unit_k is None:
+        return None
+    return torch.tensor(selection.unit_k[layer], device=device)[:, None]
+
+
+def select(
+    scores: Tensor, selection: Selection, start: Tensor | int, end: Tensor | int, sizes: Tensor | None = None
+) -> RecycledSet:
     """Choose a set: sinks, window, and the top-scoring rest.
 
     Args:
@@ -110,9 +127,10 @@ def select(scores: Tensor, selection: Selection, start: Tensor | int, end: Tenso
         selection: Settings.
         start: Place of the row's first token (after left padding), an int or `(..., 1)`.
         end: One past the row's last token, an int or `(..., 1)`.
+        sizes: Most tokens of each set, broadcastable to `(..., 1)`; None for `k`.
 
     Returns:
-        A set of `min(k, end - start)` tokens.
+        A set of `min(size, end - start)` tokens.
     """
     n_tokens = scores.shape[-1]
     place = torch.arange(n_tokens, device=scores.device)
@@ -120,11 +138,14 @@ def select(scores: Tensor, selection: Selection, start: Tensor | int, end: Tenso
     rank = ranks(scores, place)
     rank = rank.masked_fill_((place < start + selection.sinks) | (place >= end - selection.window), STAYS)
     rank = rank.masked_fill_((place < start) | (place >= end), EMPTY)
-    best, positions = rank.topk(min(selection.k, n_tokens), sorted=False)
+    # Sorted where a smaller set is the beginning of a larger one.
+    best, positions = rank.topk(min(selection.widest, n_tokens), sorted=sizes is not None)
     chosen_scores = scores.gather(-1, positions)
     positions = positions.masked_fill(best == EMPTY, -1)
-    missing = selection.k - positions.shape[-1]
-    return RecycledSet(pad(positions, (0, missing), value=-1), pad(chosen_scores, (0, missing)), selection)
+    if sizes is not None:
+        positions = positions.masked_fill(torch.arange(positions.shape[-1], device=scores.device) >= sizes, -1)
+    missing = selection.widest - positions.shape[-1]
+    return RecycledSet(pad(positions, (0, missing), value=-1), pad(chosen_scores, (0, missing)), selection, sizes)
 
 
 def ranks(scores: Tensor, positions: Tensor) -> Tensor:

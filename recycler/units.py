@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
 from recycler.attention import UnitAttention
-from recycler.recycled_set import RecycledSet, UnitIndex, group_scores, select, token_scores
+from recycler.recycled_set import RecycledSet, UnitIndex, group_scores, select, token_scores, unit_sizes
 
 
 class LayerUnits:
@@ -46,7 +46,8 @@ class LayerUnits:
         self._start = start
         self._end = end
         scores = token_scores(probabilities if votes is None else votes, selection)
-        self.recycled = select(scores, selection, start, end)
+        self._sizes = unit_sizes(selection, layer, query.device)
+        self.recycled = select(scores, selection, start, end, self._sizes)
         self._full_query = self._last_query = _unit_query(query)
         mass = _mass_on(probabilities, self.recycled).double() if "refresh_mass" in needs else None
         zeros = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
@@ -178,7 +179,7 @@ class LayerUnits:
         start = self._start if isinstance(self._start, int) else self._start[units[0], 0]
         selection = self.recycled.selection
         scores = token_scores(self._by_layer(units, probabilities), selection).flatten(0, -2)
-        chosen = select(scores, selection, start, self._end)
+        chosen = select(scores, selection, start, self._end, None if self._sizes is None else self._sizes[units[1]])
         if "refresh_overlap" in self._needs:
             before = RecycledSet(self.recycled.positions[units], self.recycled.scores[units], selection)
             kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled

@@ -62,6 +62,7 @@ class Units(NamedTuple):
         positions: int64 `(rows, kv_heads, k)`: places of the sets' tokens, in the slots of the copies.
         scores: float32 of the same shape: what they are ranked by; infinite for tokens that came after the last full
             step.
+        sizes: int64 `(kv_heads,)`: most tokens of each head's sets; k is the largest of the model.
         filled: int64 `(rows, kv_heads)`: tokens in each set, in the first slots.
         stale: bool `(rows, kv_heads)`: the set is chosen, and its copy is not made yet.
         pending: int64 `(rows, kv_heads)`: tokens in the cache at the full step whose logits await a choice, else 0.
@@ -75,6 +76,7 @@ class Units(NamedTuple):
     set_value: Array
     positions: Array
     scores: Array
+    sizes: Array
     filled: Array
     stale: Array
     pending: Array

@@ -204,6 +204,7 @@ def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
 def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type) -> Units:
     """The state that prefill left, as the kernels keep it: no empty slots before filled ones, nothing copied yet."""
     positions, scores = first.recycled.positions.numpy(), first.recycled.scores.detach().numpy()
+    sizes = first.recycled.sizes
     order = np.argsort(positions < 0, axis=-1, kind="stable")
     positions = np.take_along_axis(positions, order, axis=-1)
     rows, kv_heads, k = positions.shape
@@ -213,6 +214,7 @@ def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type
         set_value=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),
         positions=positions,
         scores=np.take_along_axis(scores, order, axis=-1),
+        sizes=np.full(kv_heads, k) if sizes is None else sizes.numpy().reshape(-1),
         filled=(positions >= 0).sum(-1),
         stale=np.ones((rows, kv_heads), dtype=bool),
         pending=np.zeros((rows, kv_heads), dtype=np.int64),

@@ -202,7 +202,8 @@ def _admit(
         _choose(row, head, thread, start, units.pending[row, head], units, rules, scratch)
         units.pending[row, head] = 0
     filled = units.filled[row, head]
-    positions, scores = units.positions[row, head], units.scores[row, head]
+    size = units.sizes[head]
+    positions, scores = units.positions[row, head, :size], units.scores[row, head, :size]
     slot = admit(end - 1, start[row], rules.sinks, rules.window, filled, positions, scores)
     if rules.accumulated_ranking:
         scores[slot] = 0
@@ -226,7 +227,8 @@ def _choose(
     scores, pooled = scratch.token_score[thread], scratch.pooled[thread]
     group_scores(units.logits[row, head], units.normaliser[row, head], start[row], end, rules.group_mean, scores)
     pool(scores, start[row], end, rules.pool_backward, rules.pool_forward, pooled)
-    positions, kept, found = units.positions[row, head], units.scores[row, head], scratch.found[thread]
+    size, found = units.sizes[head], scratch.found[thread]
+    positions, kept = units.positions[row, head, :size], units.scores[row, head, :size]
     units.filled[row, head] = choose(pooled, start[row], end, rules.sinks, rules.window, found, positions, kept)
     units.stale[row, head] = True
 

@@ -1,0 +1,393 @@
+"""`python benchmarks/schedulers.py`: how much of what a schedule can give do the tuned ones give?
+
+At every budget the families are tuned on some prompts and the best of each is chosen on others; then all of them, clocks
+with three sets, a schedule that knows the future, and a new set at every step decode the held-out prompts side by side.
+Everything is kept in the output folder as it comes, so an interrupted run goes on where it stopped. `--quick` is a
+rehearsal in a few minutes; its numbers mean little, and it writes to the output folder only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import optuna
+import typer
+from machine import machine_name
+from schedulers_picture import draw_schedulers
+from tqdm import tqdm
+from tuning.winners import choose_winners
+
+from policies import FixedStride, Selection, StepPolicy, StepSignals
+from policies.arrays import Array, like
+from recycler.closed_loop import ClosedLoop
+from recycler.closed_loop_store import ClosedLoopStore
+from recycler.fidelity.baselines import refreshkv_set
+from recycler.fidelity.fresh_top_k import FreshTopK
+from recycler.fidelity.method import EveryStep, Method, Scheduled
+from recycler.fidelity.outcome import PromptOutcome
+from recycler.fidelity.store import FidelityStore
+from recycler.models import LoadedModel, load_model
+from recycler.prompts import Prompt, default_prompts
+from recycler.recording import record_prompts
+from recycler.sensitivity import measure_sensitivity
+from recycler.tasks import TaskPrompt
+from traces import TraceFile
+from traces.command import run_command
+from traces.estimate import bootstrap, bootstrap_ratio
+from tuning.families import FAMILIES
+from tuning.hindsight import hindsight
+from tuning.split import Split, split_by_prompt
+from tuning.study import search_family
+from tuning.trace_batch import TraceBatch
+from tuning.tuning_data import TuningData, unit_cost
+
+_ROOT = Path(__file__).parents[1]
+BUDGETS = (0.02, 0.05, 0.1, 0.2)
+# The one that every family and the oracle are shown at.
+_BUDGET = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is run at one size.
+
+    Attributes:
+        context_tokens: Of every prompt.
+        k: Tokens of a set.
+        steps: Of every prompt.
+        per_kind: Prompts per kind; the later half is held out.
+        trials: Of the tuner, per family and budget.
+    """
+
+    context_tokens: int
+    k: int
+    steps: int
+    per_kind: int
+    trials: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.context_tokens}-k{self.k}"
+
+
+_SETTINGS = {
+    "3000": Setting(3000, 128, 64, 4, 30),
+    "8000": Setting(8000, 256, 64, 2, 30),
+    "quick": Setting(384, 48, 16, 2, 3),
+}
+
+
+@dataclass(frozen=True)
+class Foreseen(StepPolicy):
+    """Full steps that were fixed beforehand, as by `tuning.hindsight`.
+
+    Attributes:
+        full: Numbers 0 or 1, `(steps, layers, kv_heads)`.
+    """
+
+    full: tuple[tuple[tuple[float, ...], ...], ...]
+    kind: ClassVar[str] = "foreseen"
+
+    def decide(self, signals: StepSignals) -> Array:
+        now = self.full[int(signals.step.max())]
+        table = now if signals.layer is None else now[signals.layer]
+        return (like(table, signals.age) + 0 * signals.age) > 0.5
+
+
+@dataclass(frozen=True)
+class ForeseenMethod(Scheduled):
+    """A schedule that is another one for every prompt, and so has no place in a policy file."""
+
+    policy: Foreseen
+
+    def settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256(np.array(self.policy.full).tobytes()).hexdigest()
+        return {"foreseen": digest, "selection": dataclasses.asdict(self.selection)}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of everything on the way.")] = Path("results/schedulers"),
+    sizes: Annotated[str, typer.Option(help="Some of 3000 and 8000 tokens, separated by commas.")] = "3000,8000",
+    quick: Annotated[bool, typer.Option("--quick", help="A rehearsal in a few minutes.")] = False,
+) -> dict[str, Any]:
+    """Tune at every budget, decode the held-out prompts by everything, and say which targets are met."""
+    began = time.perf_counter()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    chosen = [_SETTINGS[name.strip()] for name in (["quick"] if quick else sizes.split(","))]
+    loaded = load_model(None)
+    found = {setting.name: _measure(loaded, setting, out / setting.name) for setting in chosen}
+    everything = {
+        "model": loaded.id,
+        "machine": machine_name(),
+        "settings": {setting.name: dataclasses.asdict(setting) for setting in chosen},
+        "rows": {name: _rows(outcomes) for name, outcomes in found.items()},
+        "targets": {name: _targets(outcomes) for name, outcomes in found.items()},
+        "outcomes": {name: [_kept(outcome) for outcome in outcomes] for name, outcomes in found.items()},
+    }
+    for setting in chosen:
+        caption = (
+            f"{loaded.id}, k = {setting.k} tokens, {setting.context_tokens:,} tokens of context, "
+            f"{len(found[setting.name])} held-out prompts x {setting.steps} steps"
+        )
+        figure = draw_schedulers(everything["rows"][setting.name], caption)
+        figure.savefig(out / setting.name / "schedulers.png", dpi=110)
+        if not quick:
+            figure.savefig(_ROOT / "docs" / "pictures" / f"schedulers-{setting.name}.png", dpi=110)
+    report = _report(chosen, everything)
+    (out / "schedulers.md").write_text(report, encoding="utf-8")
+    if not quick:
+        machine = re.sub("[^0-9A-Za-z]+", "-", machine_name()).strip("-")
+        path = _ROOT / "benchmarks" / "results" / f"schedulers-{machine}.json"
+        path.write_text(json.dumps(everything), encoding="utf-8")
+        (_ROOT / "docs" / "schedulers.md").write_text(report, encoding="utf-8")
+    print(report)
+    return {"targets": everything["targets"], "minutes": round((time.perf_counter() - began) / 60, 1)}
+
+
+def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> list[PromptOutcome]:
+    prompts = default_prompts(
+        loaded.tokenizer,
+        n_per_kind=setting.per_kind,
+        context_tokens=setting.context_tokens,
+        n_steps=setting.steps,
+    )
+    selection = Selection.unpooled(setting.k)
+    files = record_prompts(loaded, prompts, selection, folder / "traces", max_age=setting.steps)
+    split = split_by_prompt(files)
+    sensitivity = measure_sensitivity(loaded, folder / "traces", split.ablate)
+    tune = TraceBatch(split.tune)
+    cost = unit_cost(tune, sensitivity)
+    tuned = _tune(loaded, setting, split, TuningData(tune, _BUDGET, cost), folder)
+    foreseen = hindsight(TraceBatch(split.held_out), cost, _BUDGET)
+    store = FidelityStore(folder / "outcomes")
+    by_name = {prompt.name: prompt for prompt in prompts}
+    outcomes = []
+    for place, file in enumerate(tqdm(split.held_out, desc=f"comparing, {setting.name}", unit="prompt")):
+        oracle = Foreseen(
+            tuple(tuple(tuple(row) for row in step) for step in foreseen[:, place].astype(float).tolist())
+        )
+        methods = [*_methods(setting.k, tuned), ForeseenMethod("hindsight 0.1", "knows the future", oracle, selection)]
+        outcomes.append(store.measure(loaded, _teacher_forced(by_name[_name(file)]), methods))
+    return outcomes
+
+
+def _tune(loaded: LoadedModel, setting: Setting, split: Split, data: TuningData, folder: Path) -> dict[str, StepPolicy]:
+    """The best candidate of every family at the main budget, and of all families at the others, by closed loop."""
+    folder.mkdir(parents=True, exist_ok=True)
+    searches = {
+        budget: [
+            search_family(
+                family,
+                dataclasses.replace(data, budget=budget),
+                n_trials=setting.trials,
+                n_candidates=1,
+                seed=0,
+                storage=None,
+                study_name=f"{family.name}-{budget:g}",
+            )
+            for family in FAMILIES.values()
+        ]
+        for budget in BUDGETS
+    }
+    everyone = [candidate.policy for some in searches.values() for search in some for candidate in search.candidates]
+    store = ClosedLoopStore(folder / "closed_loop")
+    runs = [store.run(loaded, file, everyone) for file in tqdm(split.validate, desc="choosing winners", unit="prompt")]
+    tuned: dict[str, StepPolicy] = {}
+    first = 0
+    for budget, some in searches.items():
+        n = sum(len(search.candidates) for search in some)
+        winners = choose_winners(some, [_rows_of(run, slice(first, first + n)) for run in runs])
+        first += n
+        tuned[f"tuned {budget:g}"] = min(winners, key=lambda winner: winner.tune_kl).candidate.policy
+        if budget == _BUDGET:
+            tuned |= {f"{winner.search.family} {budget:g}": winner.candidate.policy for winner in winners}
+    return tuned
+
+
+def _rows_of(run: ClosedLoop, rows: slice) -> ClosedLoop:
+    return ClosedLoop(*(getattr(run, field.name)[rows] for field in dataclasses.fields(run)))
+
+
+def _methods(k: int, tuned: Mapping[str, StepPolicy]) -> list[Method]:
+    """Tuned policies, clocks with three sets at every budget, and new sets at every step."""
+    unpooled = Selection.unpooled(k)
+    sets = {"": Selection(k), ", unpooled": unpooled, ", RefreshKV's set": refreshkv_set(k)}
+    methods: list[Method] = [Scheduled(name, "tuned", policy, unpooled) for name, policy in tuned.items()]
+    for budget, (suffix, selection) in itertools.product(BUDGETS, sets.items()):
+        source = "RefreshKV fixed stride, arXiv 2411.05787"
+        methods.append(Scheduled(f"stride {1 / budget:g}{suffix}", source, FixedStride(1 / budget), selection))
+    for suffix, selection in list(sets.items())[:2]:
+        methods.append(EveryStep(f"new set at every step{suffix}", "ceiling", FreshTopK(selection)))
+    return methods
+
+
+def _teacher_forced(prompt: Prompt) -> TaskPrompt:
+    return TaskPrompt(prompt, 0, lambda _: 0.0)
+
+
+def _name(file: TraceFile) -> str:
+    return str(file.header.prompt["name"])
+
+
+def _kept(outcome: PromptOutcome) -> dict[str, Any]:
+    """Means over the steps of a prompt."""
+    return {
+        "name": outcome.name,
+        "kind": outcome.task,
+        "methods": {
+            name: {
+                "kl": round(float(one.kl.mean()), 6),
+                "accuracy": round(float(one.accuracy.mean()), 6),
+                "full_share": round(one.full_share, 6),
+                "read_share": round(one.read_share, 6),
+            }
+            for name, one in outcome.methods.items()
+        },
+    }
+
+
+def _of_kind(outcomes: Sequence[PromptOutcome], kind: str | None) -> list[PromptOutcome]:
+    return [outcome for outcome in outcomes if kind in (None, outcome.task)]
+
+
+def _kl(outcomes: Sequence[PromptOutcome], method: str) -> np.ndarray:
+    return np.array([outcome.methods[method].kl.mean() for outcome in outcomes])
+
+
+def _accuracy(outcomes: Sequence[PromptOutcome], method: str) -> np.ndarray:
+    return np.array([outcome.methods[method].accuracy.mean() for outcome in outcomes])
+
+
+def _rows(outcomes: Sequence[PromptOutcome]) -> list[dict[str, Any]]:
+    """Every method: full share, KL over all prompts and by kind, and what it keeps of copying."""
+    kinds = list(dict.fromkeys(outcome.task for outcome in outcomes))
+    copying = _of_kind(outcomes, "copying")
+    rows = []
+    for method in outcomes[0].methods:
+        kl = bootstrap(_kl(outcomes, method))
+        rows.append(
+            {
+                "method": method,
+                "full_share": float(np.mean([outcome.methods[method].full_share for outcome in outcomes])),
+                "read_share": float(np.mean([outcome.methods[method].read_share for outcome in outcomes])),
+                "kl": [kl.value, kl.low, kl.high],
+                "kl_by_kind": {kind: float(_kl(_of_kind(outcomes, kind), method).mean()) for kind in kinds},
+                "copying_kept": float(_accuracy(copying, method).mean() / _accuracy(copying, "full").mean()),
+            }
+        )
+    return rows
+
+
+def _targets(outcomes: Sequence[PromptOutcome]) -> dict[str, Any]:
+    """The numbers that the project has set itself targets for; see docs/schedulers.md."""
+    tuned, plain = f"tuned {_BUDGET:g}", f"stride {1 / _BUDGET:g}, RefreshKV's set"
+    copying, prose = _of_kind(outcomes, "copying"), _of_kind(outcomes, "prose")
+    clocks = [f"stride {1 / _BUDGET:g}", f"stride {1 / _BUDGET:g}, unpooled"]
+    best = min(clocks, key=lambda name: float(_kl(outcomes, name).mean()))
+    same = f"stride {1 / _BUDGET:g}, unpooled"
+    ceiling = "new set at every step, unpooled"
+    at = {name: float(_kl(outcomes, name).mean()) for name in (tuned, best, plain, ceiling)}
+    kept = bootstrap_ratio(_accuracy(copying, tuned), _accuracy(copying, "full"))
+    of_plain = bootstrap_ratio(_kl(prose, tuned), _kl(prose, plain))
+    of_same, of_best = (bootstrap_ratio(_kl(outcomes, tuned), _kl(outcomes, name)) for name in (same, best))
+    nowhere_worse = {}
+    for budget in BUDGETS:
+        by_kind = {}
+        for kind in dict.fromkeys(outcome.task for outcome in outcomes):
+            some = _of_kind(outcomes, kind)
+            strides = [f"stride {1 / budget:g}", f"stride {1 / budget:g}, unpooled"]
+            least = min(float(_kl(some, name).mean()) for name in strides)
+            by_kind[kind] = float(_kl(some, f"tuned {budget:g}").mean()) / least
+        nowhere_worse[f"{budget:g}"] = by_kind
+    return {
+        "copying_kept": dataclasses.asdict(kept),
+        "prose_kl_of_plain": dataclasses.asdict(of_plain),
+        "kl_of_same_set": dataclasses.asdict(of_same),
+        "kl_of_best_set": dataclasses.asdict(of_best),
+        "gap_closed": (at[best] - at[tuned]) / (at[best] - at[ceiling]),
+        "gap_closed_from_plain": (at[plain] - at[tuned]) / (at[plain] - at[ceiling]),
+        "kl_of_best_stride_by_kind": nowhere_worse,
+    }
+
+
+def _report(settings: Sequence[Setting], everything: Mapping[str, Any]) -> str:
+    """The document: targets, then every method."""
+    lines = [
+        "# Schedulers",
+        "",
+        f"Written by `python benchmarks/schedulers.py`: {everything['model']}, {everything['machine']}. All prompts are held "
+        "out: no policy was tuned or chosen on them. What was tried, and what did not help, is in [LOG.md](LOG.md).",
+        "",
+    ]
+    for setting in settings:
+        rows, targets = everything["rows"][setting.name], everything["targets"][setting.name]
+        n_prompts = len(everything["outcomes"][setting.name])
+        lines += [
+            f"## {setting.context_tokens:,} tokens, k = {setting.k}",
+            "",
+            f"{n_prompts} prompts x {setting.steps} steps, budget {_BUDGET:g} unless said otherwise.",
+            "",
+            f"![KL and copying against the full share](pictures/schedulers-{setting.name}.png)",
+            "",
+            "| what | here | target |",
+            "|---|---:|---:|",
+            f"| copying: share of full attention's accuracy kept | {_spelled(targets['copying_kept'])} | 0.97 |",
+            "| prose: KL as a share of that of RefreshKV's stride 10 with its own set | "
+            f"{_spelled(targets['prose_kl_of_plain'])} | 0.33 |",
+            f"| KL as a share of that of stride 10 with the same set | {_spelled(targets['kl_of_same_set'])} | 0.5 |",
+            "| KL as a share of that of stride 10 with the better of our two sets | "
+            f"{_spelled(targets['kl_of_best_set'])} | |",
+            "| share of the KL gap between that and a new set at every step that is closed | "
+            f"{targets['gap_closed']:.2f} | 0.7 |",
+            "",
+            "KL as a share of that of the best fixed stride, with the better of our two sets, at the same budget:",
+            "",
+            *_by_kind(targets["kl_of_best_stride_by_kind"]),
+            "",
+            *_table(rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _spelled(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def _by_kind(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
+    kinds = list(next(iter(ratios.values())))
+    return [
+        f"| budget | {' | '.join(kinds)} |",
+        f"|---|{'---:|' * len(kinds)}",
+        *(f"| {budget} | {' | '.join(f'{of[kind]:.2f}' for kind in kinds)} |" for budget, of in ratios.items()),
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    kinds = list(rows[0]["kl_by_kind"])
+    lines = [
+        f"| method | full | read | KL, nats per step | {' | '.join(kinds)} | copying kept |",
+        f"|---|---:|---:|---:|{'---:|' * len(kinds)}---:|",
+    ]
+    for row in sorted(rows, key=lambda row: row["kl"][0]):
+        value, low, high = row["kl"]
+        by_kind = " | ".join(f"{row['kl_by_kind'][kind]:.3f}" for kind in kinds)
+        lines.append(
+            f"| {row['method']} | {100 * row['full_share']:.1f}% | {100 * row['read_share']:.0f}% | "
+            f"{value:.3f} [{low:.3f}, {high:.3f}] | {by_kind} | {row['copying_kept']:.2f} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    run_command(main)
