@@ -1,7 +1,7 @@
 """`python benchmarks/schedulers.py`: how much of what a schedule can give do the tuned ones give?
 
-At every budget the families are tuned on some prompts and the best of each is chosen on others; then all of them, clocks
-with three sets, a schedule that knows the future, and a new set at every step decode the held-out prompts side by side.
+At every budget the families are tuned on some prompts and the best of each is chosen on others; then all of them,
+clocks with three sets, a schedule that knows the future, and a new set at every step decode the held-out prompts.
 Everything is kept in the output folder as it comes, so an interrupted run goes on where it stopped. `--quick` is a
 rehearsal in a few minutes; its numbers mean little, and it writes to the output folder only.
 """
@@ -325,8 +325,8 @@ def _report(settings: Sequence[Setting], everything: Mapping[str, Any]) -> str:
     lines = [
         "# Schedulers",
         "",
-        f"Written by `python benchmarks/schedulers.py`: {everything['model']}, {everything['machine']}. All prompts are held "
-        "out: no policy was tuned or chosen on them. What was tried, and what did not help, is in [LOG.md](LOG.md).",
+        f"Written by `python benchmarks/schedulers.py`: {everything['model']}, {everything['machine']}. No policy was "
+        "tuned or chosen on these prompts. What was tried, and what did not help, is in [LOG.md](LOG.md).",
         "",
     ]
     for setting in settings:

@@ -1,0 +1,65 @@
+"""Dividing the tokens of all sets, and the full steps with them, by what each buys."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tuning.allocation import STRIDES, loss_by_stride
+
+# Bisections of each of the two prices.
+_N_HALVINGS = 40
+
+
+def allocate_sizes(
+    lost_by_age: np.ndarray, sizes: np.ndarray, budget: float, k: float, strides: np.ndarray = STRIDES
+) -> np.ndarray:
+    """Sizes of sets that lose least, when full steps are divided as well as they can be at the same time.
+
+    Every unit takes the size and stride of least loss + price of a full step x rate + price of a token x size, with
+    one pair of prices for all (Lagrange): that of full steps such that the mean rate is at most the budget, that of
+    tokens such that the mean size is at most k. The schedule itself is tuned later, on traces of these sets.
+
+    Args:
+        lost_by_age: `(sizes, max_age, units)`, weighted lost mass of sets of each size and age.
+        sizes: Tokens `(sizes,)`, rising.
+        budget: Mean rate of full steps, in (0, 1].
+        k: Mean size, at least the least of `sizes`.
+        strides: Strides that units may take.
+
+    Returns:
+        int64 `(units,)`: one of `sizes` for each unit, with mean at most k.
+
+    Raises:
+        ValueError: If k is below the least size.
+    """
+    if k < sizes[0]:
+        raise ValueError(f"sets of {k:g} tokens on average are below the least size, {sizes[0]}.")
+    rates = 1 / strides.astype(np.float64)
+    # (sizes, strides, units)
+    loss = np.stack([loss_by_stride(by_age, strides) for by_age in lost_by_age])
+
+    def at(token_price: float) -> np.ndarray:
+        """The index of each unit's size, with full steps priced to keep the budget."""
+        priced = loss + token_price * sizes[:, None, None]
+        low, high = 0.0, float(loss.max()) * float(strides[-1]) + 1.0
+        for _ in range(_N_HALVINGS):
+            price = (low + high) / 2
+            chosen = (priced + price * rates[:, None]).reshape(-1, loss.shape[2]).argmin(0)
+            if rates[chosen % len(strides)].mean() > budget:
+                low = price
+            else:
+                high = price
+        chosen = (priced + high * rates[:, None]).reshape(-1, loss.shape[2]).argmin(0)
+        found: np.ndarray = chosen // len(strides)
+        return found
+
+    low, high = 0.0, float(loss.max()) + 1.0
+    if sizes[at(low)].mean() <= k:
+        return np.asarray(sizes[at(low)])
+    for _ in range(_N_HALVINGS):
+        price = (low + high) / 2
+        if sizes[at(price)].mean() > k:
+            low = price
+        else:
+            high = price
+    return np.asarray(sizes[at(high)])
