@@ -19,8 +19,7 @@ class RefreshKeys(StepPolicy):
     at this very step, to that set alone: it reads the keys of the whole cache and the values of k tokens, which over
     and above a recycled step is half of what a full step reads. From then on it is as after a full step.
 
-    Source: RefreshKV (arXiv 2411.05787), whose authors find in an ablation that choosing anew without attending to
-    everything does as well as their full steps.
+    Source: an ablation of RefreshKV (arXiv 2411.05787), in which choosing anew alone does as well as a full step.
 
     Around or inside of a budget the decisions are the same; inside, the budget's `mean_budget` knows what they cost.
 
