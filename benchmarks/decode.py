@@ -61,8 +61,8 @@ class Timed:
     Attributes:
         step_ms: Mean time of a step.
         engine: What ran them.
-        full_share: Share of unit-steps that ran full.
-        tokens_read: Mean tokens that a unit attended to.
+        full_share: Share of unit-steps that ran full, a keys-only refresh counted half.
+        tokens_read: What a unit read of the cache in a step, in tokens, mean.
     """
 
     step_ms: float
@@ -120,7 +120,7 @@ class Bench:
             return Timed(step_ms, "transformers", 1.0, context_tokens + self._steps / 2)
         before, after = clock.before, session.receipt()
         unit_steps = (after.row_steps - before.row_steps) * after.full_steps.size
-        full_share = (after.full_steps - before.full_steps).sum() / unit_steps
+        full_share = (_full_counts(after) - _full_counts(before)) / unit_steps
         return Timed(step_ms, after.engine, full_share, (after.tokens_read - before.tokens_read).sum() / unit_steps)
 
     def _session(self, case: Case) -> Any:
@@ -145,6 +145,10 @@ class Bench:
         for layer, (key, value) in enumerate(self._parts(n_tokens, batch)):
             cache.update(key, value, layer)
         return cache
+
+
+def _full_counts(receipt: Receipt) -> float:
+    return float(receipt.full_steps.sum() - receipt.keys_only_steps.sum() / 2)
 
 
 def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:

@@ -13,6 +13,7 @@ from policies.per_unit import PerUnit, as_per_unit
 from policies.policy_file import ModelShape, PolicyFile, check_fits
 from policies.program import SIGNALS, NotAProgram, Op, PolicyProgram, policy_program
 from policies.random_refresh import RandomRefresh
+from policies.refresh_keys import RefreshKeys
 from policies.registry import known_kinds, policy_class
 from policies.schedule import Schedule
 from policies.selection import GroupPooling, Ranking, Selection
@@ -42,6 +43,7 @@ __all__ = [
     "PolicyProgram",
     "RandomRefresh",
     "Ranking",
+    "RefreshKeys",
     "Schedule",
     "Selection",
     "SentenceBoundary",

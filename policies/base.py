@@ -6,8 +6,10 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import numpy as np
+
 from policies.arrays import Array
-from policies.per_unit import unit_shape
+from policies.per_unit import PerUnit, as_per_unit, unit_shape
 from policies.signals import StepSignals
 
 
@@ -28,9 +30,22 @@ class StepPolicy(ABC):
         """Measured signals that `decide` reads, out of `MEASURED_SIGNALS`; others may be NaN."""
         return frozenset()
 
+    @property
+    def keys_only(self) -> PerUnit:
+        """1 for units whose full decisions are keys-only refreshes (see `RefreshKeys`), 0 for those of full steps.
+
+        A wrapper says what its inner policy says.
+        """
+        return 0
+
+    @property
+    def full_cost(self) -> PerUnit:
+        """What a full decision counts in the full share: 1 for a full step, 1/2 for a keys-only refresh."""
+        return as_per_unit("full_cost", 1 - np.asarray(self.keys_only) / 2, 0, 1)
+
     @abstractmethod
     def decide(self, signals: StepSignals) -> Array:
-        """Return a boolean array of the signals' shape: True where the unit runs full."""
+        """Return a boolean array of the signals' shape: True where the unit runs full, in the way of `keys_only`."""
 
     def unit_shapes(self) -> frozenset[tuple[int, int]]:
         """The `(layers, kv_heads)` of the per-unit parameters, also of inner policies; empty if it fits every model."""

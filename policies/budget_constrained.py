@@ -9,7 +9,7 @@ import numpy as np
 
 from policies.arrays import Array
 from policies.base import StepPolicy
-from policies.per_unit import PerUnit, as_per_unit, numbers
+from policies.per_unit import PerUnit, as_per_unit
 from policies.signals import StepSignals
 
 _ROUNDING = 1e-12
@@ -22,11 +22,16 @@ class BudgetConstrained(StepPolicy):
     After n steps a unit has run full at most `budget * n + burst` times, for every n. Accounts are per unit and per
     row, so no unit waits for another, and in total full unit-steps stay below mean(budget) x unit-steps + sum(burst).
     The guarantee covers decode steps; prefill always runs full and does not count. What a unit saves it may spend
-    later, all at once. The guarantee is that of the outermost policy: wrap this one in nothing.
+    later, all at once. The guarantee is that of the outermost policy: wrap this one in nothing that decides.
+
+    Accounts count full decisions, full steps and keys-only refreshes alike: for the same reading, a unit that refreshes
+    by its keys alone may have twice the budget. Only `mean_budget` weighs them, if `RefreshKeys` is inside of this; it
+    may be outside as well, and then `mean_budget` takes every refresh for a full step and is too high.
 
     Attributes:
         policy: Who asks for full steps.
-        budget: Share of steps in [0, 1]; per unit, the mean over units is the budget of the whole.
+        budget: Share of steps in [0, 1]; per unit, the mean over units, with keys-only refreshes counted half, is the
+            budget of the whole.
         burst: Full steps that a unit may take ahead of its budget, at least 0. With 0, the first full step is allowed
             once `budget * n` reaches 1.
     """
@@ -45,9 +50,13 @@ class BudgetConstrained(StepPolicy):
         return self.policy.needs
 
     @property
+    def keys_only(self) -> PerUnit:
+        return self.policy.keys_only
+
+    @property
     def mean_budget(self) -> float:
-        """Budget of all units together, in [0, 1]."""
-        return float(np.mean(list(numbers(self.budget))))
+        """Budget of all units together, in [0, 1]: what the full share may reach, keys-only refreshes counted half."""
+        return float(np.mean(np.asarray(self.budget) * np.asarray(self.policy.full_cost)))
 
     def decide(self, signals: StepSignals) -> Array:
         wanted = self.policy.decide(signals)

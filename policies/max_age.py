@@ -33,6 +33,10 @@ class MaxAge(StepPolicy):
     def needs(self) -> frozenset[str]:
         return self.policy.needs
 
+    @property
+    def keys_only(self) -> PerUnit:
+        return self.policy.keys_only
+
     def decide(self, signals: StepSignals) -> Array:
         wanted = self.policy.decide(signals)
         too_old = signals.age >= signals.per_unit(self.max_age)

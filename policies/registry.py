@@ -13,6 +13,7 @@ from policies.layer_cosine import LayerCosine
 from policies.learned_logistic import LearnedLogistic
 from policies.max_age import MaxAge
 from policies.random_refresh import RandomRefresh
+from policies.refresh_keys import RefreshKeys
 from policies.sentence_boundary import SentenceBoundary
 
 ENTRY_POINT_GROUP = "recycler.policies"
@@ -28,6 +29,7 @@ BUILT_IN: tuple[type[StepPolicy], ...] = (
     LearnedLogistic,
     MaxAge,
     BudgetConstrained,
+    RefreshKeys,
 )
 
 

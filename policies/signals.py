@@ -30,7 +30,8 @@ class StepSignals:
         step: Decode steps taken before this one; 0 at the first step after prefill.
         age: Age that the recycled set has if it is used now, in steps, at least 1. Prefill ends with a full step, so
             it is 1 at step 0.
-        n_full: Decode steps that the unit ran full before this one. Prefill does not count.
+        n_full: Decode steps that the unit ran full before this one, keys-only refreshes included. Prefill does not
+            count.
         query_similarity: Cosine in [-1, 1] between the unit's query now and at its last full step. A unit's query is
             the mean over the query heads of its group, after rotary embedding.
         step_similarity: The same cosine against the query of the previous step.

@@ -16,9 +16,9 @@ class UnitAttention:
 
     Attributes:
         output: `(rows, kv_heads, group, head_dim)`.
-        full: The units that ran full.
+        full: The units that attended to the whole cache.
         full_probabilities: `(n_full, group, tokens)`.
-        recycled: The units that did not.
+        recycled: The units that attended to their sets.
         set_probabilities: `(n_recycled, group, k)`, over the slots of their sets.
     """
 
@@ -40,6 +40,25 @@ def probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
     return logits.softmax(-1)
 
 
+def score_by_index(query: Tensor, key: Tensor, visible: Tensor | None, units: UnitIndex, scaling: float) -> Tensor:
+    """What some units would attend to in the whole cache, `(n, group, tokens)`; only their keys are read.
+
+    Args:
+        query: `(rows, kv_heads, group, head_dim)`.
+        key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
+        visible: bool `(rows, tokens)`, False at padding; None if there is none.
+        units: Row and KV head of each of n units.
+        scaling: Factor on query x key.
+    """
+    logits = query[units] @ key[units].transpose(-1, -2) * scaling
+    return probabilities(logits, None if visible is None else visible[units[0], None])
+
+
+def score_by_mask(query: Tensor, keys: tuple[Tensor, ...], units: UnitIndex, scaling: float) -> Tensor:
+    """The same where keys come in parts as `attend_by_mask` takes them; all units compute the product."""
+    return probabilities(_whole_product(query, keys, scaling)[units], None)
+
+
 def attend_by_index(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, full: Tensor, sets: RecycledSet, scaling: float
 ) -> UnitAttention:
@@ -50,16 +69,14 @@ def attend_by_index(
         key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
         value: The same shape.
         visible: bool `(rows, tokens)`, False at padding; None if there is none.
-        full: bool `(rows, kv_heads)`.
+        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
         sets: Sets of all units.
         scaling: Factor on query x key.
     """
     output = torch.empty_like(query)
 
     full_units = full.nonzero(as_tuple=True)
-    logits = query[full_units] @ key[full_units].transpose(-1, -2) * scaling
-    seen = None if visible is None else visible[full_units[0], None]
-    full_probabilities = probabilities(logits, seen)
+    full_probabilities = score_by_index(query, key, visible, full_units, scaling)
     output[full_units] = full_probabilities.to(value.dtype) @ value[full_units]
 
     recycled_units = (~full).nonzero(as_tuple=True)
@@ -84,11 +101,11 @@ def attend_by_mask(
         keys: Parts of the cache in order of place, each `(rows or 1, kv_heads, tokens, head_dim)`; a part with one
             row is shared by all.
         values: Parts of the same shapes.
-        full: bool `(rows, kv_heads)`.
+        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
         sets: Sets of all units.
         scaling: Factor on query x key.
     """
-    logits = torch.cat([_product(query, part.transpose(-1, -2)) for part in keys], dim=-1) * scaling
+    logits = _whole_product(query, keys, scaling)
     allowed = full[..., None] | sets.holds(logits.shape[-1])
     weights = probabilities(logits, allowed[:, :, None])
     parts = weights.to(query.dtype).split([part.shape[-2] for part in keys], dim=-1)
@@ -99,6 +116,10 @@ def attend_by_mask(
     slots = sets.positions[recycled_units][:, None].expand(-1, query.shape[2], -1)
     set_probabilities = weights[recycled_units].gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0)
     return UnitAttention(output, full_units, weights[full_units], recycled_units, set_probabilities)
+
+
+def _whole_product(query: Tensor, keys: tuple[Tensor, ...], scaling: float) -> Tensor:
+    return torch.cat([_product(query, part.transpose(-1, -2)) for part in keys], dim=-1) * scaling
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

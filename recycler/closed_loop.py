@@ -26,7 +26,8 @@ class ClosedLoop:
         agreement: bool `(policies, steps)`: whether both find the same token most likely.
         accuracy: bool `(policies, steps)`: whether the token found most likely is the text's own next token; False at
             the last step, whose next token is not in the text.
-        full: bool `(policies, steps, layers, kv_heads)`: decisions.
+        full: float64 `(policies, steps, layers, kv_heads)`: decisions, as each counts in the full share: 1 for a full
+            step, 1/2 for a keys-only refresh, else 0.
     """
 
     kl: np.ndarray
@@ -74,7 +75,7 @@ def run_closed_loop(
     shape = model_shape(model)
     rows = (AlwaysFull(), *policies)
     text = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=model.device)
-    full = np.empty((len(rows), n_steps, *shape.units), dtype=bool)
+    full = np.empty((len(rows), n_steps, *shape.units))
     kl = np.empty((len(rows), n_steps))
     predicted = np.empty((len(rows), n_steps), dtype=np.int64)
 

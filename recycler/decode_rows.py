@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policies import Selection, StepPolicy, check_fits
-from recycler.attention import attend_by_mask
+from recycler.attention import attend_by_mask, score_by_mask
 from recycler.engine import Engine, NotCovered, engine_for
 from recycler.hook import AttentionFunction, attention_replaced
+from recycler.keys_only import full_counts, keys_only_units, tokens_read
 from recycler.kv_layer import GrowingTokens, KvLayer
 from recycler.model_shape import model_shape
 from recycler.per_row import PerRow
@@ -27,7 +28,8 @@ class RowsStep(NamedTuple):
 
     Attributes:
         logits: `(rows, vocabulary)`.
-        full: bool `(rows, layers, kv_heads)`: units that attended to the whole cache.
+        full: float64 `(rows, layers, kv_heads)`: what each unit counts in the full share: 1 if it attended to the whole
+            cache, 1/2 for a keys-only refresh, else 0.
         tokens_read: float64 of the same shape: what each unit read of the cache, in tokens: keys and values of one
             token count 1, keys alone one half.
         dense_tokens: Tokens in the cache, the fed one included.
@@ -102,7 +104,8 @@ class _EngineRows(DecodeRows):
         place = torch.tensor([self._n_tokens], device=tokens.device)
         logits = self._decoding.step(tokens, place)
         self._n_tokens += 1
-        return RowsStep(logits, self._decoding.full, self._decoding.tokens_read.astype(np.float64), self._n_tokens)
+        done = self._decoding
+        return RowsStep(logits, full_counts(done.full, done.keys_only), done.tokens_read, self._n_tokens)
 
 
 class _PlainRows(DecodeRows):
@@ -112,20 +115,24 @@ class _PlainRows(DecodeRows):
         self._model, self._layers, self._policy = model, prompt.layers, policy
         rows = len(policy.rows)
         self._units = [layer.units(index, selection, policy.needs, rows) for index, layer in enumerate(prompt.layers)]
+        self._keys_only = torch.from_numpy(keys_only_units(policy, model_shape(model).units)).to(prompt.logits.device)
         # A model may call its layers for one token without a cache: the rows' tokens since the prompt are kept here.
         self._new: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompt.layers]
-        self._full: list[Tensor] = []
-        self._read: list[Tensor] = []
+        # Per layer: decisions, those by keys alone, and tokens in the sets.
+        self._done: list[tuple[Tensor, Tensor, Tensor]] = []
         self._n_tokens = prompt.n_tokens
 
     def _step(self, tokens: Tensor) -> RowsStep:
-        self._full, self._read, self._fed = [], [], tokens[:, None]
+        self._done, self._fed = [], tokens[:, None]
         places = torch.full((len(tokens), 1), self._n_tokens, device=tokens.device)
         with attention_replaced(self._model, self._attention):
             logits = self._model(tokens[:, None], position_ids=places, use_cache=False).logits[:, -1]
         self._n_tokens += 1
-        full, read = (torch.stack(part, dim=1).cpu().numpy() for part in (self._full, self._read))
-        return RowsStep(logits, full, read.astype(np.float64), self._n_tokens)
+        full, keys_only, in_set = (
+            torch.stack(part, dim=1).cpu().numpy() for part in zip(*self._done, strict=True)
+        )
+        read = tokens_read(full, keys_only, np.array(self._n_tokens), in_set)
+        return RowsStep(logits, full_counts(full, keys_only), read, self._n_tokens)
 
     def _attention(self, stock: AttentionFunction) -> AttentionFunction:
         def attend(
@@ -137,11 +144,20 @@ class _PlainRows(DecodeRows):
             keys, values = (torch.cat(part, dim=2) for part in zip(*new, strict=True))
             grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))
             full = units.decide(self._policy, grouped, token=self._fed)
+            keys_only = full & self._keys_only[:, layer]
+            refreshed = keys_only.nonzero(as_tuple=True)
+            if refreshed[0].numel():
+                scores = score_by_mask(grouped, (prompt.key, keys), refreshed, kwargs["scaling"])
+                units.refresh_at_once(refreshed, scores)
             attended = attend_by_mask(
-                grouped, (prompt.key, keys), (prompt.value, values), full, units.recycled, kwargs["scaling"]
+                grouped,
+                (prompt.key, keys),
+                (prompt.value, values),
+                full & ~keys_only,
+                units.recycled,
+                kwargs["scaling"],
             )
-            self._full.append(full)
-            self._read.append(torch.where(full, units.end, units.recycled.filled.sum(-1)))
+            self._done.append((full, keys_only, units.recycled.filled.sum(-1)))
             units.settle(full, attended)
             return attended.output.flatten(1, 2)[:, None], None
 

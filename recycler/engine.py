@@ -23,11 +23,14 @@ class Decoding(ABC):
 
     Attributes:
         full: bool `(rows, layers, kv_heads)`: decisions of the last step.
-        tokens_read: int64 of the same shape: tokens that each unit attended to at the last step.
+        keys_only: bool of the same shape: those of them that were keys-only refreshes.
+        tokens_read: float64 of the same shape: what each unit read of the cache at the last step, in tokens: keys and
+            values of one token count 1, keys alone one half.
         reasons: What wrappers overruled at the last step, bool of the same shape, by reason.
     """
 
     full: np.ndarray
+    keys_only: np.ndarray
     tokens_read: np.ndarray
     reasons: Mapping[str, np.ndarray]
 

@@ -69,6 +69,7 @@ def main(
         "prefill_tokens": len(tokens),
         "prefill_s": round(recycled_run.prefill_s, 3),
         "full_share": applied["full_share"],
+        "keys_only_share": applied["keys_only_share"],
         "read_share": applied["read_share"],
         "engine": applied["engine"],
         "why_plain": applied["why_plain"],

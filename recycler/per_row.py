@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from policies import StepPolicy, StepSignals
+from policies import PerUnit, StepPolicy, StepSignals
 from policies.arrays import Array
 
 
@@ -30,6 +30,18 @@ class PerRow(StepPolicy):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(policy.needs for policy in self.rows))
+
+    @property
+    def keys_only(self) -> PerUnit:
+        """What all rows say, if they say the same; `recycler.keys_only` asks them one by one.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        first, *others = (policy.keys_only for policy in self.rows)
+        if any(other != first for other in others):
+            raise ValueError("rows that refresh their sets in different ways have no keys_only in common.")
+        return first
 
     def decide(self, signals: StepSignals) -> Array:
         self.check_rows(signals.age.shape[0])

@@ -24,8 +24,10 @@ class Receipt:
         n_steps: Decode steps; prefill is none.
         n_rows: Rows of the largest batch.
         row_steps: Decode steps, each counted once per row of its batch.
-        full_steps: int `(layers, kv_heads)`: unit-steps that ran full.
-        tokens_read: int `(layers, kv_heads)`: tokens whose key and value were attended to.
+        full_steps: int `(layers, kv_heads)`: unit-steps that ran full, keys-only refreshes included.
+        keys_only_steps: int `(layers, kv_heads)`: those of them that were keys-only refreshes.
+        tokens_read: float64 `(layers, kv_heads)`: what was read of the cache, in tokens: keys and values of one token
+            count 1, keys alone one half.
         tokens_dense: int `(layers, kv_heads)`: tokens that full attention would have read.
         reasons: Unit-steps `(layers, kv_heads)` in which a wrapper overruled its policy, by reason: `max_age` asked for
             a full step, `budget` denied one. A budget outside a limit of age may deny what that limit asked for; such a
@@ -37,6 +39,7 @@ class Receipt:
     n_rows: int
     row_steps: int
     full_steps: np.ndarray
+    keys_only_steps: np.ndarray
     tokens_read: np.ndarray
     tokens_dense: np.ndarray
     reasons: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -45,18 +48,24 @@ class Receipt:
     @property
     def unit_full_share(self) -> np.ndarray:
         """Full share in [0, 1] per `(layer, kv_head)`; NaN before the first decode step."""
-        return self.full_steps / self.row_steps if self.row_steps else np.full(self.full_steps.shape, np.nan)
+        counted = self.full_steps - self.keys_only_steps / 2
+        return counted / self.row_steps if self.row_steps else np.full(self.full_steps.shape, np.nan)
 
     @property
     def full_share(self) -> float:
-        """Share of all unit-steps that ran full; NaN before the first decode step."""
+        """Share of all unit-steps that ran full, a keys-only refresh counted half; NaN before the first decode step."""
         return float(self.unit_full_share.mean())
+
+    @property
+    def keys_only_share(self) -> float:
+        """Share of all unit-steps that were keys-only refreshes, each counted whole; NaN before the first decode step."""
+        return float(self.keys_only_steps.mean() / self.row_steps) if self.row_steps else float("nan")
 
     @property
     def read_share(self) -> float:
         """KV bytes read as a share of what full attention reads at every step; NaN before the first decode step."""
         dense = int(self.tokens_dense.sum())
-        return int(self.tokens_read.sum()) / dense if dense else float("nan")
+        return float(self.tokens_read.sum()) / dense if dense else float("nan")
 
     def to_json(self) -> dict[str, Any]:
         """Totals, plain numbers; a share of no steps is None, because JSON has no NaN."""
@@ -67,6 +76,7 @@ class Receipt:
             "n_steps": self.n_steps,
             "n_rows": self.n_rows,
             "full_share": self.full_share if decoded else None,
+            "keys_only_share": self.keys_only_share if decoded else None,
             "read_share": self.read_share if decoded else None,
             "reasons": {reason: int(units.sum()) for reason, units in self.reasons.items()},
         }
@@ -78,6 +88,11 @@ class Receipt:
             f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
             f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
         )
+        if self.keys_only_steps.any():
+            console.print(
+                f"  {self.keys_only_share:.1%} of unit-steps refreshed their sets by keys alone, each counted as half a "
+                "full one"
+            )
         if self.why_plain:
             console.print(f"  the plain path was taken because {self.why_plain}")
         for reason, units in self.reasons.items():
@@ -105,7 +120,8 @@ class Tally:
     def __init__(self, units: tuple[int, int]) -> None:
         self._engines: list[str] = []
         self._n_steps = self._n_rows = self._row_steps = 0
-        self._full_steps, self._tokens_read, self._tokens_dense = np.zeros((3, *units), dtype=np.int64)
+        self._full_steps, self._keys_only_steps, self._tokens_dense = np.zeros((3, *units), dtype=np.int64)
+        self._tokens_read = np.zeros(units)
         self._reasons: dict[str, np.ndarray] = {}
 
     def add_layer(
@@ -113,6 +129,7 @@ class Tally:
         engine: str,
         layer: int,
         full: np.ndarray,
+        keys_only: np.ndarray,
         read: np.ndarray,
         dense: np.ndarray,
         reasons: Mapping[str, np.ndarray],
@@ -123,13 +140,15 @@ class Tally:
             engine: What ran it.
             layer: Index of the layer.
             full: bool `(rows, kv_heads)`: decisions.
-            read: Tokens attended to, of the same shape.
+            keys_only: bool of the same shape: those of them that were keys-only refreshes.
+            read: What was read of the cache, in tokens, of the same shape.
             dense: Tokens in the cache, `(rows, 1)`.
             reasons: What was overruled, bool of the shape of `full`.
         """
         if layer == 0:
             self._begin_step(engine, len(full))
         self._full_steps[layer] += full.sum(0)
+        self._keys_only_steps[layer] += keys_only.sum(0)
         self._tokens_read[layer] += read.sum(0)
         self._tokens_dense[layer] += int(dense.sum())
         for reason, overruled in reasons.items():
@@ -139,6 +158,7 @@ class Tally:
         """Add a step that an engine took with all layers; `dense` is as above."""
         self._begin_step(engine, len(decoding.full))
         self._full_steps += decoding.full.sum(0)
+        self._keys_only_steps += decoding.keys_only.sum(0)
         self._tokens_read += decoding.tokens_read.sum(0)
         self._tokens_dense += int(dense.sum())
         for reason, overruled in decoding.reasons.items():
@@ -153,6 +173,7 @@ class Tally:
             n_rows=self._n_rows,
             row_steps=self._row_steps,
             full_steps=self._full_steps.copy(),
+            keys_only_steps=self._keys_only_steps.copy(),
             tokens_read=self._tokens_read.copy(),
             tokens_dense=self._tokens_dense.copy(),
             reasons={reason: units.copy() for reason, units in self._reasons.items()},

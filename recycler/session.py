@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policies import ModelShape, Selection, StepPolicy, check_fits
-from recycler.attention import attend_by_index, probabilities
+from recycler.attention import attend_by_index, probabilities, score_by_index
 from recycler.engine import Engine, NotCovered, engine_for
 from recycler.engine_run import CACHE_CHANGED, EngineRun, ForwardCall, other_padding
 from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
+from recycler.keys_only import keys_only_units, tokens_read
 from recycler.model_shape import model_shape
 from recycler.prompt_votes import PromptVotes
 from recycler.receipt import Receipt, Tally
@@ -75,6 +76,7 @@ class Session:
         self._layers: dict[int, LayerUnits] = {}
         self._caches: dict[int, _CacheWatch] = {}
         self._votes: dict[int, PromptVotes] = {}
+        self._keys_only = torch.from_numpy(keys_only_units(policy, shape.units))
         self._tally = Tally(shape.units)
         self._engine: Engine | None = None
         self._why_plain = ""
@@ -185,8 +187,12 @@ class Session:
         grouped = _by_unit(query, self._shape)
         reasons: dict[str, Tensor] = {}
         full = units.decide(self._policy, grouped, reasons, self._fed)
-        attended = attend_by_index(grouped, key, value, visible, full, units.recycled, scaling)
-        self._count(layer, full, units, key.shape[2], visible, reasons)
+        keys_only = full & self._keys_only[:, layer].to(full.device)
+        refreshed = keys_only.nonzero(as_tuple=True)
+        if refreshed[0].numel():
+            units.refresh_at_once(refreshed, score_by_index(grouped, key, visible, refreshed, scaling))
+        attended = attend_by_index(grouped, key, value, visible, full & ~keys_only, units.recycled, scaling)
+        self._count(layer, full, keys_only, units, key.shape[2], visible, reasons)
         units.settle(full, attended)
         if not attended.recycled[0].numel():
             # The very numbers of the stock function, so that always full is the stock decoder.
@@ -197,18 +203,20 @@ class Session:
         self,
         layer: int,
         full: Tensor,
+        keys_only: Tensor,
         units: LayerUnits,
         end: int,
         visible: Tensor | None,
         reasons: dict[str, Tensor],
     ) -> None:
         dense = full.new_full((full.shape[0], 1), end, dtype=torch.int64) if visible is None else visible.sum(-1, True)
-        read = torch.where(full, dense, units.recycled.filled.sum(-1))
+        in_set = units.recycled.filled.sum(-1)
+        counted = (full.cpu().numpy(), keys_only.cpu().numpy())
         self._tally.add_layer(
             "plain",
             layer,
-            full.cpu().numpy(),
-            read.cpu().numpy(),
+            *counted,
+            tokens_read(*counted, dense.cpu().numpy(), in_set.cpu().numpy()),
             dense.cpu().numpy(),
             {reason: overruled.cpu().numpy() for reason, overruled in reasons.items()},
         )

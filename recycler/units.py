@@ -17,7 +17,8 @@ from recycler.recycled_set import RecycledSet, UnitIndex, group_scores, select, 
 class LayerUnits:
     """State of all `(rows, kv_heads)` units of a layer, from the end of prefill on.
 
-    A decode step is `decide`, attention by whoever holds the cache, and `settle`.
+    A decode step is `decide`, attention by whoever holds the cache, and `settle`. Where units refresh by their keys
+    alone, `refresh_at_once` comes before the attention, and to the attention they are recycled.
 
     Args:
         layer: Index of the layer.
@@ -128,12 +129,14 @@ class LayerUnits:
         """
         if attended.full[0].numel():
             self.refresh(attended.full, attended.full_probabilities)
-        if attended.recycled[0].numel():
-            self.rescore(attended.recycled, attended.set_probabilities)
+        if self.recycled.selection.ranking != Ranking.LAST_FULL:
+            # A set that was chosen at this very step is ranked by what chose it.
+            older = ~full[attended.recycled]
+            self.rescore(tuple(index[older] for index in attended.recycled), attended.set_probabilities[older])
         self.advance(full)
 
     def refresh(self, units: UnitIndex, probabilities: Tensor) -> None:
-        """Choose new sets for units that ran full.
+        """Choose new sets for units that attended to the whole cache.
 
         A unit that runs full again at the next step never uses its set, so unless the policy wants to know about it,
         choosing is put off until then.
@@ -142,11 +145,16 @@ class LayerUnits:
             units: Row and KV head of each of n units.
             probabilities: `(n, group, tokens)`, their attention to the whole cache.
         """
-        self._full_query = self._full_query.index_put(units, self._last_query[units])
         if self._needs & {"refresh_mass", "refresh_overlap"}:
-            self._choose(units, probabilities)
+            self.refresh_at_once(units, probabilities)
         else:
+            self._full_query = self._full_query.index_put(units, self._last_query[units])
             self._put_off = units, probabilities
+
+    def refresh_at_once(self, units: UnitIndex, probabilities: Tensor) -> None:
+        """Choose new sets to be attended to at this very step; arguments are those of `refresh`."""
+        self._full_query = self._full_query.index_put(units, self._last_query[units])
+        self._choose(units, probabilities)
 
     def rescore(self, units: UnitIndex, probabilities: Tensor) -> None:
         """Let the attention of a recycled step over its set re-rank the set, where the selection asks for it.
@@ -156,7 +164,7 @@ class LayerUnits:
             probabilities: `(n, group, k)`, their attention to the slots of their sets.
         """
         selection = self.recycled.selection
-        if selection.ranking == Ranking.LAST_FULL:
+        if selection.ranking == Ranking.LAST_FULL or not units[0].numel():
             return
         scores = group_scores(self._by_layer(units, probabilities), selection.group).flatten(0, -2).float()
         if selection.ranking == Ranking.ACCUMULATED:
@@ -197,8 +205,8 @@ class LayerUnits:
         whole_layers = torch.arange(kv_heads, device=units[1].device).repeat(len(units[1]) // kv_heads)
         if not torch.equal(units[1], whole_layers):
             raise ValueError(
-                "a selection with group 'layer_mean' needs all KV heads of a layer to run full together, and this "
-                "policy decides otherwise."
+                "a selection with group 'layer_mean' needs all KV heads of a layer to run full together, all by full "
+                "steps or all by their keys alone, and this policy decides otherwise."
             )
         by_layer: Tensor = probabilities.unflatten(0, (-1, kv_heads))
         return by_layer

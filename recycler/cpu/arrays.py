@@ -65,8 +65,9 @@ class Units(NamedTuple):
         sizes: int64 `(kv_heads,)`: most tokens of each head's sets; k is the largest of the model.
         filled: int64 `(rows, kv_heads)`: tokens in each set, in the first slots.
         stale: bool `(rows, kv_heads)`: the set is chosen, and its copy is not made yet.
+        fresh: bool `(rows, kv_heads)`: the set was chosen at this very step, for the unit refreshed by its keys alone.
         pending: int64 `(rows, kv_heads)`: tokens in the cache at the full step whose logits await a choice, else 0.
-        logits: Float `(rows, kv_heads, group, places)`, scaled, of the last full step.
+        logits: Float `(rows, kv_heads, group, places)`, scaled, of the last full step or keys-only refresh.
         normaliser: Float `(rows, kv_heads, group)`: log of the sum of their exponentials.
         full_query: Float `(rows, kv_heads, head_dim)`: mean query of the group at the last full step.
         last_query: The same at the last step.
@@ -79,6 +80,7 @@ class Units(NamedTuple):
     sizes: Array
     filled: Array
     stale: Array
+    fresh: Array
     pending: Array
     logits: Array
     normaliser: Array

@@ -61,6 +61,43 @@ def attend_tokens(
         _add_values(block, values, keys, low, n, output)
 
 
+@njit(error_model="numpy", fastmath=True)
+def score_tokens(
+    query: Any,
+    keys: Any,
+    begin: int,
+    end: int,
+    scaling: float,
+    block: Any,
+    highest: Any,
+    total: Any,
+    logits: Any,
+    first_logit: int,
+) -> None:
+    """The same without values: logits and the sum of their exponentials.
+
+    Args:
+        query: As above, like all others.
+        keys: Of all that the cache holds, this alone is read.
+        begin: First token.
+        end: One past the last.
+        scaling: Factor on query x key.
+        block: For intermediate results.
+        highest: The largest logit so far.
+        total: Sum of exp(logit - highest) so far.
+        logits: Gets the logits.
+        first_logit: Place of the logit of token 0.
+    """
+    scale = query.dtype.type(scaling)
+    no_values = query[:, :0]
+    for low in range(begin, end, BLOCK_TOKENS):
+        n = min(BLOCK_TOKENS, end - low)
+        _logits(query, keys, keys[BLOCK_TOKENS:], low, n, scale, block)
+        for head in range(query.shape[0]):
+            _copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
+            _weigh(block[head, :n], head, highest, total, no_values)
+
+
 # Loops over slices in functions of their own: written out above, they do not vectorise.
 @njit(error_model="numpy", fastmath=True)
 def _copy(source: Any, target: Any) -> None:
@@ -89,15 +126,15 @@ def _weigh(row: Any, head: int, highest: Any, total: Any, output: Any) -> None:
 
 
 @njit(error_model="numpy", fastmath=True)
-def _logits(query: Any, keys: Any, values: Any, low: int, n: int, scale: Any, block: Any) -> None:
+def _logits(query: Any, keys: Any, next_read: Any, low: int, n: int, scale: Any, block: Any) -> None:
     group, head_dim = query.shape
     zero = query.dtype.type(0)
     line = _LINE_BYTES // keys.itemsize
     for j in range(0, n - 3, 4):
         token = low + j
-        # Memory works on the values of the block meanwhile.
+        # Memory works meanwhile on what is read next: the values of the block, or the keys of the next one.
         for column in range(0, 4 * head_dim, line):
-            prefetch(values, token, column)
+            prefetch(next_read, token, column)
         for head in range(group):
             a, b, c, e = zero, zero, zero, zero
             for d in range(head_dim):

@@ -16,8 +16,10 @@ from recycler.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Sign
 from recycler.cpu.attention import BLOCK_TOKENS
 from recycler.cpu.decisions import decisions
 from recycler.cpu.layer import attend, feed, predict, project
+from recycler.cpu.refresh_keys import refresh_keys
 from recycler.engine import Decoding, Engine, NotCovered
 from recycler.hook import refuse_full_window
+from recycler.keys_only import keys_only_units, tokens_read
 from recycler.kv_layer import GrowingTokens, KvLayer
 from recycler.model_weights import DecoderParts, bias_of, decoder_parts
 from recycler.units import LayerUnits
@@ -75,9 +77,13 @@ class CpuDecoding(Decoding):
         self._filled = np.stack([layer.filled for layer in self._units])
         self._units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(self._units)]
         self.full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
-        self.tokens_read = np.zeros(self.full.shape, dtype=np.int64)
+        self.keys_only = np.zeros_like(self.full)
+        self.tokens_read = np.zeros(self.full.shape)
         self.reasons: Mapping[str, np.ndarray] = {}
         self._decisions = decisions(policy, (len(layers), rows, kv_heads))
+        self._keys_only_units = np.broadcast_to(keys_only_units(policy, (len(layers), kv_heads)), self.full.shape)
+        # Per layer, the units that refresh by their keys alone; None in a layer without.
+        self._by_keys = [of.copy() if of.any() else None for of in np.moveaxis(self._keys_only_units, 1, 0)]
         self._measured = np.full((len(Signals._fields), len(layers), rows, kv_heads), np.nan)
         self._signals = [Signals(*self._measured[:, layer]) for layer in range(len(layers))]
         masses = np.stack([layer.schedule.refresh_mass.detach().numpy() for layer in units], axis=1)
@@ -100,8 +106,12 @@ class CpuDecoding(Decoding):
         for layer, (weights, cache, units, signals) in enumerate(state):
             project(x, weights, cosine, sine, cache, n_own, units, signals, rules, scratch, n_threads)
             asked.decide(layer, signals)
-            full = asked.full[layer]
-            attend(full, weights.scaling, start, cache, n_own + 1, units, signals, rules, scratch, n_threads)
+            full, by_keys = asked.full[layer], self._by_keys[layer]
+            how = (weights.scaling, start, cache, n_own + 1, units, signals, rules, scratch, n_threads)
+            if by_keys is not None and (refreshed := full & by_keys).any():
+                refresh_keys(refreshed, *how)
+                full = full & ~refreshed
+            attend(full, *how)
             feed(x, weights, scratch, n_threads)
         logits = torch.empty((len(tokens), self._head.shape[0]), dtype=hidden.dtype)
         eps = self._parts.norm.variance_epsilon
@@ -117,7 +127,8 @@ class CpuDecoding(Decoding):
         self.full = np.moveaxis(self._decisions.full, 0, 1).copy()
         filled = np.moveaxis(self._filled, 0, 1)
         dense = self._layers[0].get_seq_length() - self._start
-        self.tokens_read = np.where(self.full, dense[:, None, None], filled)
+        self.keys_only = self.full & self._keys_only_units
+        self.tokens_read = tokens_read(self.full, self.keys_only, dense[:, None, None], filled)
         self.reasons = {reason: np.moveaxis(noted, 0, 1) for reason, noted in self._decisions.reasons.items()}
         mass, overlap = np.moveaxis(self._measured[-2:], 1, 2)
         needs = self._policy.needs
@@ -217,6 +228,7 @@ def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type
         sizes=np.full(kv_heads, k) if sizes is None else sizes.numpy().reshape(-1),
         filled=(positions >= 0).sum(-1),
         stale=np.ones((rows, kv_heads), dtype=bool),
+        fresh=np.zeros((rows, kv_heads), dtype=bool),
         pending=np.zeros((rows, kv_heads), dtype=np.int64),
         logits=np.empty((rows, kv_heads, group, 0), dtype=float_type),
         normaliser=np.zeros((rows, kv_heads, group), dtype=float_type),

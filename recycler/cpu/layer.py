@@ -9,8 +9,9 @@ from recycler.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Sign
 from recycler.cpu.attention import NOTHING, attend_tokens, merge
 from recycler.cpu.compiled import kernel
 from recycler.cpu.linear import linear, rms_norm
+from recycler.cpu.new_set import choose_and_measure, choose_set
 from recycler.cpu.scalars import exp, narrow, widen
-from recycler.cpu.sets import admit, choose, group_scores, pool
+from recycler.cpu.sets import admit, group_scores
 
 
 @kernel(parallel=True, fastmath=True)
@@ -153,10 +154,11 @@ def attend(
 
     A unit that runs full leaves its logits behind. Its set is chosen from them when it next runs recycled, and copied
     out of the cache while it is first attended to; a unit that runs full again never pays for a set that it does not
-    use. If the policy wants to know about new sets, they are chosen at once.
+    use. If the policy wants to know about new sets, they are chosen at once. To a unit that `refresh_keys` has brought
+    a new set at this step, it is recycled, and nothing happens to that set but its being copied.
 
     Args:
-        full: bool `(rows, kv_heads)`: the policy's decision.
+        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
         scaling: Factor on query x key.
         start: int64 `(rows,)`: place of each row's first token.
         cache: Of the layer.
@@ -196,10 +198,12 @@ def _admit(
     kv_heads = full.shape[1]
     row, head = unit // kv_heads, unit % kv_heads
     end = cache.prompt_key.shape[2] + n_own
+    if units.fresh[row, head]:
+        return
     if units.pending[row, head] > 0:
         if full[row, head]:
             return
-        _choose(row, head, thread, start, units.pending[row, head], units, rules, scratch)
+        choose_set(row, head, thread, start, units.pending[row, head], units, rules, scratch)
         units.pending[row, head] = 0
     filled = units.filled[row, head]
     size = units.sizes[head]
@@ -217,20 +221,6 @@ def _admit(
 def _copy(source: Array, i: int, target: Array, j: int) -> None:
     for d in range(source.shape[1]):
         target[j, d] = source[i, d]
-
-
-@njit(error_model="numpy")
-def _choose(
-    row: int, head: int, thread: int, start: Array, end: int, units: Units, rules: Rules, scratch: Scratch
-) -> None:
-    """Choose a unit's set by its last full step, at which the cache ended at `end`."""
-    scores, pooled = scratch.token_score[thread], scratch.pooled[thread]
-    group_scores(units.logits[row, head], units.normaliser[row, head], start[row], end, rules.group_mean, scores)
-    pool(scores, start[row], end, rules.pool_backward, rules.pool_forward, pooled)
-    size, found = units.sizes[head], scratch.found[thread]
-    positions, kept = units.positions[row, head, :size], units.scores[row, head, :size]
-    units.filled[row, head] = choose(pooled, start[row], end, rules.sinks, rules.window, found, positions, kept)
-    units.stale[row, head] = True
 
 
 @njit(error_model="numpy", fastmath=True)
@@ -351,7 +341,9 @@ def _settle(
     )
     if not full[row, head]:
         units.stale[row, head] = False
-        if rules.updated_ranking:
+        if units.fresh[row, head]:
+            units.fresh[row, head] = False
+        elif rules.updated_ranking:
             logits, scores = scratch.set_logits[unit], units.scores[row, head]
             group_scores(logits, normaliser, 0, units.filled[row, head], rules.group_mean, scores)
         elif rules.accumulated_ranking:
@@ -362,24 +354,10 @@ def _settle(
         return
     for d in range(head_dim):
         units.full_query[row, head, d] = scratch.unit_query[row, head, d]
-    units.pending[row, head] = end
     if rules.wants_refresh:
-        was_in = scratch.was_in[thread]
-        for slot in range(units.filled[row, head]):
-            was_in[units.positions[row, head, slot]] = True
-        _choose(row, head, thread, start, end, units, rules, scratch)
-        units.pending[row, head] = 0
-        filled = units.filled[row, head]
-        mass, n_kept = 0.0, 0
-        for slot in range(filled):
-            place = units.positions[row, head, slot]
-            n_kept += was_in[place]
-            for member in range(group):
-                mass += exp(min(units.logits[row, head, member, place] - normaliser[member], normaliser.dtype.type(0)))
-        for place in range(start[row], end):
-            was_in[place] = False
-        signals.refresh_mass[row, head] = mass / group
-        signals.refresh_overlap[row, head] = n_kept / filled
+        choose_and_measure(row, head, thread, start, end, units, signals, rules, scratch)
+    else:
+        units.pending[row, head] = end
 
 
 @kernel(parallel=True, fastmath=True)

@@ -19,7 +19,8 @@ class Outcome:
         agreement: bool `(steps,)`: whether both find the same token most likely.
         nll_change: float64 `(steps - 1,)`, nats: what the method adds to the negative log-likelihood of the
             reference's next token.
-        full_share: Share of unit-steps that attended to the whole cache, teacher-forced; when there is no step, 0.
+        full_share: Share of unit-steps that attended to the whole cache, teacher-forced, a keys-only refresh counted
+            half; when there is no step, 0.
         read_share: Tokens read of the cache, as a share of what full attention reads.
         answer: What the model wrote by itself; None for a prompt that is only teacher-forced.
         score: What the answer earns, in [0, 1]; None without one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ class SelectingRows(DecodeRows):
             logits = self._model(tokens[:, None], position_ids=places, use_cache=False).logits[:, -1]
         self._n_tokens += 1
         full, read = (torch.stack(part, dim=1).cpu().numpy() for part in (self._full, self._read))
-        return RowsStep(logits, full, read, self._n_tokens)
+        return RowsStep(logits, full.astype(np.float64), read, self._n_tokens)
 
     def _attention(self, stock: AttentionFunction) -> AttentionFunction:
         def attend(

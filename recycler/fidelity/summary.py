@@ -31,7 +31,8 @@ class Row:
         value: Mean over prompts.
         low: Lower end of the 95% bootstrap interval over prompts.
         high: Upper end.
-        full_share: Share of unit-steps that attended to the whole cache, in the runs that the value is of.
+        full_share: Share of unit-steps that attended to the whole cache, a keys-only refresh counted half, in the runs
+            that the value is of.
         read_share: Tokens read of the cache in these runs, as a share of what full attention reads.
     """
 

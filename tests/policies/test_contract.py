@@ -34,6 +34,7 @@ from policies import (
     NeverFull,
     PolicyFile,
     RandomRefresh,
+    RefreshKeys,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -50,6 +51,7 @@ Make = Callable[..., StepSignals]
 UNITS = (2, 3)
 TABLE = ((1.0, 2.0, 3.5), (10.0, 5.0, 7.0))
 SHARES = ((0.1, 0.5, 1 / 3), (0.0, 1.0, 0.07))
+SOME = ((1.0, 0.0, 1.0), (0.0, 0.0, 1.0))
 COSINE = CosineThreshold(0.85)
 LOGISTIC = LearnedLogistic(tuple(FEATURES), (0.02, 0.1, -0.5, 1.5, 0.7, 2, 0.3), intercept=-2.5, threshold=0.3)
 
@@ -72,6 +74,11 @@ SCALAR: dict[str, list[StepPolicy]] = {
         BudgetConstrained(LOGISTIC, 0.29, burst=1.5),
         BudgetConstrained(MaxAge(COSINE, 20), 1 / 3),
     ],
+    "refresh_keys": [
+        RefreshKeys(COSINE),
+        RefreshKeys(BudgetConstrained(LOGISTIC, 0.2), units=0),
+        RefreshKeys(MaxAge(NeverFull(), 4), units=1.0),
+    ],
 }
 PER_UNIT: dict[str, list[StepPolicy]] = {
     "fixed_stride": [FixedStride(TABLE), FixedStride(4, phase=TABLE), FixedStride(TABLE, phase=TABLE)],
@@ -93,6 +100,11 @@ PER_UNIT: dict[str, list[StepPolicy]] = {
         BudgetConstrained(FixedStride(TABLE), 0.1),
         BudgetConstrained(CosineThreshold(SHARES), SHARES),
     ],
+    "refresh_keys": [
+        RefreshKeys(COSINE, units=SOME),
+        RefreshKeys(FixedStride(TABLE)),
+        RefreshKeys(BudgetConstrained(AlwaysFull(), SHARES), units=SOME),
+    ],
 }
 
 
@@ -112,6 +124,13 @@ some_examples = settings(max_examples=20, deadline=None)
 
 def is_wrapper(policy: StepPolicy) -> bool:
     return any(isinstance(getattr(policy, field.name), StepPolicy) for field in dataclasses.fields(policy))
+
+
+def with_inner(policy: StepPolicy, change: Callable[[StepPolicy], StepPolicy]) -> StepPolicy:
+    """The same wrapper around other policies."""
+    inner = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    changed = {name: change(value) for name, value in inner.items() if isinstance(value, StepPolicy)}
+    return dataclasses.replace(policy, **changed)
 
 
 def decide(policy: StepPolicy, signals: StepSignals) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -214,6 +233,28 @@ class TestNeeds:
         signals = random_signals(seed)
         unmeasured = dict.fromkeys(MEASURED_SIGNALS - policy.needs, np.full_like(signals.age, np.nan))
         assert_same(decide(policy, dataclasses.replace(signals, **unmeasured)), decide(policy, signals))
+
+
+@every_policy
+class TestKeysOnly:
+    def test_units_are_in_the_mode_or_not_and_count_half_if_they_are(self, policy: StepPolicy) -> None:
+        keys_only = np.broadcast_to(np.asarray(policy.keys_only), UNITS)
+        assert np.isin(keys_only, (0, 1)).all()
+        np.testing.assert_array_equal(np.broadcast_to(np.asarray(policy.full_cost), UNITS), 1 - keys_only / 2)
+        hash(policy.keys_only)
+
+    def test_a_policy_is_not_in_the_mode_unless_somebody_says_so(self, policy: StepPolicy) -> None:
+        if not isinstance(policy, RefreshKeys):
+            assert policy.keys_only == 0
+
+    def test_a_wrapper_says_what_its_inner_policy_says(self, policy: StepPolicy) -> None:
+        if is_wrapper(policy) and not isinstance(policy, RefreshKeys):
+            assert with_inner(policy, lambda inner: RefreshKeys(inner, SOME)).keys_only == SOME
+
+    def test_the_mode_changes_no_decision(self, policy: StepPolicy, random_signals: Make) -> None:
+        signals = random_signals(2)
+        assert_same(decide(RefreshKeys(policy, SOME), signals), decide(policy, signals))
+        assert RefreshKeys(policy, SOME).needs == policy.needs
 
 
 @every_policy

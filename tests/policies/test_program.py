@@ -26,6 +26,7 @@ from policies import (
     Op,
     PolicyProgram,
     RandomRefresh,
+    RefreshKeys,
     SentenceBoundary,
     StepPolicy,
     StepSignals,
@@ -59,6 +60,7 @@ EXAMPLES: list[StepPolicy] = [
     MaxAge(FixedStride(TABLE), TABLE),
     BudgetConstrained(AlwaysFull(), SHARES, burst=TABLE),
     BudgetConstrained(MaxAge(LOGISTIC, 5), 1 / 3, burst=1.5),
+    RefreshKeys(BudgetConstrained(COSINE, SHARES), units=((1, 0, 1), (0, 0, 1))),
 ]
 
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from policies import MEASURED_SIGNALS, Selection, StepPolicy, StepSignals
+from policies import MEASURED_SIGNALS, PerUnit, Selection, StepPolicy, StepSignals
 
 VOCABULARY = 61
 
@@ -200,12 +200,14 @@ class _PlainUnit:
             "refresh_overlap": self.refresh_overlap,
         }
 
-    def attend(self, query: np.ndarray, key: np.ndarray, value: np.ndarray, full: bool) -> np.ndarray:
+    def attend(
+        self, query: np.ndarray, key: np.ndarray, value: np.ndarray, full: bool, keys_only: bool
+    ) -> np.ndarray:
         self.last_query = query.mean(0)
         self.step += 1
         self.age += 1
         if not full:
-            weights = softmax(query @ key[self.set.places].T * self.scaling)
+            weights = self._weights_on_set(query, key)
             output = weights @ value[self.set.places]
             self.set.rescore(weights)
             return output
@@ -216,7 +218,10 @@ class _PlainUnit:
         old, self.set = self.set, PlainSet(weights, self.selection, self.start)
         self.refresh_mass = weights.mean(0)[self.set.places].sum()
         self.refresh_overlap = len(set(old.places) & set(self.set.places)) / len(self.set.places)
-        return weights @ value
+        return self._weights_on_set(query, key) @ value[self.set.places] if keys_only else weights @ value
+
+    def _weights_on_set(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        return softmax(query @ key[self.set.places].T * self.scaling)
 
 
 class PlainDecoder:
@@ -254,8 +259,10 @@ class PlainDecoder:
             full = self.policy.decide(StepSignals(**seen, layer=layer))
             places = [[unit.set.places for unit in row] for row in units]
             self.seen[layer].append(seen | {"full": full, "places": places})
+            modes = np.asarray(self.policy.keys_only)
+            keys_only = np.broadcast_to((modes[layer] if modes.ndim else modes) == 1, full.shape[1:])
             output = [
-                [unit.attend(*parts) for unit, *parts in zip(*row, strict=True)]
+                [unit.attend(*parts) for unit, *parts in zip(*row, keys_only, strict=True)]
                 for row in zip(units, queries, keys, values, full, strict=True)
             ]
             return torch.from_numpy(np.array(output)).to(query).flatten(1, 2)[:, None], None
@@ -283,6 +290,10 @@ class Spy(StepPolicy):
     needs: frozenset[str] = MEASURED_SIGNALS
     seen: dict[int, list[dict[str, np.ndarray]]] = field(default_factory=dict)
     kind: ClassVar[str] = "spy"
+
+    @property
+    def keys_only(self) -> PerUnit:
+        return self.policy.keys_only
 
     def decide(self, signals: StepSignals) -> Any:
         full = self.policy.decide(signals)

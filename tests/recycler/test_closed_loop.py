@@ -20,6 +20,7 @@ from policies import (
     MaxAge,
     NeverFull,
     RandomRefresh,
+    RefreshKeys,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -48,6 +49,8 @@ POLICIES = (
     LayerCosine(0.8, check_every=3),
     SentenceBoundary(tuple(range(0, 61, 7)), max_age=6),
     RandomRefresh.drawn(0.3, (2, 2), seed=0),
+    RefreshKeys(FixedStride(2)),
+    RefreshKeys(CosineThreshold(0.9), ((1, 0), (0, 1))),
 )
 SELECTIONS = {
     "window": Selection(7, sinks=1, window=2, pool_backward=1, pool_forward=2),
@@ -99,7 +102,8 @@ def test_every_policy_does_what_the_decoder_does(
         right = [*(log_p[:-1].argmax(-1) == tokens[0, N_PROMPT + 1 :]).tolist(), False]
         assert found.accuracy[row].tolist() == right
         for layer, steps in spying.seen.items():
-            assert found.full[row, :, layer].tolist() == [step["full"][0].tolist() for step in steps]
+            cost = np.broadcast_to(np.asarray(policy.full_cost), found.full.shape[2:])[layer]
+            assert found.full[row, :, layer].tolist() == [(step["full"][0] * cost).tolist() for step in steps]
 
 
 def test_policies_differ_and_their_errors_show(
@@ -110,6 +114,15 @@ def test_policies_differ_and_their_errors_show(
     assert (found.kl[1:].mean(1) > 0.01).all()
     assert not found.agreement[1:].all()
     assert found.kl.min() >= 0
+
+
+def test_a_keys_only_refresh_counts_half_in_the_full_share(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    policies = [FixedStride(4), RefreshKeys(FixedStride(4)), RefreshKeys(FixedStride(4), ((1, 0), (0, 0)))]
+    found = run(make_model(), make_tokens(N_PROMPT + N_STEPS), policies)
+    assert found.full_share.tolist() == [1 / 4, 1 / 8, (1 / 2 + 3) / 4 / 4]
+    assert [set(row.ravel()) for row in found.full] == [{0, 1}, {0, 0.5}, {0, 0.5, 1}]
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])

@@ -18,6 +18,7 @@ from policies import (
     LearnedLogistic,
     NeverFull,
     RandomRefresh,
+    RefreshKeys,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -40,9 +41,18 @@ POLICIES = (
     LayerCosine(0.8, check_every=3),
     SentenceBoundary(ENDS, max_age=6),
     RandomRefresh.drawn(0.3, (2, 2), seed=0),
+    RefreshKeys(FixedStride(3)),
+    RefreshKeys(LearnedLogistic(("age", "refresh_loss", "refresh_churn"), (0.3, 1.0, 0.5), -1.4), ((1, 0), (0, 1))),
 )
 # Those by which the heads of a layer decide alike.
-BY_LAYER = (AlwaysFull(), NeverFull(), FixedStride(4), LayerCosine(0.8, check_every=3), SentenceBoundary(ENDS, 6))
+BY_LAYER = (
+    AlwaysFull(),
+    NeverFull(),
+    FixedStride(4),
+    LayerCosine(0.8, check_every=3),
+    SentenceBoundary(ENDS, 6),
+    RefreshKeys(LayerCosine(0.9, check_every=2)),
+)
 SELECTIONS = {
     f"{ranking}-{group}-{queries}": Selection(
         7,
@@ -130,7 +140,23 @@ def test_what_is_read_is_the_cache_or_the_set(
         for step, done in enumerate(follow(rows, len(POLICIES), tokens[6:])):
             dense = 6 + step + 1
             assert done.dense_tokens == dense
-            np.testing.assert_array_equal(done.tokens_read, np.where(done.full, dense, min(9, dense)))
+            np.testing.assert_array_equal(done.tokens_read, min(9, dense) + done.full * (dense - min(9, dense)))
+
+
+def test_a_keys_only_refresh_reads_all_keys_and_the_values_of_its_set_and_counts_half(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model(), make_tokens(N_PROMPT + N_STEPS)[0]
+    selection, policies = Selection(9, sinks=1, window=2), (FixedStride(3), RefreshKeys(FixedStride(3), ((1, 0), (1, 1))))
+    prompt = read(model, tokens[:N_PROMPT], selection)
+    for rows in both(model, prompt, policies, selection):
+        for step, done in enumerate(follow(rows, 2, tokens[N_PROMPT:])):
+            dense = N_PROMPT + step + 1
+            whole, half = (dense, (dense + 9) / 2) if step % 3 == 2 else (9, 9)
+            assert done.tokens_read.tolist() == [[[whole] * 2] * 2, [[half, whole], [half, half]]]
+            full = 1 if step % 3 == 2 else 0
+            assert done.full.tolist() == [[[full] * 2] * 2, [[full / 2, full], [full / 2, full / 2]]]
+            assert done.full.dtype == np.float64
 
 
 def test_a_mean_over_the_layer_is_left_to_the_plain_path(
@@ -176,6 +202,16 @@ def test_heads_that_decide_apart_cannot_pool_over_their_layer(
     model, tokens = make_model(), make_tokens(N_PROMPT + N_STEPS)[0]
     rows = decode_rows(model, read(model, tokens[:N_PROMPT], TOVA), [FixedStride(((2, 3), (4, 4)))], TOVA)
     with pytest.raises(ValueError, match="'layer_mean' needs all KV heads of a layer to run full together"):
+        follow(rows, 1, tokens[N_PROMPT:])
+
+
+def test_heads_that_refresh_in_different_ways_cannot_pool_over_their_layer(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model(), make_tokens(N_PROMPT + N_STEPS)[0]
+    prompt = read(model, tokens[:N_PROMPT], TOVA)
+    rows = decode_rows(model, prompt, [RefreshKeys(FixedStride(3), ((1, 1), (1, 0)))], TOVA)
+    with pytest.raises(ValueError, match="all by full steps or all by their keys alone, and this policy"):
         follow(rows, 1, tokens[N_PROMPT:])
 
 

@@ -102,6 +102,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
         "new_tokens": 30,
         "prefill_tokens": len(TEXT),
         "full_share": receipt["full_share"],
+        "keys_only_share": 0,
         "read_share": receipt["read_share"],
         "engine": "cpu",
         "why_plain": None,

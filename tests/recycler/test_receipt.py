@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policies import AlwaysFull, BudgetConstrained, FixedStride, MaxAge, NeverFull, Selection, StepPolicy
+from policies import AlwaysFull, BudgetConstrained, FixedStride, MaxAge, NeverFull, RefreshKeys, Selection, StepPolicy
 from recycler.receipt import Receipt
 from recycler.session import recycled
 
@@ -73,6 +73,29 @@ def test_padding_is_not_counted_as_read(receipt_of: Callable[..., Receipt]) -> N
     assert (receipt.n_steps, receipt.n_rows, receipt.row_steps) == (4, 2, 8)
 
 
+def test_keys_only_refreshes_are_counted_by_themselves_and_half(receipt_of: Callable[..., Receipt]) -> None:
+    receipt = receipt_of(RefreshKeys(FixedStride(((1, 4), (10, 100)), ((0, 1), (8, 0))), ((0, 1), (1, 1))), 10)
+    assert receipt.full_steps.tolist() == [[10, 2], [1, 0]]
+    assert receipt.keys_only_steps.tolist() == [[0, 2], [1, 0]]
+    # A refresh at step s reads the keys of 20 + s + 1 tokens and the values of 8.
+    dense = sum(range(21, 31))
+    refreshes = (23 + 8) / 2 + (27 + 8) / 2
+    assert receipt.tokens_read.tolist() == [[dense, 8 * 8 + refreshes], [9 * 8 + (22 + 8) / 2, 10 * 8]]
+    assert receipt.unit_full_share.tolist() == [[1, 0.1], [0.05, 0]]
+    assert receipt.full_share == pytest.approx(11.5 / 40)
+    assert receipt.keys_only_share == pytest.approx(3 / 40)
+    assert receipt.read_share == (dense + 64 + refreshes + 87 + 80) / (4 * dense)
+    assert receipt.to_json()["keys_only_share"] == receipt.keys_only_share
+    line = "7.5% of unit-steps refreshed their sets by keys alone, each counted as half a full one"
+    assert line in printed(receipt)
+
+
+def test_a_run_without_keys_only_refreshes_does_not_speak_of_them(receipt_of: Callable[..., Receipt]) -> None:
+    receipt = receipt_of(RefreshKeys(FixedStride(3), 0), 4)
+    assert (receipt.full_share, receipt.keys_only_share) == (0.25, 0)
+    assert "keys alone" not in printed(receipt)
+
+
 @pytest.mark.parametrize(("policy", "share"), [(AlwaysFull(), 1), (NeverFull(), 0)])
 def test_ends_of_the_scale_are_counted_exactly(
     receipt_of: Callable[..., Receipt], policy: StepPolicy, share: float
@@ -125,7 +148,7 @@ def test_receipt_is_a_copy(make_model: Callable[..., PreTrainedModel], make_toke
 def test_shares_are_nan_before_the_first_step(receipt_of: Callable[..., Receipt]) -> None:
     receipt = receipt_of(AlwaysFull(), 0)
     assert receipt.n_steps == receipt.n_rows == receipt.row_steps == 0
-    assert np.isnan([receipt.full_share, receipt.read_share]).all()
+    assert np.isnan([receipt.full_share, receipt.keys_only_share, receipt.read_share]).all()
     assert np.isnan(receipt.unit_full_share).all()
     assert printed(receipt).count("-") >= 4
 
@@ -133,7 +156,7 @@ def test_shares_are_nan_before_the_first_step(receipt_of: Callable[..., Receipt]
 def test_every_unit_of_a_deep_model_fits_into_a_terminal() -> None:
     full_steps = np.arange(90).reshape(30, 3)
     counts = np.full((30, 3), 100)
-    text = printed(Receipt("plain", 100, 1, 100, full_steps, counts, counts))
+    text = printed(Receipt("plain", 100, 1, 100, full_steps, 0 * full_steps, counts, counts))
     for layer, shares in enumerate(full_steps):
         assert "│ " + " │ ".join(map(str, (layer, *shares))) + " │" in text
 

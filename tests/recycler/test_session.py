@@ -19,6 +19,7 @@ from policies import (
     LayerCosine,
     LearnedLogistic,
     NeverFull,
+    RefreshKeys,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -32,6 +33,8 @@ SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 N_NEW = 16
 # Of 61 tokens.
 ENDS = tuple(range(0, 61, 4))
+# Units that refresh by their keys alone.
+SOME = ((1, 0), (0, 1))
 LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
 
 
@@ -148,7 +151,15 @@ def test_masks_of_eager_attention_are_understood(
 
 @pytest.mark.parametrize(
     "policy",
-    [FixedStride(3), CosineThreshold(0.5), LayerCosine(0.8), SentenceBoundary(ENDS, 9), LOGISTIC, NeverFull()],
+    [
+        FixedStride(3),
+        CosineThreshold(0.5),
+        LayerCosine(0.8),
+        SentenceBoundary(ENDS, 9),
+        LOGISTIC,
+        NeverFull(),
+        RefreshKeys(LOGISTIC, SOME),
+    ],
     ids=lambda policy: policy.kind,
 )
 @pytest.mark.parametrize("ranking", ["last_full", "updated"])
@@ -174,6 +185,8 @@ def test_batch_is_its_rows_alone(
         LayerCosine(0.85, check_every=2),
         LOGISTIC,
         BudgetConstrained(CosineThreshold(0.9), 0.3, 1),
+        RefreshKeys(FixedStride(2)),
+        RefreshKeys(LOGISTIC, SOME),
     ],
     ids=lambda policy: policy.kind,
 )

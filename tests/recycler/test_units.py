@@ -20,6 +20,7 @@ from policies import (
     LearnedLogistic,
     MaxAge,
     NeverFull,
+    RefreshKeys,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -51,6 +52,8 @@ POLICIES = [
     MaxAge(CosineThreshold(0.5), ((3, 4), (5, 6))),
     LayerCosine(0.75, check_every=2),
     LearnedLogistic(("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.1, 1, 1, 1, 1), -2.0),
+    RefreshKeys(FixedStride(((2, 3), (5, 1)), ((0, 1), (2, 0))), ((1, 0), (1, 1))),
+    RefreshKeys(LearnedLogistic(("age", "refresh_loss", "refresh_churn"), (0.1, 1, 1), -0.97)),
 ]
 
 

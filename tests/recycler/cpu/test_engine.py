@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policies import AlwaysFull, BudgetConstrained, CosineThreshold, FixedStride, LearnedLogistic, Selection, StepPolicy
+from policies import (
+    AlwaysFull,
+    BudgetConstrained,
+    CosineThreshold,
+    FixedStride,
+    LearnedLogistic,
+    RefreshKeys,
+    Selection,
+    StepPolicy,
+)
 from recycler.receipt import Receipt
 from recycler.session import Session, recycled
 
@@ -25,6 +34,7 @@ SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 UPDATED = Selection(9, sinks=1, window=3, group="mean", ranking="updated")
 BUDGET = BudgetConstrained(CosineThreshold(0.9), 0.3, 1)
 LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
+KEYS_ONLY = RefreshKeys(LOGISTIC)
 # Prefill of the first row sees all; of the others, so many tokens less.
 PADDING = (0, 5, 11)
 # Norms of transformers round to float32 in every model.
@@ -91,12 +101,13 @@ def assert_same_run(engine: Run, plain: Run) -> None:
 
 
 def assert_same_receipt(one: Receipt, other: Receipt) -> None:
-    for name in ("n_steps", "n_rows", "row_steps", "full_steps", "tokens_read", "tokens_dense", "reasons"):
+    counted = ("full_steps", "keys_only_steps", "tokens_read", "tokens_dense", "reasons")
+    for name in ("n_steps", "n_rows", "row_steps", *counted):
         np.testing.assert_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
 @pytest.mark.parametrize("selection", [SELECTION, UPDATED], ids=["last_full", "updated"])
-@pytest.mark.parametrize("policy", [FixedStride(3), BUDGET, LOGISTIC], ids=lambda policy: policy.kind)
+@pytest.mark.parametrize("policy", [FixedStride(3), BUDGET, LOGISTIC, KEYS_ONLY], ids=lambda policy: policy.kind)
 @pytest.mark.parametrize(
     "how",
     [
@@ -118,7 +129,9 @@ def test_the_engine_decodes_as_the_plain_path_does(
     assert_same_run(decode(model, tokens, policy, 24, selection=selection), plain)
 
 
-@pytest.mark.parametrize("policy", [FixedStride(2, ((0, 1), (1, 0))), BUDGET, LOGISTIC], ids=lambda policy: policy.kind)
+@pytest.mark.parametrize(
+    "policy", [FixedStride(2, ((0, 1), (1, 0))), BUDGET, LOGISTIC, KEYS_ONLY], ids=lambda policy: policy.kind
+)
 def test_buffers_grow_and_nothing_is_lost(make_model: Make, make_tokens: Make, policy: StepPolicy) -> None:
     # Room is for 256 tokens at first; at the step before growth, some unit runs full and has its choice put off.
     model, tokens = make_model(), make_tokens(14, rows=2)
@@ -138,12 +151,15 @@ def test_receipts_of_engine_and_plain_path_are_equal(make_model: Make, make_toke
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
+@pytest.mark.parametrize("policy", [LOGISTIC, KEYS_ONLY], ids=lambda policy: policy.kind)
 @pytest.mark.parametrize("selection", [SELECTION, UPDATED], ids=["last_full", "updated"])
-def test_threads_change_nothing_but_rounding(make_model: Make, make_tokens: Make, selection: Selection) -> None:
+def test_threads_change_nothing_but_rounding(
+    make_model: Make, make_tokens: Make, selection: Selection, policy: StepPolicy
+) -> None:
     model, tokens = make_model(kv_heads=1), make_tokens(45, rows=3)
-    alone = decode(model, tokens, LOGISTIC, 24, selection=selection)
+    alone = decode(model, tokens, policy, 24, selection=selection)
     with threads(2):
-        together = decode(model, tokens, LOGISTIC, 24, selection=selection)
+        together = decode(model, tokens, policy, 24, selection=selection)
         assert numba.get_num_threads() == 2
     assert together.tokens == alone.tokens
     assert_same_receipt(together.receipt, alone.receipt)
@@ -151,7 +167,7 @@ def test_threads_change_nothing_but_rounding(make_model: Make, make_tokens: Make
 
 
 @pytest.mark.parametrize("selection", [SELECTION, UPDATED, Selection(40)], ids=["last_full", "updated", "large"])
-@pytest.mark.parametrize("policy", [FixedStride(3), BUDGET, LOGISTIC], ids=lambda policy: policy.kind)
+@pytest.mark.parametrize("policy", [FixedStride(3), BUDGET, LOGISTIC, KEYS_ONLY], ids=lambda policy: policy.kind)
 def test_sets_hold_what_they_must_and_copies_are_of_their_tokens(
     make_model: Make, make_tokens: Make, policy: StepPolicy, selection: Selection
 ) -> None:
@@ -167,15 +183,16 @@ def test_sets_hold_what_they_must_and_copies_are_of_their_tokens(
                 assert len(places) == n <= selection.k
                 assert min(places) >= start
                 assert max(places) < end
-                if decoding.full[row, layer, head]:
+                if decoding.full[row, layer, head] and not decoding.keys_only[row, layer, head]:
                     continue
-                # Of a unit that ran full the set is chosen later; one that ran recycled has used its own.
+                # Of a unit that ran a full step the set is chosen later; the others have used their own.
                 assert n == min(selection.k, end - start)
                 assert places >= set(range(start, start + selection.sinks)) | {end - 1}
                 assert places >= set(range(max(start, end - selection.window), end))
                 copied = keys[row, head, units.positions[row, head, :n]]
                 np.testing.assert_array_equal(units.set_key[row, head, :n], copied)
-                assert decoding.tokens_read[row, layer, head] == n
+                read = (end - start + n) / 2 if decoding.keys_only[row, layer, head] else n
+                assert decoding.tokens_read[row, layer, head] == read
                 checked.append(n)
 
     decode(make_model(), make_tokens(n_prompt, rows=3), policy, 40, selection=selection, after_step=check)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policies import FixedStride, NeverFull, Selection
+from policies import FixedStride, NeverFull, RefreshKeys, Selection
 from recycler.closed_loop import run_closed_loop
 from recycler.fidelity import EveryStep, FreshTopK, Method, Outcome, Scheduled
 from recycler.fidelity.measure import measure
@@ -216,6 +216,20 @@ def test_shares_of_schedules_are_counted_by_hand(
     for share, n_steps in ((found.read_share, 10), (found.answer_read_share, 13)):
         read = [1 if step % 3 == 2 else 12 / (40 + step + 1) for step in range(n_steps)]
         assert share == pytest.approx(np.mean(read))
+
+
+@FAST
+def test_a_keys_only_refresh_counts_half_in_both_shares(
+    loaded: LoadedModel, make_task: Callable[..., TaskPrompt], fast: bool
+) -> None:
+    method = Scheduled("keys", "", RefreshKeys(FixedStride(3)), Selection(12, 2, 4))
+    found = measure(loaded, make_task(), [method], fast=fast).methods["keys"]
+    assert found.full_share == pytest.approx(3 / 10 / 2)
+    assert found.answer_full_share == pytest.approx(4 / 13 / 2)
+    for share, n_steps in ((found.read_share, 10), (found.answer_read_share, 13)):
+        dense = np.arange(41, 41 + n_steps)
+        read = np.where(np.arange(n_steps) % 3 == 2, (dense + 12) / 2, 12)
+        assert share == pytest.approx(np.mean(read / dense))
 
 
 def test_shares_of_what_chooses_at_every_step_are_those_of_its_selector(
