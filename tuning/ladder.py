@@ -48,10 +48,10 @@ class Rung:
 class Ladder:
     """Policies from expensive to cheap, tested in this order until one does not certify the limit.
 
-    That is fixed-sequence testing, as in Learn then Test (arXiv 2110.01052): the order was fixed before anything was
-    measured, so a wrong certificate needs the first policy that does not keep the limit to pass, whose bound errs with
-    a probability of at most 1 - confidence. So all certificates together are right at that confidence, whatever the
-    number of policies, and the cheapest that is certified may be chosen for being cheap.
+    That is fixed-sequence testing, as in Learn then Test (arXiv 2110.01052). The order is fixed before anything is
+    measured, so for any certificate to be wrong, that of the first policy in it which does not keep the limit has to
+    be, and a single bound is wrong with a probability of at most 1 - confidence. Whatever the number of policies, all
+    certificates are right at that confidence, and the cheapest of them may be chosen for being cheap.
 
     Attributes:
         rungs: Budgets falling; those that are certified come first.
@@ -88,13 +88,13 @@ class Ladder:
         asked, top = self.asked, self.rungs[0]
         fewest = fewest_prompts(asked.nats, asked.cap, asked.confidence, top.prompt_kl)
         way_out = (
-            "and no number of such prompts would do"
+            "no number of prompts that lose as these do would be enough"
             if fewest is None
-            else f"where it would take {fewest} such prompts, {held_out_by(fewest, n_kinds)}"
+            else f"{fewest} that lose as these do would be enough, {held_out_by(fewest, n_kinds)}"
         )
         return (
             f"no policy below full attention certifies {asked}: of {top.label}, the most expensive, the bound is "
-            f"{top.certificate.kl_bound:.3g} on {top.certificate.n_prompts} prompts, {way_out}."
+            f"{top.certificate.kl_bound:.3g} on {top.certificate.n_prompts} prompts; {way_out}."
         )
 
 

@@ -11,12 +11,8 @@ import math
 import numpy as np
 from scipy.special import betaincinv
 
-# Half of the capital is bet all in, which is best where losses vary little; the rest is spread evenly, for where they
-# vary much. More bets change no bound by a hundredth of the cap.
-_BETS = np.arange(1, 21) / 20
-_LOG_WEIGHTS = np.log(np.where(_BETS == 1, 0.5, 0) + 0.5 / len(_BETS))
-
 _N_HALVINGS = 60
+_MOST_PROMPTS = 10**9
 
 
 def mean_upper_bound(values: np.ndarray, cap: float, confidence: float) -> float:
@@ -26,16 +22,18 @@ def mean_upper_bound(values: np.ndarray, cap: float, confidence: float) -> float
     probability of at most `1 - confidence`.
 
     It is the betting bound of Waudby-Smith and Ramdas (arXiv 2010.09686). Somebody bets that the mean of X, scaled to
-    [0, 1], is below m, and stakes a share b of what can be staked: a prompt multiplies the capital by
-    1 - b (X - m) / (1 - m), which is 1 or less in expectation if the mean is m or more. So the final capital reaches
-    1 / (1 - confidence) with a probability of at most 1 - confidence (Markov), and the bound is the least m at which
-    it did. Bets are constant and several at once (their diversified Kelly), and the capital is counted at the end.
+    [0, 1], is below m: a stake of s, at most 1 / (1 - m), multiplies the capital by 1 - s (X - m) at a prompt, which
+    is 1 or less in expectation if the mean is m or more. So the final capital reaches 1 / (1 - confidence) with a
+    probability of at most 1 - confidence (Markov), and the bound is the least m at which it did. A third of the
+    capital each goes to three constant stakes (as in their diversified Kelly): the highest, which is best where losses
+    vary little; sqrt(8 log(1 / (1 - confidence)) / prompts), which is best where they vary as much as they can
+    (Hoeffding's); and halfway between.
 
     Deviation: Learn then Test (arXiv 2110.01052) takes the same paper's predictable plug-in, whose bets follow the
-    prompts seen so far, and the most that the capital ever was. That needs prompts in random order. Here they are so
-    many of each kind, sorted; with 30 of six kinds the plug-in at 90% missed the mean in 34% of draws. With a constant
-    bet the expected capital is the product over prompts of 1 - b (mean of X_i - m) / (1 - m), by the inequality of
-    means at most 1 whenever the mean over prompts is m or more; and no order has a part in it.
+    prompts seen so far, and the most that the capital ever was. That needs prompts in random order, and here they are
+    so many of each kind, sorted: with five of each of six unlike kinds the plug-in at 90% missed the mean in 34% of
+    draws. With a constant stake the expected capital is the product over prompts of 1 - s (mean of X_i - m), by the
+    inequality of means at most 1 whenever the mean over all of them is m or more, in any order.
 
     Args:
         values: `(prompts,)`, what each lost, at least 0.
@@ -52,7 +50,7 @@ def mean_upper_bound(values: np.ndarray, cap: float, confidence: float) -> float
     low, high = float(scaled.mean()), 1.0
     for _ in range(_N_HALVINGS):
         middle = (low + high) / 2
-        if middle < 1 and _log_capital(scaled, middle) >= -math.log1p(-confidence):
+        if middle < 1 and _is_refuted(middle, scaled, len(scaled), confidence):
             high = middle
         else:
             low = middle
@@ -112,38 +110,35 @@ def fewest_prompts(limit: float, cap: float, confidence: float, values: np.ndarr
             which is the fewest that there can be.
 
     Returns:
-        At least 1; None if no number would do.
+        At least 1; None if no number would do, or only one above a thousand million.
     """
     scaled = _scaled(np.zeros(1) if values is None else values, cap)
-    growth = _log_growth(scaled, limit / cap).mean(1)
-    wanted = -math.log1p(-confidence)
-
-    def suffices(n_prompts: int) -> bool:
-        return bool(np.logaddexp.reduce(_LOG_WEIGHTS + n_prompts * growth) >= wanted)
-
-    if growth.max() <= 0:
+    mean = limit / cap
+    if scaled.mean() >= mean:
         return None
-    # The capital is convex in the number of prompts and starts below what is wanted: it gets there once.
+    # Once the capital suffices it only grows: there are more prompts, and a smaller stake earns more for its size.
     high = 1
-    while not suffices(high):
+    while not _is_refuted(mean, scaled, high, confidence):
         high *= 2
+        if high > _MOST_PROMPTS:
+            return None
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if suffices(middle) else (middle, high)
+        low, high = (low, middle) if _is_refuted(mean, scaled, middle, confidence) else (middle, high)
     return high
 
 
-def _log_capital(scaled: np.ndarray, mean: float) -> float:
-    """Logarithm of what 1 has become after all prompts, by betting against a mean in [0, 1)."""
-    return float(np.logaddexp.reduce(_LOG_WEIGHTS + _log_growth(scaled, mean).sum(1)))
-
-
-def _log_growth(scaled: np.ndarray, mean: float) -> np.ndarray:
-    """Logarithms `(bets, prompts)` of what each prompt multiplies each bet by; -inf where all is lost."""
+def _is_refuted(mean: float, scaled: np.ndarray, n_prompts: int, confidence: float) -> bool:
+    """Whether betting against a mean in [0, 1) has won enough after so many prompts, in the proportions of `scaled`."""
+    wanted = -math.log1p(-confidence)
+    # As shares of the highest stake, 1 / (1 - mean).
+    careful = min(math.sqrt(8 * wanted / n_prompts) * (1 - mean), 1.0)
+    stakes = np.array([1.0, (1 + careful) / 2, careful])
+    # The logarithm is -inf where a prompt takes all.
     with np.errstate(divide="ignore"):
-        growth: np.ndarray = np.log1p(_BETS[:, None] * (mean - scaled) / (1 - mean))
-    return growth
+        growth = np.log1p(stakes[:, None] * (mean - scaled) / (1 - mean)).mean(1)
+    return bool(np.logaddexp.reduce(n_prompts * growth) - math.log(len(stakes)) >= wanted)
 
 
 def _scaled(values: np.ndarray, cap: float) -> np.ndarray:
