@@ -3,6 +3,7 @@
 from traces.estimate import Estimate
 from tuning.allocation import allocate
 from tuning.calibration import calibrate
+from tuning.certificate import Certificate, KlLimit, certify
 from tuning.families import FAMILIES, families_named
 from tuning.family import Family
 from tuning.fit import fit_logistic
@@ -14,14 +15,17 @@ from tuning.tuning_data import TuningData
 
 __all__ = [
     "FAMILIES",
+    "Certificate",
     "Estimate",
     "Family",
+    "KlLimit",
     "Replay",
     "TraceBatch",
     "TuningData",
     "TuningResult",
     "allocate",
     "calibrate",
+    "certify",
     "families_named",
     "fit_logistic",
     "replay_policy",

@@ -1,4 +1,7 @@
-"""`python -m tuning.optimize --budget 0.1`: from nothing but a budget to a policy that was confirmed in closed loop."""
+"""`python -m tuning.optimize --budget 0.1`: from nothing but a budget to a policy that was confirmed in closed loop.
+
+`--max-kl 0.1` asks the other way round: for the cheapest policy that is certified to keep a limit of KL.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,35 +18,47 @@ import optuna
 import typer
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FixedTrial
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from policies import FixedStride, ModelShape, PolicyFile, Selection, StepPolicy
+from policies import ModelShape, Selection, StepPolicy
 from recycler.closed_loop_store import ClosedLoopStore
 from recycler.model_shape import check_positions, model_shape
 from recycler.models import LoadedModel, load_model
-from recycler.prompts import default_prompts
+from recycler.prompts import KINDS, default_prompts
 from recycler.recorder import versions
 from recycler.recording import record_prompts
 from recycler.sensitivity import measure_sensitivity
 from traces import TraceFile, TraceFolder
 from traces.command import run_command
-from tuning.allocation import STRIDES
+from tuning.certificate import KlLimit, check_n_prompts
+from tuning.comparison import Compared, compare_ladder, compare_winners
 from tuning.confirmation import measured
 from tuning.families import FAMILIES, families_named
+from tuning.ladder import ladder_budgets
+from tuning.policy_export import policy_file
 from tuning.report import write_report, write_results
 from tuning.result_rows import kl_share
-from tuning.results import FamilyResult, Measured, TuningResult
+from tuning.results import Measured, TuningResult
 from tuning.split import Split, split_by_prompt
-from tuning.study import Candidate, Search, search_family
+from tuning.study import search_family
 from tuning.table import print_table
 from tuning.trace_batch import TraceBatch
 from tuning.tuning_data import TuningData, check_budget, unit_cost
+from tuning.winners import choose_winners
+
+# Share of unit-steps that families are searched at, unless another is given.
+_BUDGET = 0.1
 
 
 def main(
-    budget: Annotated[float, typer.Option(help="Share of unit-steps that may run full, in (0, 1].")] = 0.1,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of unit-steps that may run full, in (0, 1]; default: 0.1. With --max-kl the most that may be "
+            "chosen; default: 1."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for policy, report, study and traces.")] = Path("results"),
     traces: Annotated[
         Path | None, typer.Option(help="Folder of traces; default: record some into the output folder.")
@@ -64,12 +79,32 @@ def main(
     context_tokens: Annotated[int, typer.Option(help="Prompt tokens, where traces are recorded.")] = 1536,
     steps: Annotated[int, typer.Option(help="Decode steps, where traces are recorded.", min=2)] = 64,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind, where traces are recorded.", min=2)] = 4,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Export the cheapest policy whose expected KL to full attention is certified to be at most this, nats "
+            "per step; refuse if there is none."
+        ),
+    ] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Of the certificate of --max-kl, in [0.75, 1); default: 0.9.")
+    ] = None,
+    kl_cap: Annotated[
+        float | None, typer.Option(help="Nats up to which a prompt counts in the certificate; default: 4 x --max-kl.")
+    ] = None,
 ) -> dict[str, Any]:
     """Record, tune every family at the budget, confirm the winners in closed loop, export the best policy."""
     began = time.perf_counter()
-    check_budget(budget)
+    asked = _asked(max_kl, confidence, kl_cap)
+    most = budget if budget is not None else _BUDGET if asked is None else 1.0
+    check_budget(most)
+    # Searching at one budget whatever the limit, and at the usual one, shares its trials with other runs.
+    search_budget = most if asked is None else min(most, _BUDGET)
     chosen_families = families_named([name.strip() for name in families.split(",") if name.strip()])
     selection = Selection(k)
+    if asked is not None and traces is None:
+        # Before minutes of recording.
+        check_n_prompts(asked, len(KINDS) * (per_kind // 2), len(KINDS))
     files = list(TraceFolder(traces)) if traces is not None else []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     loaded = _load(model, files, dtype, device)
@@ -82,16 +117,19 @@ def main(
         )
         files = record_prompts(loaded, prompts, selection, trace_folder, max_age=steps)
     split = split_by_prompt(files)
+    n_kinds = len({str(file.header.prompt["kind"]) for file in files})
+    if asked is not None:
+        check_n_prompts(asked, len(split.held_out), n_kinds)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
     sensitivity = measure_sensitivity(loaded, trace_folder, split.ablate)
     tune = TraceBatch(split.tune)
-    data = TuningData(tune, budget, unit_cost(tune, sensitivity))
+    data = TuningData(tune, search_budget, unit_cost(tune, sensitivity))
 
     trial_store = storage or JournalStorage(JournalFileBackend(str(out / "study.log")))
-    identity = _identity(split, budget, data.unit_cost)
+    identity = _identity(split, search_budget, data.unit_cost)
     searches = [
         search_family(
             family,
@@ -105,11 +143,24 @@ def main(
         for family in chosen_families
     ]
     store = ClosedLoopStore(out / "closed_loop")
-    winners = _winners(store, loaded, split, searches)
-    result = _confirm(store, loaded, shape, split, data, searches, winners)
+    everyone = [candidate.policy for search in searches for candidate in search.candidates]
+    validation = tqdm(split.validate, desc="choosing winners", unit="prompt")
+    winners = choose_winners(searches, [store.run(loaded, file, everyone) for file in validation])
+
+    def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
+        rows = list(policies.values())
+        held_out = tqdm(split.held_out, desc="confirming winners", unit="prompt")
+        runs = [store.run(loaded, file, rows) for file in held_out]
+        return dict(zip(policies, measured(list(policies), rows, TraceBatch(split.held_out), runs), strict=True))
+
+    if asked is None:
+        compared = compare_winners(measure, data, winners)
+    else:
+        compared = compare_ladder(measure, data, winners, asked, ladder_budgets(most), n_kinds)
+    result = _result(shape, split, compared)
 
     policy_path = out / "policy.json"
-    _policy_file(result, split, seed).write(policy_path)
+    policy_file(result, split.tune, seed).write(policy_path)
     write_results(result, out)
     report = write_report(result, out)
     print_table(result, Console())
@@ -118,7 +169,7 @@ def main(
     return {
         "policy": str(policy_path),
         "family": result.best.family,
-        "budget": budget,
+        "budget": result.budget,
         "full_share": best.full_share,
         "kl": best.kl.value,
         "kl_fixed_stride": result.baseline.kl.value,
@@ -130,7 +181,17 @@ def main(
         "report": str(report),
         "held_out_prompts": len(split.held_out),
         "seconds": round(time.perf_counter() - began, 1),
+        **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
     }
+
+
+def _asked(max_kl: float | None, confidence: float | None, kl_cap: float | None) -> KlLimit | None:
+    if max_kl is not None:
+        return KlLimit.of(max_kl, cap=kl_cap, confidence=0.9 if confidence is None else confidence)
+    for option, value in (("--confidence", confidence), ("--kl-cap", kl_cap)):
+        if value is not None:
+            raise ValueError(f"{option} {value:g} is of a certificate, but there is no --max-kl to certify.")
+    return None
 
 
 def _load(model: str | None, files: Sequence[TraceFile], dtype: str, device: str | None) -> LoadedModel:
@@ -151,112 +212,22 @@ def _identity(split: Split, budget: float, cost: np.ndarray) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def _winners(
-    store: ClosedLoopStore, loaded: LoadedModel, split: Split, searches: Sequence[Search]
-) -> dict[str, tuple[Candidate, float]]:
-    """The candidate of each family with the least closed-loop KL on the validation prompts, and that KL."""
-    everyone = [(search.family, candidate) for search in searches for candidate in search.candidates]
-    runs = [
-        store.run(loaded, file, [candidate.policy for _, candidate in everyone])
-        for file in tqdm(split.validate, desc="choosing winners", unit="prompt")
-    ]
-    kl = np.mean([run.kl.mean(1) for run in runs], axis=0)
-    winners: dict[str, tuple[Candidate, float]] = {}
-    for (family, candidate), loss in zip(everyone, kl, strict=True):
-        if family not in winners or loss < winners[family][1]:
-            winners[family] = candidate, float(loss)
-    return winners
-
-
-def _confirm(
-    store: ClosedLoopStore,
-    loaded: LoadedModel,
-    shape: ModelShape,
-    split: Split,
-    data: TuningData,
-    searches: Sequence[Search],
-    winners: dict[str, tuple[Candidate, float]],
-) -> TuningResult:
-    """Measure winners, baseline and references on the held-out prompts, all in the same runs."""
-    best_family = min(winners, key=lambda name: winners[name][1])
-    others = _references(data, best_family, winners[best_family][0])
-    labels = [*winners, f"fixed stride {1 / data.budget:g}", *others]
-    baseline = FixedStride(1 / data.budget)
-    policies: list[StepPolicy] = [*(winner.policy for winner, _ in winners.values()), baseline, *others.values()]
-    runs = [
-        store.run(loaded, file, policies) for file in tqdm(split.held_out, desc="confirming winners", unit="prompt")
-    ]
-    found = measured(labels, policies, TraceBatch(split.held_out), runs)
-    by_label: dict[str, Measured] = dict(zip(labels, found, strict=True))
-    results = [
-        FamilyResult(
-            family=search.family,
-            parameters=winners[search.family][0].parameters,
-            measured=by_label[search.family],
-            tune_kl=winners[search.family][1],
-            trials=search.trials,
-        )
-        for search in searches
-    ]
+def _result(shape: ModelShape, split: Split, compared: Compared) -> TuningResult:
     headers = [file.header for file in split.held_out]
     return TuningResult(
         model=shape,
         selection=Selection(**headers[0].selection),
-        budget=data.budget,
-        families=sorted(results, key=lambda result: result.tune_kl),
-        baseline=by_label[labels[len(winners)]],
-        references=[by_label[label] for label in others],
+        budget=compared.budget,
+        families=compared.families,
+        baseline=compared.baseline,
+        references=compared.references,
         prompt_kinds=[str(header.prompt["kind"]) for header in headers],
         prompt_names=[str(header.prompt["name"]) for header in headers],
         tune_names=[str(file.header.prompt["name"]) for file in split.tune],
         n_steps=headers[0].n_steps,
         context_tokens=float(np.mean([header.prompt["n_prompt_tokens"] for header in headers])),
         versions=versions() | {"optuna": optuna.__version__},
-    )
-
-
-def _references(data: TuningData, best_family: str, winner: Candidate) -> dict[str, StepPolicy]:
-    """Fixed strides and the best family, with the same parameters, at half and at twice the budget."""
-    policies: dict[str, StepPolicy] = {}
-    for budget in (data.budget / 2, data.budget * 2):
-        if budget > 1:
-            continue
-        policies[f"fixed stride {1 / budget:g}"] = FixedStride(1 / budget)
-        # Below the longest stride there is nothing to allocate.
-        if best_family != "fixed_stride" and budget >= 1 / STRIDES[-1]:
-            at_budget = dataclasses.replace(data, budget=budget)
-            policy = FAMILIES[best_family].suggest(FixedTrial(winner.parameters), at_budget)
-            policies[f"{best_family} at {budget:g}"] = policy
-    return policies
-
-
-def _policy_file(result: TuningResult, split: Split, seed: int) -> PolicyFile:
-    best = result.best
-    ratio = kl_share(result, best.measured)
-    return PolicyFile(
-        policy=best.measured.policy,
-        selection=result.selection,
-        model=result.model,
-        provenance={
-            "family": best.family,
-            "parameters": dict(best.parameters),
-            "budget": result.budget,
-            "seed": seed,
-            "traces": [file.digest() for file in split.tune],
-            "replay": {
-                "full_share": best.measured.replay_full_share,
-                "recovered_mass": best.measured.recovered_mass,
-            },
-            "closed_loop": {
-                "prompts": list(result.prompt_names),
-                "steps": result.n_steps,
-                "full_share": best.measured.full_share,
-                "kl": dataclasses.asdict(best.measured.kl),
-                "kl_share_of_fixed_stride": ratio and dataclasses.asdict(ratio),
-                "agreement": dataclasses.asdict(best.measured.agreement),
-            },
-            "versions": dict(result.versions),
-        },
+        ladder=compared.ladder,
     )
 
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from traces.pictures import write_picture
+from tuning.certificate_picture import draw_ladder
 from tuning.report_pictures import draw_kl_by_kind, draw_pareto, draw_search, draw_unit_shares
 from tuning.result_json import result_to_json
 from tuning.result_rows import Role, interval, nats, percent, result_rows, share_of_baseline, whole_percent
@@ -69,6 +70,18 @@ _PICTURES = (
 )
 
 
+# Where the budget was chosen by its certificate; it comes first.
+_LADDER = _Picture(
+    "certificate.png",
+    "What is certified",
+    draw_ladder,
+    "The exported family at each budget on the held-out prompts. A bar is the mean KL with every prompt counted up "
+    "to the cap; a dot is a prompt, in the same order everywhere, and a triangle one beyond the cap. The thick line "
+    "is the upper confidence bound of the expected KL. Budgets are tested from left to right until a bound is above "
+    "the limit; the last one before that is exported.",
+)
+
+
 def write_report(result: TuningResult, folder: Path) -> Path:
     """Write `report.html`, which needs no other file, and its pictures into `pictures/`.
 
@@ -80,7 +93,7 @@ def write_report(result: TuningResult, folder: Path) -> Path:
         The path of the report.
     """
     pictures = []
-    for picture in _PICTURES:
+    for picture in _PICTURES if result.ladder is None else (_LADDER, *_PICTURES):
         path = write_picture(picture.draw(result), folder / "pictures" / picture.file)
         inline = base64.b64encode(path.read_bytes()).decode("ascii")
         pictures.append({"title": picture.title, "caption": picture.caption, "png": inline})
@@ -107,12 +120,14 @@ def _html(result: TuningResult, pictures: list[dict[str, str]]) -> str:
     rows = result_rows(result)
     best = rows[0]
     baseline = next(row for row in rows if row.role is Role.BASELINE)
+    by_label = {row.label: row for row in rows}
     context: dict[str, Any] = {
         "result": result,
         "best": best,
         "baseline": baseline,
         "comparison": share_of_baseline(result, best),
         "rows": rows,
+        "rungs": [] if result.ladder is None else [(rung, by_label[rung.label]) for rung in result.ladder.rungs],
         "kinds": [(row, result.kl_by_kind(row.measured)) for row in rows if row.role is not Role.REFERENCE],
         "pictures": pictures,
         "interval": lambda estimate, spelled: interval(estimate, spelled, "\N{EN DASH}"),

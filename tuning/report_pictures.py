@@ -16,21 +16,23 @@ from tuning.label_placement import PointLabel, place_labels
 from tuning.result_rows import ResultRow, Role, interval, nats, percent, result_rows, whole_percent
 from tuning.results import TuningResult
 
-_BLUE, _DARK_GREY = "#0072B2", "#6B6B6B"
-_COLOURS = {Role.EXPORTED: style.ACCENT, Role.FAMILY: _BLUE, Role.BASELINE: style.INK, Role.REFERENCE: _DARK_GREY}
+BLUE, _DARK_GREY = "#0072B2", "#6B6B6B"
+_COLOURS = {Role.EXPORTED: style.ACCENT, Role.FAMILY: BLUE, Role.BASELINE: style.INK, Role.REFERENCE: _DARK_GREY}
 _MARKERS = {Role.EXPORTED: "D", Role.FAMILY: "o", Role.BASELINE: "s", Role.REFERENCE: "o"}
 _SIZES = {Role.EXPORTED: 8.5, Role.FAMILY: 6.5, Role.BASELINE: 7.5, Role.REFERENCE: 5.0}
 _FRONT = "#C4C4C4"
-_KL = "KL to full attention (nats per step)"
+KL_AXIS = "KL to full attention (nats per step)"
 _SHARE_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Wider than this, numbers in the cells of the map could not be read.
 _MOST_NUMBERED_LAYERS = 40
+# Of more references only those on the front get their name: there is no room for all.
+_MOST_NAMED_REFERENCES = 8
 
 
 def draw_pareto(result: TuningResult) -> Figure:
     """Draw KL against full share with the Pareto front, and the policies at the budget by their KL."""
     rows = result_rows(result)
-    figure = style.new_figure("What a full step buys", _caption(result), (13.5, 6.4))
+    figure = style.new_figure("What a full step buys", picture_caption(result), (13.5, 6.4))
     front, ranking = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
     at_budget = sorted((row for row in rows if row.role is not Role.REFERENCE), key=lambda row: -row.kl.value)
     _draw_ranking(ranking, at_budget, result)
@@ -42,7 +44,7 @@ def draw_unit_shares(result: TuningResult) -> Figure:
     """Draw how often each layer and KV head ran full under the exported policy."""
     shares = result.best.measured.unit_full_share
     layers, heads = shares.shape
-    figure = style.new_figure("Where the full steps go", _caption(result), (13.5, 2.6 + 0.36 * min(heads, 16)))
+    figure = style.new_figure("Where the full steps go", picture_caption(result), (13.5, 2.6 + 0.36 * min(heads, 16)))
     axes = figure.add_subplot()
     title = f"Full share by layer and KV head, {result.best.measured.label}: mean {percent(float(shares.mean()))}"
     style.style_axes(axes, title, "layer", "KV head", grid=False)
@@ -71,12 +73,12 @@ def draw_kl_by_kind(result: TuningResult) -> Figure:
     """Draw the KL per kind of text of the baseline, the best fixed stride and the exported policy."""
     kinds = list(dict.fromkeys(result.prompt_kinds))
     bars = [(result.baseline, "baseline", style.GREY)]
-    bars += [(family.measured, "tuned", _BLUE) for family in result.families[1:] if family.family == "fixed_stride"]
+    bars += [(family.measured, "tuned", BLUE) for family in result.families[1:] if family.family == "fixed_stride"]
     bars.append((result.best.measured, "exported", style.ACCENT))
     size = (min(max(2.2 + 1.9 * len(kinds), 9.6), 13.5), 5.2)
-    figure = style.new_figure("KL by kind of text", _caption(result), size)
+    figure = style.new_figure("KL by kind of text", picture_caption(result), size)
     axes = figure.add_subplot()
-    style.style_axes(axes, "Mean over prompts; a dot is a prompt", "", _KL)
+    style.style_axes(axes, "Mean over prompts; a dot is a prompt", "", KL_AXIS)
     axes.grid(visible=False, axis="x")
     width = 0.8 / len(bars)
     for number, (measured, part, colour) in enumerate(bars):
@@ -104,7 +106,7 @@ def draw_search(result: TuningResult) -> Figure:
     n_rows = -(-n // columns)
     figure = style.new_figure(
         "The search: lost mass in replay, weighted by unit cost",
-        _caption(result),
+        picture_caption(result),
         (max(4.4 * columns, 9.6), 2.9 * n_rows + 1.2),
     )
     panels = np.ravel(figure.subplots(n_rows, columns, sharey=True, squeeze=False))
@@ -138,7 +140,7 @@ def draw_search(result: TuningResult) -> Figure:
 
 
 def _draw_front(axes: Axes, rows: Sequence[ResultRow], budget: float) -> None:
-    style.style_axes(axes, "Pareto front: how often full, and what is lost", "full share in closed loop", _KL)
+    style.style_axes(axes, "Pareto front: how often full, and what is lost", "full share in closed loop", KL_AXIS)
     points = np.array([(row.measured.full_share, row.kl.value) for row in rows])
     drawn = points[:, 1] > 0
     _share_axis(axes, np.append(points[drawn, 0], budget))
@@ -154,6 +156,7 @@ def _draw_front(axes: Axes, rows: Sequence[ResultRow], budget: float) -> None:
     axes.axvline(budget, color=style.INK, linestyle=":", linewidth=1.2, zorder=1)
     lines.append(np.array([(budget, limit) for limit in axes.get_ylim()]))
     labels = []
+    crowded = sum(row.role is Role.REFERENCE for row in rows) > _MOST_NAMED_REFERENCES
     for row, (share, kl), positive in reversed(list(zip(rows, points, drawn, strict=True))):
         if not positive:
             continue
@@ -162,7 +165,8 @@ def _draw_front(axes: Axes, rows: Sequence[ResultRow], budget: float) -> None:
         axes.vlines(share, *ends, color=colour, linewidth=1.3, alpha=0.55, zorder=2)
         axes.plot(share, kl, _MARKERS[row.role], color=colour, markersize=_SIZES[row.role], mec="white", mew=0.6)
         lines += [np.array([(share, kl)]), np.array([(share, end) for end in ends])]
-        if row.role is not Role.FAMILY:
+        beaten = not (front == (share, kl)).all(1).any()
+        if row.role is not Role.FAMILY and not (crowded and beaten and row.role is Role.REFERENCE):
             text = textwrap.fill(row.label, 18, break_long_words=False)
             labels.append(PointLabel(text, (share, kl), colour, bold=row.role is Role.EXPORTED))
     # At the bottom, as no policy is below the front.
@@ -171,7 +175,7 @@ def _draw_front(axes: Axes, rows: Sequence[ResultRow], budget: float) -> None:
 
 
 def _draw_ranking(axes: Axes, rows: Sequence[ResultRow], result: TuningResult) -> None:
-    style.style_axes(axes, f"At the budget of {100 * result.budget:.4g}%, with 95% intervals", _KL, "")
+    style.style_axes(axes, f"At the budget of {100 * result.budget:.4g}%, with 95% intervals", KL_AXIS, "")
     axes.grid(visible=False, axis="y")
     axes.axvline(result.baseline.kl.value, color=style.INK, linestyle=":", linewidth=1.2, zorder=1)
     names = []
@@ -231,7 +235,8 @@ def _kl_axis(axes: Axes, rows: Sequence[ResultRow]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: nats(value).rstrip("0").rstrip(".")))
 
 
-def _caption(result: TuningResult) -> str:
+def picture_caption(result: TuningResult) -> str:
+    """Where the numbers of a picture come from."""
     n = len(result.prompt_names)
     return (
         f"{result.model.id}, k = {result.selection.k} tokens, budget {100 * result.budget:.4g}%, "

@@ -11,6 +11,7 @@ import numpy as np
 
 from policies import policy_to_json
 from traces.estimate import Estimate
+from tuning.ladder import Rung
 from tuning.result_rows import kl_share
 from tuning.results import FamilyResult, Measured, TuningResult
 
@@ -18,6 +19,7 @@ from tuning.results import FamilyResult, Measured, TuningResult
 def result_to_json(result: TuningResult) -> dict[str, Any]:
     """Everything of a result as JSON values, prompts and units one by one; what is no finite number becomes None."""
     prompts = zip(result.prompt_names, result.prompt_kinds, strict=True)
+    ladder = {} if result.ladder is None else {"ladder": [_rung(rung) for rung in result.ladder.rungs]}
     plain: dict[str, Any] = _plain(
         {
             "model": dataclasses.asdict(result.model),
@@ -33,6 +35,7 @@ def result_to_json(result: TuningResult) -> dict[str, Any]:
             "references": [_measured(result, measured) for measured in result.references],
             "versions": result.versions,
         }
+        | ladder
     )
     return plain
 
@@ -66,6 +69,10 @@ def _measured(result: TuningResult, measured: Measured) -> dict[str, Any]:
         },
         "unit_full_share": measured.unit_full_share,
     }
+
+
+def _rung(rung: Rung) -> dict[str, Any]:
+    return {"budget": rung.budget, "label": rung.label, "certificate": rung.certificate.to_json()}
 
 
 def _estimate(estimate: Estimate | None) -> dict[str, float] | None:

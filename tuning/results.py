@@ -10,6 +10,8 @@ import numpy as np
 
 from policies import ModelShape, Selection, StepPolicy
 from traces.estimate import Estimate, bootstrap, bootstrap_ratio
+from tuning.certificate import Certificate
+from tuning.ladder import Ladder
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ class FamilyResult:
         family: Its name.
         parameters: What the search chose, plain numbers.
         measured: The winner on the held-out prompts.
-        tune_kl: Mean KL in closed loop on the tuning prompts; by this the best family was chosen.
+        tune_kl: Mean KL in closed loop on the tuning prompts, by which the best family was chosen; None if that was
+            done at another budget.
         trials: `(full share, loss)` in replay of every trial, float64 `(trials, 2)`.
     """
 
     family: str
     parameters: Mapping[str, Any]
     measured: Measured
-    tune_kl: float
+    tune_kl: float | None
     trials: np.ndarray
 
 
@@ -81,7 +84,7 @@ class TuningResult:
         model: Shape and name of the model.
         selection: How sets were chosen, by all policies alike.
         budget: Share of unit-steps that may run full.
-        families: Winners, best `tune_kl` first; the first one is exported.
+        families: Winners, best `tune_kl` first; the first one is exported. With a ladder the best family alone.
         baseline: Fixed stride of 1 / budget, all units at once, same selection.
         references: Other policies at other budgets, for the Pareto front.
         prompt_kinds: Kind of text of each held-out prompt, `(prompts,)`.
@@ -90,6 +93,7 @@ class TuningResult:
         n_steps: Decode steps per prompt.
         context_tokens: Prompt tokens per prompt, mean.
         versions: Of the packages that shaped the numbers.
+        ladder: The policies among which the budget was chosen, the exported one included; None if it was given.
     """
 
     model: ModelShape
@@ -104,11 +108,25 @@ class TuningResult:
     n_steps: int
     context_tokens: float
     versions: Mapping[str, str]
+    ladder: Ladder | None = None
+
+    def __post_init__(self) -> None:
+        if self.ladder is not None and (
+            self.ladder.chosen is None or self.ladder.chosen.label != self.best.measured.label
+        ):
+            raise ValueError(f"{self.best.measured.label} is exported, but it is not what the ladder chooses.")
 
     @property
     def best(self) -> FamilyResult:
         """The family that was exported."""
         return self.families[0]
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What is certified of the exported policy; None if nothing was asked for."""
+        if self.ladder is None or self.ladder.chosen is None:
+            return None
+        return self.ladder.chosen.certificate
 
     def kl_ratio(self, measured: Measured) -> Estimate:
         """KL of a policy as a share of the baseline's, over the same prompts."""

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from traces.estimate import Estimate
+from tuning.ladder import Ladder
 from tuning.result_rows import ResultRow, Role, interval, nats, percent, result_rows, whole_percent
 from tuning.results import TuningResult
 
@@ -20,11 +21,18 @@ _CAPTION = (
 
 
 def print_table(result: TuningResult, console: Console) -> None:
-    """Print the winners of all families beside the baseline, and their KL per kind of text; 80 columns are enough."""
+    """Print the winners of all families beside the baseline, their KL per kind of text, and what is certified of them.
+
+    80 columns are enough.
+    """
     rows = [row for row in result_rows(result) if row.role is not Role.REFERENCE]
     console.print(_policies(result, rows))
     console.print()
     console.print(_kinds(result, rows))
+    if result.ladder is not None:
+        console.print()
+        console.print(_ladder(result.ladder))
+        console.print(f"\n{result.best.measured.label}: {result.certificate}.", markup=False, highlight=False)
 
 
 def _policies(result: TuningResult, rows: list[ResultRow]) -> Table:
@@ -64,6 +72,27 @@ def _kinds(result: TuningResult, rows: list[ResultRow]) -> Table:
         table.add_column(Text(kind), justify="right", overflow="fold")
     for row in rows:
         table.add_row(_name(row), *(nats(kl) for kl in result.kl_by_kind(row.measured).values()))
+    return table
+
+
+def _ladder(ladder: Ladder) -> Table:
+    asked = ladder.asked
+    table = _table(f"To be certified: {asked}", "policy")
+    for header in ("mean KL", "bound", f"prompts\nabove {asked.nats:g}", "bound of\ntheir share", "certified"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for rung in ladder.rungs:
+        found = rung.certificate
+        table.add_row(
+            Text(
+                f"{rung.label} *" if rung is ladder.chosen else rung.label,
+                style="bold" if rung is ladder.chosen else "",
+            ),
+            nats(float(rung.prompt_kl.mean())),
+            nats(found.kl_bound),
+            f"{found.n_exceeding} of {found.n_prompts}",
+            whole_percent(found.share_bound),
+            "yes" if found.certified else "no",
+        )
     return table
 
 

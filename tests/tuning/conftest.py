@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from policies import (
     StepPolicy,
 )
 from traces import Trace, TraceHeader
+from tuning.certificate import KlLimit
+from tuning.ladder import fixed_sequence
 from tuning.report import write_report, write_results
 from tuning.results import FamilyResult, Measured, TuningResult
 
@@ -145,6 +148,41 @@ def _make_report_result(
 def make_report_result() -> Callable[..., TuningResult]:
     """Makes a tuning result as the default run gives it, or of another model, other kinds, fewer families."""
     return _make_report_result
+
+
+def _make_ladder_result(result: TuningResult, budgets: tuple[float, ...], asked: KlLimit) -> TuningResult:
+    """What a run with a limit would give: the best family and a fixed stride at each budget, the cheapest exported."""
+
+    def at(budget: float, label: str, measured: Measured, policy: StepPolicy) -> Measured:
+        return replace(
+            measured,
+            label=label,
+            policy=policy,
+            prompt_kl=measured.prompt_kl * (budget / result.budget) ** -0.8,
+            prompt_full_share=np.clip(measured.prompt_full_share * budget / result.budget, 0, 1),
+        )
+
+    best, stride = result.best, result.baseline
+    name = best.family
+    rungs = [at(budget, f"{name} at {budget:g}", best.measured, best.measured.policy) for budget in budgets]
+    strides = [at(budget, f"fixed stride {1 / budget:.4g}", stride, FixedStride(1 / budget)) for budget in budgets]
+    ladder = fixed_sequence(asked, budgets, [rung.label for rung in rungs], [rung.prompt_kl for rung in rungs])
+    chosen = [rung is ladder.chosen for rung in ladder.rungs].index(True)
+    return replace(
+        result,
+        budget=budgets[chosen],
+        families=[replace(best, measured=rungs[chosen], tune_kl=None)],
+        baseline=strides[chosen],
+        references=[one for n, pair in enumerate(zip(rungs, strides, strict=True)) if n != chosen for one in pair],
+        ladder=ladder,
+    )
+
+
+@pytest.fixture(scope="session")
+def ladder_result() -> TuningResult:
+    """A tuning result whose budget was chosen by its certificate: 30%, the second of four."""
+    result = _make_report_result(n_per_kind=6)
+    return _make_ladder_result(result, (0.5, 0.3, 0.1, 0.05), KlLimit.of(0.2))
 
 
 @pytest.fixture(scope="session")

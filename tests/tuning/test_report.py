@@ -67,6 +67,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawing out."""
     blank = tuple(replace(picture, draw=lambda _: Figure((1, 1))) for picture in tuning.report._PICTURES)
     monkeypatch.setattr(tuning.report, "_PICTURES", blank)
+    monkeypatch.setattr(tuning.report, "_LADDER", replace(tuning.report._LADDER, draw=lambda _: Figure((1, 1))))
 
 
 def test_the_page_is_well_formed(page: Page, html: str) -> None:
@@ -166,6 +167,25 @@ def test_a_result_with_nothing_to_compare_with_is_reported(report_result: Tuning
     page = Page(write_report(result, tmp_path / "new" / "folder").read_text(encoding="utf-8"))
     assert "nothing to compare with" in page.text
     assert "nan" not in page.words
+
+
+def test_a_result_whose_budget_was_given_certifies_nothing(page: Page) -> None:
+    assert "ertif" not in page.text
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_certificate_is_told_with_every_policy_that_was_tested(ladder_result: TuningResult, tmp_path: Path) -> None:
+    page = Page(write_report(ladder_result, tmp_path).read_text(encoding="utf-8"))
+    assert ladder_result.ladder is not None
+    assert len(page.all("table")) == 4
+    assert f"Certified: {ladder_result.certificate}." in page.text
+    for rung in ladder_result.ladder.rungs:
+        found = rung.certificate
+        assert f"{found.kl_bound:.3f} {found.n_exceeding} of 36 {100 * found.share_bound:.0f}%" in page.text
+    assert page.words.count("yes") == 2
+    assert "KL has no upper bound, so a prompt counts up to 0.8 nats" in page.text
+    assert "Only the budget was chosen on them" in page.text
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {*PICTURES, "certificate.png"}
 
 
 @pytest.mark.usefixtures("fast")

@@ -86,6 +86,16 @@ def test_the_front_s_labels_overlap_neither_each_other_nor_the_edge(report_resul
         assert inside.x0 <= box.x0 < box.x1 <= inside.x1
 
 
+def test_of_many_references_only_those_on_the_front_are_named(ladder_result: TuningResult) -> None:
+    texts = {text.get_text() for text in draw_pareto(ladder_result).axes[0].texts}
+    assert {"logistic_profile\nat 0.5", "fixed stride 2"} <= texts
+    many = [replace(other, label=f"{other.label} {n}") for n in range(2) for other in ladder_result.references]
+    beaten = {text.get_text() for text in draw_pareto(replace(ladder_result, references=many)).axes[0].texts}
+    assert "logistic_profile\nat 0.5 0" in beaten
+    assert not any("fixed stride 2" in text for text in beaten)
+    assert "fixed stride 3.333" in beaten
+
+
 def test_the_front_steps_from_one_undominated_policy_to_the_next(report_result: TuningResult) -> None:
     (front,) = [line for line in draw_pareto(report_result).axes[0].get_lines() if line.get_drawstyle() == "steps-post"]
     x, y = np.array(front.get_xydata()[1:-1]).T

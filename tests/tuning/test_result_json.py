@@ -52,6 +52,21 @@ def test_every_policy_is_there_with_all_that_was_measured(report_result: TuningR
     assert found["tuning_kl"] == family.tune_kl
 
 
+def test_every_policy_that_was_tested_has_its_certificate(
+    ladder_result: TuningResult, report_result: TuningResult
+) -> None:
+    values = result_to_json(ladder_result)
+    assert ladder_result.ladder is not None
+    assert [rung["certificate"] for rung in values["ladder"]] == [
+        rung.certificate.to_json() for rung in ladder_result.ladder.rungs
+    ]
+    assert [rung["certificate"]["certified"] for rung in values["ladder"]] == [True, True, False, False]
+    labels = {one["label"] for one in (*values["families"], *values["references"])}
+    assert {rung["label"] for rung in values["ladder"]} <= labels
+    assert values["families"][0]["tuning_kl"] is None
+    assert "ladder" not in result_to_json(report_result)
+
+
 def test_policies_and_prompts_can_be_read_back(report_result: TuningResult) -> None:
     values = result_to_json(report_result)
     assert policy_from_json(values["families"][0]["policy"]) == report_result.best.measured.policy

@@ -28,3 +28,11 @@ def test_kl_by_kind_keeps_the_order_of_the_kinds(report_result: TuningResult) ->
     by_kind = result.kl_by_kind(measured)
     assert list(by_kind) == ["b", "a", "c"]
     assert by_kind == {"b": 4.5, "a": 5.5, "c": 6.5}
+
+
+def test_a_result_certifies_what_it_exports(ladder_result: TuningResult, report_result: TuningResult) -> None:
+    assert report_result.certificate is None
+    assert ladder_result.ladder is not None
+    assert ladder_result.certificate is ladder_result.ladder.rungs[1].certificate
+    with pytest.raises(ValueError, match=r"logistic_profile is exported, but it is not what the ladder chooses"):
+        replace(report_result, ladder=ladder_result.ladder)

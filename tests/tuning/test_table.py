@@ -102,3 +102,20 @@ def test_one_family_one_prompt_one_kind(make_report_result: MakeResult) -> None:
 def test_a_baseline_without_kl_has_no_shares(report_result: TuningResult) -> None:
     text = printed(replace(report_result, baseline=replace(report_result.baseline, prompt_kl=np.zeros(12))))
     assert rows_of(text, "cosine_profile")[0][4] == "-"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_certificate_has_a_table_of_its_own(ladder_result: TuningResult, width: int) -> None:
+    text = printed(ladder_result, width)
+    assert ladder_result.ladder is not None
+    assert max(len(line) for line in text.splitlines()) <= width
+    certified = [line.split()[-1] for line in text.splitlines() if " of 36 " in line]
+    assert certified == ["yes", "yes", "no", "no"]
+    top = ladder_result.ladder.rungs[0]
+    (row,) = (line for line in text.splitlines() if line.startswith("logistic_profile at 0.5"))
+    assert row.split()[3:5] == [f"{top.prompt_kl.mean():.3f}", f"{top.certificate.kl_bound:.3f}"]
+    assert str(ladder_result.certificate) in " ".join(text.split())
+
+
+def test_without_a_certificate_there_is_no_word_of_one(report_result: TuningResult) -> None:
+    assert "certif" not in printed(report_result)
