@@ -105,8 +105,8 @@ def _replay_program(batch: TraceBatch, program: PolicyProgram, needs: frozenset[
         n_beyond = sum(threads.map(replay, range(len(batch))))
     by_unit = (len(batch), batch.n_steps, *batch.units)
     n_recycled = max(int((~full).sum()), 1)
-    full, lost = (np.moveaxis(part.reshape(by_unit), 0, 1) for part in (full, lost))
-    return Replay(full, lost, n_beyond / n_recycled)
+    steps_first = full.reshape(by_unit).swapaxes(0, 1), lost.reshape(by_unit).swapaxes(0, 1)
+    return Replay(*steps_first, beyond_max_age=n_beyond / n_recycled)
 
 
 def _replay_by_steps(batch: TraceBatch, policy: StepPolicy, needs: frozenset[str]) -> Replay:
