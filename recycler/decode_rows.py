@@ -128,9 +128,7 @@ class _PlainRows(DecodeRows):
         with attention_replaced(self._model, self._attention):
             logits = self._model(tokens[:, None], position_ids=places, use_cache=False).logits[:, -1]
         self._n_tokens += 1
-        full, keys_only, in_set = (
-            torch.stack(part, dim=1).cpu().numpy() for part in zip(*self._done, strict=True)
-        )
+        full, keys_only, in_set = (torch.stack(part, dim=1).cpu().numpy() for part in zip(*self._done, strict=True))
         read = tokens_read(full, keys_only, np.array(self._n_tokens), in_set)
         return RowsStep(logits, full_counts(full, keys_only), read, self._n_tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from traces.trace import Trace, TraceHeader
 SUFFIX = ".safetensors"
 # One key only: safetensors writes several in random order, and equal traces would be different bytes.
 METADATA_KEY = "recycled-attention-trace"
+# Of the arrays of a trace, as safetensors names them.
+_DTYPES = {"F32": "<f4", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,21 @@ class TraceFile:
                 return np.asarray(file.get_tensor(name))
         except SafetensorError as error:
             raise ValueError(f"{self.path} is no whole trace: {error}.") from error
+
+    def mapped(self, name: str) -> np.ndarray:
+        """One array of the trace as the file's memory: read-only, and read as far as it is touched.
+
+        Raises:
+            ValueError: If the file has no such array, or ends before it does.
+        """
+        try:
+            with self.path.open("rb") as file:
+                n_header = int.from_bytes(file.read(8), "little")
+                entry = json.loads(file.read(n_header))[name]
+            offset = 8 + n_header + int(entry["data_offsets"][0])
+            return np.memmap(self.path, _DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"]))
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.path} is no whole trace: {name} cannot be read ({error}).") from error
 
     def load(self) -> Trace:
         """Read it whole.

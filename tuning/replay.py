@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from policies import Schedule, StepPolicy
+from policies import NotAProgram, PolicyProgram, Schedule, StepPolicy, policy_program
 from traces import Trace
+from tuning.replay_kernel import replay_trace
 from tuning.trace_batch import TraceBatch, check_traced
 
 
@@ -63,6 +67,50 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
         raise ValueError(f"the policy is for {shape} layers and KV heads, but the traces have {batch.units}.")
     needs = policy.needs
     check_traced(needs, f"the policy {policy.kind!r}")
+    try:
+        return _replay_program(batch, policy_program(policy), needs)
+    except NotAProgram:
+        return _replay_by_steps(batch, policy, needs)
+
+
+def _replay_program(batch: TraceBatch, program: PolicyProgram, needs: frozenset[str]) -> Replay:
+    """Trace by trace in compiled code, on all processors; only what is touched of a trace is read."""
+    n_units = math.prod(batch.units)
+    tables = np.ascontiguousarray(np.broadcast_to(program.tables, (len(program.tables), *batch.units)))
+    full = np.empty((len(batch), batch.n_steps, n_units), dtype=bool)
+    lost = np.empty(full.shape, dtype=np.float32)
+    by_age, by_step = np.empty((0, 0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.float32)
+    similarities = {"query_similarity", "step_similarity"}
+
+    def replay(trace: int) -> int:
+        return int(
+            replay_trace(
+                program.instructions,
+                program.constants,
+                tables.reshape(len(tables), n_units),
+                program.full,
+                batch.of_trace("recovered_mass", trace),
+                batch.of_trace("query_similarity", trace) if needs & similarities else by_age,
+                "query_similarity" in needs,
+                "step_similarity" in needs,
+                batch.of_trace("overlap", trace) if "refresh_overlap" in needs else by_age,
+                batch.of_trace("fresh_mass", trace) if "refresh_mass" in needs else by_step,
+                batch.step_tokens[:, trace, 0, 0].copy(),
+                full[trace],
+                lost[trace],
+            )
+        )
+
+    with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1)) as threads:
+        n_beyond = sum(threads.map(replay, range(len(batch))))
+    by_unit = (len(batch), batch.n_steps, *batch.units)
+    n_recycled = max(int((~full).sum()), 1)
+    steps_first = full.reshape(by_unit).swapaxes(0, 1), lost.reshape(by_unit).swapaxes(0, 1)
+    return Replay(*steps_first, beyond_max_age=n_beyond / n_recycled)
+
+
+def _replay_by_steps(batch: TraceBatch, policy: StepPolicy, needs: frozenset[str]) -> Replay:
+    """All traces a step at a time, for a policy that only Python can run."""
     wants_mass, wants_overlap = "refresh_mass" in needs, "refresh_overlap" in needs
     fresh = batch.fresh_mass.astype(np.float64) if wants_mass else None
     schedule = Schedule(np.zeros(batch.shape), None if fresh is None else fresh[0])

@@ -55,6 +55,7 @@ class TraceBatch:
         self.n_steps = first.n_steps
         self.max_age = first.max_age
         self.units = first.units
+        self._of_trace: dict[tuple[str, int], np.ndarray] = {}
         self.kinds = tuple(str(header.prompt["kind"]) for header in headers)
 
     def __len__(self) -> int:
@@ -103,6 +104,16 @@ class TraceBatch:
         count = seen.sum(0)
         total = np.where(seen, lost, 0).sum(0)
         return np.moveaxis(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0), 0, 1)
+
+    def of_trace(self, name: str, trace: int) -> np.ndarray:
+        """An array of one trace with its units in a row: `(..., layers x kv_heads)`, memory-mapped if it is on disk."""
+        known = self._of_trace.get((name, trace))
+        if known is None:
+            file = self.files[trace]
+            array = file.mapped(name) if isinstance(file, TraceFile) else getattr(file, name)
+            known = np.ascontiguousarray(array).reshape(*array.shape[:-2], -1)
+            self._of_trace[name, trace] = known
+        return known
 
     def _stacked(self, name: str) -> np.ndarray:
         arrays = [file.array(name) if isinstance(file, TraceFile) else getattr(file, name) for file in self.files]

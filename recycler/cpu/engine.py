@@ -17,6 +17,7 @@ from recycler.cpu.attention import BLOCK_TOKENS
 from recycler.cpu.decisions import decisions
 from recycler.cpu.layer import attend, feed, predict, project
 from recycler.cpu.refresh_keys import refresh_keys
+from recycler.cpu.threads import threads_of_torch
 from recycler.engine import Decoding, Engine, NotCovered
 from recycler.hook import refuse_full_window
 from recycler.keys_only import keys_only_units, tokens_read
@@ -95,8 +96,7 @@ class CpuDecoding(Decoding):
         grown = [part.make_room() for layer in self._layers for part in _parts_of(layer)]
         if any(grown):
             self._refer_to_memory()
-        n_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(n_threads)
+        n_threads = threads_of_torch()
         hidden = self._parts.embedding.weight[tokens].to(torch.promote_types(self._parts.dtype, torch.float32))
         cosine, sine = (angle[:, 0].contiguous().numpy() for angle in self._parts.rotary(hidden, places[:, None]))
         x, n_own = hidden.numpy(), _parts_of(self._layers[0])[0].n_own

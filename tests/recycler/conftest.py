@@ -200,9 +200,7 @@ class _PlainUnit:
             "refresh_overlap": self.refresh_overlap,
         }
 
-    def attend(
-        self, query: np.ndarray, key: np.ndarray, value: np.ndarray, full: bool, keys_only: bool
-    ) -> np.ndarray:
+    def attend(self, query: np.ndarray, key: np.ndarray, value: np.ndarray, full: bool, keys_only: bool) -> np.ndarray:
         self.last_query = query.mean(0)
         self.step += 1
         self.age += 1

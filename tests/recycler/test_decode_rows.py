@@ -147,7 +147,10 @@ def test_a_keys_only_refresh_reads_all_keys_and_the_values_of_its_set_and_counts
     make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
 ) -> None:
     model, tokens = make_model(), make_tokens(N_PROMPT + N_STEPS)[0]
-    selection, policies = Selection(9, sinks=1, window=2), (FixedStride(3), RefreshKeys(FixedStride(3), ((1, 0), (1, 1))))
+    selection, policies = (
+        Selection(9, sinks=1, window=2),
+        (FixedStride(3), RefreshKeys(FixedStride(3), ((1, 0), (1, 1)))),
+    )
     prompt = read(model, tokens[:N_PROMPT], selection)
     for rows in both(model, prompt, policies, selection):
         for step, done in enumerate(follow(rows, 2, tokens[N_PROMPT:])):

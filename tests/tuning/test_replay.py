@@ -143,7 +143,7 @@ class Noting(StepPolicy):
 
     def decide(self, signals: StepSignals) -> Any:
         for name in SIGNALS:
-            self.seen.setdefault(name, []).append(np.array(getattr(signals, name)))
+            self.seen.setdefault(name, []).append(np.array(getattr(signals, name), dtype=np.float64))
         return self.policy.decide(signals)
 
 

@@ -51,7 +51,8 @@ def test_what_python_calls_is_stamped_with_the_digest_of_the_sources(kernel: obj
 
 def sources() -> list[Path]:
     folder = Path(compiled.__file__).parent
-    return [*sorted(folder.glob("*.py")), REPOSITORY / "policies" / "program.py"]
+    policies = REPOSITORY / "policies"
+    return [*sorted(folder.glob("*.py")), policies / "program.py", *sorted((policies / "compiled").glob("*.py"))]
 
 
 @pytest.mark.parametrize("source", sources(), ids=lambda path: path.name)

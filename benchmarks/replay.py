@@ -1,0 +1,134 @@
+"""`python benchmarks/replay.py`: seconds to replay one policy over many traces, beside the bytes that it must read.
+
+Floor: every unit-step reads one number of each array by age that the policy needs, at an age that no prefetcher
+foresees: a cache line of 64 bytes in the worst case. Both, and what a sum over 256 MiB reaches, are printed. Traces are
+random: the time depends on their size, and on how often units run full, not on their values.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from machine import machine_name
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from policies import BudgetConstrained, CosineThreshold, FixedStride, LearnedLogistic, StepPolicy
+from traces import Trace, TraceHeader, write_trace
+from traces.command import run_command
+from tuning.replay import replay_policy
+from tuning.trace_batch import TraceBatch
+
+_LINE_BYTES = 64
+_PROMPT_TOKENS = 16
+
+
+def main(
+    traces: Annotated[int, typer.Option(help="Traces.", min=1)] = 100,
+    steps: Annotated[int, typer.Option(help="Steps of each.", min=1)] = 512,
+    max_age: Annotated[int, typer.Option(help="Ages of each.", min=1)] = 64,
+    layers: Annotated[int, typer.Option(help="Layers.", min=1)] = 30,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Replays of each policy; the median counts.", min=1)] = 5,
+) -> dict[str, Any]:
+    """Time the replay of policies of several kinds."""
+    units = (layers, kv_heads)
+    console = Console(highlight=False)
+    bandwidth = _bandwidth()
+    console.print(f"{machine_name()}: a sum reads {bandwidth / 1e9:.1f} GB/s")
+    table = Table()
+    for name in ("policy", "seconds", "full share", "GB needed", "GB in lines", "GB/s in lines"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = [
+            write_trace(_random_trace(f"random-{i:03d}", steps, max_age, units, i), folder)
+            for i in tqdm(range(traces), desc="writing traces", unit="trace")
+        ]
+        batch = TraceBatch(files)
+        for name, (policy, n_arrays) in _policies(units).items():
+            replay = replay_policy(batch, policy)  # Compiles, and brings the files into memory.
+            times = []
+            for _ in range(rounds):
+                began = time.perf_counter()
+                replay_policy(batch, policy)
+                times.append(time.perf_counter() - began)
+            seconds = statistics.median(times)
+            needed = traces * steps * layers * kv_heads * n_arrays * 4
+            in_lines = needed // 4 * _LINE_BYTES
+            rows.append({"policy": name, "seconds": round(seconds, 4), "full_share": round(replay.full_share, 4)})
+            shown = (f"{needed / 1e9:.3f}", f"{in_lines / 1e9:.2f}", f"{in_lines / seconds / 1e9:.1f}")
+            table.add_row(name, f"{seconds:.3f}", f"{replay.full_share:.3f}", *shown)
+    console.print(table)
+    slowest = max(rows, key=lambda row: float(row["seconds"]))
+    return {
+        "seconds_per_policy": slowest["seconds"],
+        "traces": traces,
+        "steps": steps,
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "max_age": max_age,
+        "cores": os.cpu_count(),
+        "machine": machine_name(),
+        "bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
+        "rows": rows,
+    }
+
+
+def _policies(units: tuple[int, int]) -> dict[str, tuple[StepPolicy, int]]:
+    """Policies, and how many arrays by age each reads."""
+    rng = np.random.default_rng(0)
+    rates = np.clip(rng.lognormal(-2.8, 0.8, units), 0.002, 1).tolist()
+    thresholds = rng.uniform(0.3, 0.7, units).tolist()
+    features = ("sqrt_age", "inverse_age", "query_drift", "step_drift", "refresh_loss")
+    logistic = LearnedLogistic(features, (0.3, -1.0, 2.0, 1.0, 1.0), rng.normal(-3, 1, units).tolist())
+    strides = [[1 / rate for rate in row] for row in rates]
+    return {
+        "stride per unit in accounts": (BudgetConstrained(FixedStride(strides), rates), 1),
+        "cosine per unit in accounts": (BudgetConstrained(CosineThreshold(thresholds), rates), 2),
+        "logistic model in accounts": (BudgetConstrained(logistic, rates), 2),
+    }
+
+
+def _random_trace(name: str, steps: int, max_age: int, units: tuple[int, int], seed: int) -> Trace:
+    rng = np.random.default_rng(seed)
+    by_age = (steps, max_age, *units)
+    header = TraceHeader(
+        model={"id": "random", "layers": units[0], "kv_heads": units[1]},
+        selection={},
+        prompt={"name": name, "kind": "random", "n_prompt_tokens": _PROMPT_TOKENS},
+        n_steps=steps,
+        max_age=max_age,
+        versions={},
+    )
+    return Trace(
+        header=header,
+        tokens=np.zeros(_PROMPT_TOKENS + steps, dtype=np.int32),
+        recovered_mass=rng.random(by_age, dtype=np.float32),
+        query_similarity=rng.random(by_age, dtype=np.float32),
+        overlap=np.zeros(by_age, dtype=np.float32),
+        fresh_mass=rng.random((steps + 1, *units), dtype=np.float32),
+        token_log_prob=np.zeros(steps, dtype=np.float32),
+    )
+
+
+def _bandwidth() -> float:
+    """Bytes per second that a sum reads, the best of five."""
+    numbers = np.ones(2**25)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        numbers.sum()
+        best = max(best, numbers.nbytes / (time.perf_counter() - began))
+    return best
+
+
+if __name__ == "__main__":
+    run_command(main)
