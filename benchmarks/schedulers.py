@@ -25,7 +25,6 @@ import typer
 from machine import machine_name
 from schedulers_picture import draw_schedulers
 from tqdm import tqdm
-from tuning.winners import choose_winners
 
 from policies import FixedStride, Selection, StepPolicy, StepSignals
 from policies.arrays import Array, like
@@ -39,17 +38,18 @@ from recycler.fidelity.store import FidelityStore
 from recycler.models import LoadedModel, load_model
 from recycler.prompts import Prompt, default_prompts
 from recycler.recording import record_prompts
-from recycler.sensitivity import measure_sensitivity
 from recycler.tasks import TaskPrompt
 from traces import TraceFile
 from traces.command import run_command
 from traces.estimate import bootstrap, bootstrap_ratio
 from tuning.families import FAMILIES
 from tuning.hindsight import hindsight
+from tuning.optimize import sized_sets
 from tuning.split import Split, split_by_prompt
 from tuning.study import search_family
 from tuning.trace_batch import TraceBatch
-from tuning.tuning_data import TuningData, unit_cost
+from tuning.tuning_data import TuningData
+from tuning.winners import choose_winners
 
 _ROOT = Path(__file__).parents[1]
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
@@ -161,13 +161,11 @@ def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> list[Prompt
         context_tokens=setting.context_tokens,
         n_steps=setting.steps,
     )
-    selection = Selection.unpooled(setting.k)
+    sized = sized_sets(loaded, prompts, Selection.unpooled(setting.k), folder / "set_sizes")
+    selection, cost = sized.selection, sized.unit_cost
     files = record_prompts(loaded, prompts, selection, folder / "traces", max_age=setting.steps)
     split = split_by_prompt(files)
-    sensitivity = measure_sensitivity(loaded, folder / "traces", split.ablate)
-    tune = TraceBatch(split.tune)
-    cost = unit_cost(tune, sensitivity)
-    tuned = _tune(loaded, setting, split, TuningData(tune, _BUDGET, cost), folder)
+    tuned = _tune(loaded, setting, split, TuningData(TraceBatch(split.tune), _BUDGET, cost), folder)
     foreseen = hindsight(TraceBatch(split.held_out), cost, _BUDGET)
     store = FidelityStore(folder / "outcomes")
     by_name = {prompt.name: prompt for prompt in prompts}
@@ -176,12 +174,14 @@ def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> list[Prompt
         oracle = Foreseen(
             tuple(tuple(tuple(row) for row in step) for step in foreseen[:, place].astype(float).tolist())
         )
-        methods = [*_methods(setting.k, tuned), ForeseenMethod("hindsight 0.1", "knows the future", oracle, selection)]
+        methods = [*_methods(selection, tuned), ForeseenMethod("hindsight 0.1", "knows the future", oracle, selection)]
         outcomes.append(store.measure(loaded, _teacher_forced(by_name[_name(file)]), methods))
     return outcomes
 
 
-def _tune(loaded: LoadedModel, setting: Setting, split: Split, data: TuningData, folder: Path) -> dict[str, StepPolicy]:
+def _tune(
+    loaded: LoadedModel, setting: Setting, split: Split[TraceFile], data: TuningData, folder: Path
+) -> dict[str, StepPolicy]:
     """The best candidate of every family at the main budget, and of all families at the others, by closed loop."""
     folder.mkdir(parents=True, exist_ok=True)
     searches = {
@@ -218,16 +218,16 @@ def _rows_of(run: ClosedLoop, rows: slice) -> ClosedLoop:
     return ClosedLoop(*(getattr(run, field.name)[rows] for field in dataclasses.fields(run)))
 
 
-def _methods(k: int, tuned: Mapping[str, StepPolicy]) -> list[Method]:
+def _methods(selection: Selection, tuned: Mapping[str, StepPolicy]) -> list[Method]:
     """Tuned policies, clocks with three sets at every budget, and new sets at every step."""
-    unpooled = Selection.unpooled(k)
-    sets = {"": Selection(k), ", unpooled": unpooled, ", RefreshKV's set": refreshkv_set(k)}
-    methods: list[Method] = [Scheduled(name, "tuned", policy, unpooled) for name, policy in tuned.items()]
-    for budget, (suffix, selection) in itertools.product(BUDGETS, sets.items()):
+    k = selection.k
+    sets = {", same set": selection, "": Selection(k), ", RefreshKV's set": refreshkv_set(k)}
+    methods: list[Method] = [Scheduled(name, "tuned", policy, selection) for name, policy in tuned.items()]
+    for budget, (suffix, some) in itertools.product(BUDGETS, sets.items()):
         source = "RefreshKV fixed stride, arXiv 2411.05787"
-        methods.append(Scheduled(f"stride {1 / budget:g}{suffix}", source, FixedStride(1 / budget), selection))
-    for suffix, selection in list(sets.items())[:2]:
-        methods.append(EveryStep(f"new set at every step{suffix}", "ceiling", FreshTopK(selection)))
+        methods.append(Scheduled(f"stride {1 / budget:g}{suffix}", source, FixedStride(1 / budget), some))
+    for suffix, some in list(sets.items())[:2]:
+        methods.append(EveryStep(f"new set at every step{suffix}", "ceiling", FreshTopK(some)))
     return methods
 
 
@@ -292,10 +292,10 @@ def _targets(outcomes: Sequence[PromptOutcome]) -> dict[str, Any]:
     """The numbers that the project has set itself targets for; see docs/schedulers.md."""
     tuned, plain = f"tuned {_BUDGET:g}", f"stride {1 / _BUDGET:g}, RefreshKV's set"
     copying, prose = _of_kind(outcomes, "copying"), _of_kind(outcomes, "prose")
-    clocks = [f"stride {1 / _BUDGET:g}", f"stride {1 / _BUDGET:g}, unpooled"]
+    clocks = [f"stride {1 / _BUDGET:g}", f"stride {1 / _BUDGET:g}, same set"]
     best = min(clocks, key=lambda name: float(_kl(outcomes, name).mean()))
-    same = f"stride {1 / _BUDGET:g}, unpooled"
-    ceiling = "new set at every step, unpooled"
+    same = f"stride {1 / _BUDGET:g}, same set"
+    ceiling = "new set at every step, same set"
     at = {name: float(_kl(outcomes, name).mean()) for name in (tuned, best, plain, ceiling)}
     kept = bootstrap_ratio(_accuracy(copying, tuned), _accuracy(copying, "full"))
     of_plain = bootstrap_ratio(_kl(prose, tuned), _kl(prose, plain))
@@ -305,7 +305,7 @@ def _targets(outcomes: Sequence[PromptOutcome]) -> dict[str, Any]:
         by_kind = {}
         for kind in dict.fromkeys(outcome.task for outcome in outcomes):
             some = _of_kind(outcomes, kind)
-            strides = [f"stride {1 / budget:g}", f"stride {1 / budget:g}, unpooled"]
+            strides = [f"stride {1 / budget:g}", f"stride {1 / budget:g}, same set"]
             least = min(float(_kl(some, name).mean()) for name in strides)
             by_kind[kind] = float(_kl(some, f"tuned {budget:g}").mean()) / least
         nowhere_worse[f"{budget:g}"] = by_kind

@@ -19,7 +19,7 @@ _GROUPS = (
     ("stride", style.INK, "s", True),
     ("hindsight", _GREEN, "*", False),
 )
-_SETS = {", unpooled": ("--", "clock, unpooled set"), ", RefreshKV's set": (":", "clock, RefreshKV's set")}
+_SETS = {", same set": ("--", "clock, the tuned ones' set"), ", RefreshKV's set": (":", "clock, RefreshKV's set")}
 _TICKS = (0.02, 0.05, 0.1, 0.2)
 
 
@@ -72,9 +72,9 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], value: Any, interval: A
             if interval is not None and joined:
                 low, high = np.array([interval(row) for row in some]).T
                 axes.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
-    for suffix, dashes in (("", "-."), (", unpooled", "--")):
+    for suffix, dashes in (("", "-."), (", same set", "--")):
         (row,) = [row for row in rows if row["method"] == f"new set at every step{suffix}"]
-        name = f"new set at every step, {'unpooled' if suffix else 'pooled'}"
+        name = f"new set at every step, {"the tuned ones' set" if suffix else 'pooled'}"
         axes.axhline(value(row), color=_BLUE, linestyle=dashes, linewidth=1.2, label=name)
 
 

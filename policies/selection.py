@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -80,6 +80,12 @@ class Selection:
         (SnapKV's observation window, arXiv 2404.14469).
         """
         return cls(k, pool_forward=0, prompt_queries=32)
+
+    def pooled(self) -> Selection:
+        """The same with the default pooling and sizes, which serve clocks better; itself if it pools already."""
+        if self.pool_backward or self.pool_forward:
+            return self
+        return replace(self, pool_backward=Selection.pool_backward, pool_forward=Selection.pool_forward, unit_k=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", GroupPooling(self.group))

@@ -28,16 +28,24 @@ class ClosedLoopStore:
 
     folder: Path
 
-    def run(self, loaded: LoadedModel, trace: TraceFile, policies: Sequence[StepPolicy]) -> ClosedLoop:
+    def run(
+        self,
+        loaded: LoadedModel,
+        trace: TraceFile,
+        policies: Sequence[StepPolicy],
+        selection: Selection | None = None,
+    ) -> ClosedLoop:
         """Run policies on the prompt of a trace, or read the result of an equal run.
 
         Runs are equal if model, precision, tokens, selection, policies and package versions are.
 
         Args:
             loaded: The model of the trace.
-            trace: Its prompt, continuation and selection are used.
+            trace: Its prompt and continuation are used.
             policies: Rows of the batch.
+            selection: How sets are chosen; None for as in the trace.
         """
+        selection = selection or Selection(**trace.header.selection)
         tokens = trace.array("tokens")
         n_prompt_tokens = int(trace.header.prompt["n_prompt_tokens"])
         identity = {
@@ -45,7 +53,7 @@ class ClosedLoopStore:
             "dtype": str(loaded.model.dtype),
             "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
             "n_prompt_tokens": n_prompt_tokens,
-            "selection": dict(trace.header.selection),
+            "selection": dataclasses.asdict(selection),
             "policies": [policy_to_json(policy) for policy in policies],
             "versions": versions(),
         }
@@ -54,7 +62,6 @@ class ClosedLoopStore:
         if path.exists():
             with np.load(path) as arrays:
                 return ClosedLoop(**arrays)
-        selection = Selection(**trace.header.selection)
         result = run_closed_loop(loaded.model, tokens, n_prompt_tokens, policies, selection)
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

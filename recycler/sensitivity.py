@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,8 @@ from policies import FixedStride, Selection
 from recycler.closed_loop import run_closed_loop
 from recycler.model_shape import model_shape
 from recycler.models import LoadedModel, load_model
+from recycler.prompts import Prompt
+from recycler.recorder import trace_header
 from traces import TraceFile, TraceFolder
 from traces.command import run_command
 from traces.sensitivity import Sensitivity
@@ -79,22 +81,43 @@ def measure_sensitivity(
         ValueError: If the folder's file is damaged or was measured with another model, selection or number of steps.
     """
     first = files[0].header
-    selection = Selection(**first.selection)
-    n_steps = min(n_steps, first.n_steps)
-    known = Sensitivity.read(folder) or Sensitivity(first.model, first.selection, n_steps, {})
-    if (known.model, known.selection, known.n_steps) != (first.model, first.selection, n_steps):
+    texts = {file.name: (file.array("tokens"), int(file.header.prompt["n_prompt_tokens"])) for file in files}
+    return _measure(loaded, folder, texts, first.model, first.selection, min(n_steps, first.n_steps))
+
+
+def measure_prompt_sensitivity(
+    loaded: LoadedModel, folder: Path | str, prompts: Sequence[Prompt], selection: Selection, *, n_steps: int = 24
+) -> Sensitivity:
+    """The same for prompts that were not recorded, with any selection that can be."""
+    first = prompts[0]
+    header = trace_header(loaded.model, first, selection, max_age=1, model_id=loaded.id)
+    texts = {prompt.name: (prompt.tokens, prompt.n_prompt_tokens) for prompt in prompts}
+    return _measure(loaded, folder, texts, header.model, header.selection, min(n_steps, first.n_steps))
+
+
+def _measure(
+    loaded: LoadedModel,
+    folder: Path | str,
+    texts: Mapping[str, tuple[np.ndarray, int]],
+    model: Mapping[str, Any],
+    selection: Mapping[str, Any],
+    n_steps: int,
+) -> Sensitivity:
+    known = Sensitivity.read(folder) or Sensitivity(model, selection, n_steps, {})
+    if (known.model, known.selection, known.n_steps) != (model, selection, n_steps):
         raise ValueError(
             f"{folder} holds a sensitivity of another model, selection or number of steps "
             f"({known.n_steps}, not {n_steps}): remove it and measure again."
         )
-    for file in tqdm(files, desc="sensitivity", unit="prompt", disable=len(known.kl) >= len(files)):
-        name = str(file.header.prompt["name"])
+    for name, (tokens, n_prompt_tokens) in tqdm(
+        texts.items(), desc="sensitivity", unit="prompt", disable=len(known.kl) >= len(texts)
+    ):
         if name in known.kl:
             continue
-        n_prompt_tokens = int(file.header.prompt["n_prompt_tokens"])
-        tokens = file.array("tokens")[: n_prompt_tokens + n_steps]
-        table = unit_sensitivity(loaded, tokens, n_prompt_tokens, selection)
+        some = tokens[: n_prompt_tokens + n_steps]
+        table = unit_sensitivity(loaded, some, n_prompt_tokens, Selection(**selection))
         known = dataclasses.replace(known, kl={**known.kl, name: table})
+        Path(folder).mkdir(parents=True, exist_ok=True)
         known.write(folder)
     return known
 

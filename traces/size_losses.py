@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class SizeLosses:
 
     model: Mapping[str, Any]
     selection: Mapping[str, Any]
-    sizes: Sequence[int]
+    sizes: tuple[int, ...]
     lost: Mapping[str, np.ndarray]
 
     def write(self, folder: Path | str) -> Path:

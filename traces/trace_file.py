@@ -54,6 +54,16 @@ class TraceFile:
         except ValueError as error:
             raise ValueError(f"{self.path} is no trace: {error}.") from error
 
+    @property
+    def name(self) -> str:
+        """Name of the prompt, and of the file without its ending."""
+        return str(self.header.prompt["name"])
+
+    @property
+    def kind(self) -> str:
+        """Kind of text."""
+        return str(self.header.prompt["kind"])
+
     def array(self, name: str) -> np.ndarray:
         """Read one array of the trace.
 

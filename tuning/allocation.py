@@ -34,7 +34,9 @@ def loss_by_stride(loss_by_age: np.ndarray, strides: np.ndarray = STRIDES) -> np
     return np.stack(rows)
 
 
-def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> np.ndarray:
+def allocate(
+    loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES, full_cost: np.ndarray | None = None
+) -> np.ndarray:
     """Rates of full steps that minimise the total loss under a budget.
 
     The loss of each unit is taken as the lower convex hull of its points (rate, loss); then buying the steepest
@@ -43,29 +45,31 @@ def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> 
 
     Args:
         loss: `(strides, units)`, loss per step of each unit at each stride.
-        budget: Mean rate over units, in (0, 1].
+        budget: Mean of rate x cost over units, in (0, 1].
         strides: Strides of the rows, increasing.
+        full_cost: `(units,)`, above 0: what a full step of each unit costs; None for 1.
 
     Returns:
-        float64 `(units,)`: full steps per step, in [1 / strides[-1], 1], with mean at most `budget`.
+        float64 `(units,)`: full steps per step, in [1 / strides[-1], 1].
 
     Raises:
         ValueError: If the budget is below the rate of the longest stride.
     """
     rates = 1 / strides.astype(np.float64)
     n_units = loss.shape[1]
+    cost = np.ones(n_units) if full_cost is None else full_cost
     if budget < rates[-1]:
         raise ValueError(f"a budget of {budget:g} is below one full step in {strides[-1]}, the longest stride.")
     segments = [
-        (-(loss[low, unit] - loss[high, unit]) / (rates[high] - rates[low]), unit, low, high)
+        (-(loss[low, unit] - loss[high, unit]) / (cost[unit] * (rates[high] - rates[low])), unit, low, high)
         for unit in range(n_units)
         for low, high in _hull_segments(rates, loss[:, unit])
     ]
     allocated = np.full(n_units, rates[-1])
-    left = budget * n_units - allocated.sum()
+    left = budget * n_units - (cost * allocated).sum()
     for _, group in itertools.groupby(sorted(segments), key=lambda segment: segment[0]):
         equally_steep = list(group)
-        wanted = sum(rates[high] - rates[low] for _, _, low, high in equally_steep)
+        wanted = sum(cost[unit] * (rates[high] - rates[low]) for _, unit, low, high in equally_steep)
         bought = min(wanted, left)
         for _, unit, low, high in equally_steep:
             allocated[unit] += (rates[high] - rates[low]) * bought / wanted
@@ -74,6 +78,37 @@ def allocate(loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES) -> 
             break
     # Sums of segments miss 1 by a rounding: above it no policy accepts them, below it a unit would be denied a step.
     return np.where(allocated > 1 - _ROUNDING, 1.0, allocated)
+
+
+def who_refreshes_by_keys(
+    loss: np.ndarray, fresh_loss: np.ndarray, budget: float, strides: np.ndarray = STRIDES
+) -> np.ndarray:
+    """Which units should refresh by keys alone: at half the cost, a new set instead of the whole cache.
+
+    Each unit takes the way and the stride of least loss + price x cost, with one price for all (Lagrange).
+
+    Args:
+        loss: `(strides, units)`, loss per step when full steps lose nothing.
+        fresh_loss: `(units,)`, what a step loses over a new set.
+        budget: Mean of rate x cost over units, in (0, 1].
+        strides: Strides of the rows.
+
+    Returns:
+        bool `(units,)`.
+    """
+    rates = 1 / strides.astype(np.float64)[:, None]
+    losses = np.stack([loss, loss + rates * fresh_loss])
+    costs = np.stack([rates, rates / 2])
+
+    def at(price: float) -> np.ndarray:
+        chosen: np.ndarray = (losses + price * costs).reshape(-1, loss.shape[1]).argmin(0)
+        return chosen
+
+    low, high = 0.0, float(losses.max()) * float(strides[-1]) + 1.0
+    for _ in range(60):
+        price = (low + high) / 2
+        low, high = (price, high) if costs.reshape(-1)[at(price)].mean() > budget else (low, price)
+    return at(high) >= len(strides)
 
 
 def _hull_segments(rates: np.ndarray, loss: np.ndarray) -> list[tuple[int, int]]:

@@ -34,6 +34,8 @@ def measured(
     policies: Sequence[StepPolicy],
     traces: TraceBatch,
     runs: Sequence[ClosedLoopArrays],
+    *,
+    traced_set: bool = True,
 ) -> list[Measured]:
     """Summarise policies over prompts.
 
@@ -42,6 +44,7 @@ def measured(
         policies: The rows of each run.
         traces: The prompts, in the order of `runs`.
         runs: One closed-loop run per prompt.
+        traced_set: False if they ran with another selection than the traces': then nothing is known of recovered mass.
     """
     results = []
     for row, (label, policy) in enumerate(zip(labels, policies, strict=True)):
@@ -51,7 +54,7 @@ def measured(
                 label=label,
                 policy=policy,
                 replay_full_share=replay.full_share,
-                recovered_mass=replay.recovered_mass,
+                recovered_mass=replay.recovered_mass if traced_set else float("nan"),
                 prompt_kl=np.array([run.kl[row].mean() for run in runs]),
                 prompt_agreement=np.array([run.agreement[row].mean() for run in runs]),
                 # The last step has no next token in the text.

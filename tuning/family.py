@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import optuna
 
-from policies import BudgetConstrained, FixedStride, StepPolicy
+from policies import BudgetConstrained, FixedStride, RefreshKeys, StepPolicy
 from tuning.replay import replay_policy
-from tuning.tuning_data import TuningData
+from tuning.tuning_data import Division, TuningData
 
 # Fractions of the golden ratio fill the unit interval evenly for any number of units.
 _GOLDEN = 0.6180339887498949
@@ -32,6 +32,19 @@ class Family(ABC):
 def within_rates(policy: StepPolicy, rates: np.ndarray) -> BudgetConstrained:
     """Give each unit an account of its own rate, `(layers, kv_heads)`."""
     return BudgetConstrained(policy, rates.tolist())
+
+
+def divided(trial: optuna.trial.BaseTrial, data: TuningData) -> Division:
+    """A division of the budget, with how sharply to trust unit costs and whether to refresh by keys alone searched."""
+    sharpness = trial.suggest_float("sharpness", 0.5, 2.0)
+    return data.divide(sharpness, keys_only=trial.suggest_categorical("keys_only", [False, True]))
+
+
+def within_division(policy: StepPolicy, division: Division) -> BudgetConstrained:
+    """Give each unit its account, and let those that should refresh by keys alone do so."""
+    if division.keys_only.any():
+        policy = RefreshKeys(policy, division.keys_only.astype(int).tolist())
+    return within_rates(policy, division.rates)
 
 
 def own_rates(policy: StepPolicy, data: TuningData) -> np.ndarray:

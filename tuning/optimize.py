@@ -21,14 +21,15 @@ from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from policies import ModelShape, Selection, StepPolicy
+from policies import FixedStride, ModelShape, Selection, StepPolicy
 from recycler.closed_loop_store import ClosedLoopStore
 from recycler.model_shape import check_positions, model_shape
 from recycler.models import LoadedModel, load_model
-from recycler.prompts import KINDS, default_prompts
+from recycler.prompts import KINDS, Prompt, default_prompts
 from recycler.recorder import versions
 from recycler.recording import record_prompts
-from recycler.sensitivity import measure_sensitivity
+from recycler.sensitivity import measure_prompt_sensitivity, measure_sensitivity
+from recycler.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
 from traces.command import run_command
 from tuning.certificate import KlLimit, check_n_prompts
@@ -40,6 +41,7 @@ from tuning.policy_export import policy_file
 from tuning.report import write_report, write_results
 from tuning.result_rows import kl_share
 from tuning.results import Measured, TuningResult
+from tuning.set_sizes import SizedSets, size_sets
 from tuning.split import Split, split_by_prompt
 from tuning.study import search_family
 from tuning.table import print_table
@@ -101,7 +103,7 @@ def main(
     # Searching at one budget whatever the limit, and at the usual one, shares its trials with other runs.
     search_budget = most if asked is None else min(most, _BUDGET)
     chosen_families = families_named([name.strip() for name in families.split(",") if name.strip()])
-    selection = Selection(k)
+    selection = Selection.unpooled(k)
     if asked is not None and traces is None:
         # Before minutes of recording.
         check_n_prompts(asked, len(KINDS) * (per_kind // 2), len(KINDS))
@@ -115,7 +117,8 @@ def main(
         prompts = default_prompts(
             loaded.tokenizer, n_per_kind=per_kind, context_tokens=context_tokens, n_steps=steps, seed=seed
         )
-        files = record_prompts(loaded, prompts, selection, trace_folder, max_age=steps)
+        sized = sized_sets(loaded, prompts, selection, out / "set_sizes")
+        files = record_prompts(loaded, prompts, sized.selection, trace_folder, max_age=steps)
     split = split_by_prompt(files)
     n_kinds = len({str(file.header.prompt["kind"]) for file in files})
     if asked is not None:
@@ -124,9 +127,9 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
-    sensitivity = measure_sensitivity(loaded, trace_folder, split.ablate)
     tune = TraceBatch(split.tune)
-    data = TuningData(tune, search_budget, unit_cost(tune, sensitivity))
+    cost = unit_cost(tune, measure_sensitivity(loaded, trace_folder, split.ablate)) if traces else sized.unit_cost
+    data = TuningData(tune, search_budget, cost)
 
     trial_store = storage or JournalStorage(JournalFileBackend(str(out / "study.log")))
     identity = _identity(split, search_budget, data.unit_cost)
@@ -148,10 +151,7 @@ def main(
     winners = choose_winners(searches, [store.run(loaded, file, everyone) for file in validation])
 
     def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
-        rows = list(policies.values())
-        held_out = tqdm(split.held_out, desc="confirming winners", unit="prompt")
-        runs = [store.run(loaded, file, rows) for file in held_out]
-        return dict(zip(policies, measured(list(policies), rows, TraceBatch(split.held_out), runs), strict=True))
+        return _measured(store, loaded, split.held_out, policies)
 
     if asked is None:
         compared = compare_winners(measure, data, winners)
@@ -206,13 +206,45 @@ def _load(model: str | None, files: Sequence[TraceFile], dtype: str, device: str
     return loaded
 
 
-def _identity(split: Split, budget: float, cost: np.ndarray) -> str:
+def _identity(split: Split[TraceFile], budget: float, cost: np.ndarray) -> str:
     """Short digest of all that a study's trials depend on."""
     parts = [file.digest() for file in split.tune] + [repr(budget), hashlib.sha256(cost.tobytes()).hexdigest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def _result(shape: ModelShape, split: Split, compared: Compared) -> TuningResult:
+def sized_sets(loaded: LoadedModel, prompts: Sequence[Prompt], selection: Selection, folder: Path) -> SizedSets:
+    """Measure what the sizes of sets depend on, on the prompts that are tuned on, and choose them."""
+    split = split_by_prompt(prompts)
+    sensitivity = measure_prompt_sensitivity(loaded, folder, split.ablate, selection)
+    return size_sets(selection, measure_size_losses(loaded, split.tune, selection, folder), sensitivity)
+
+
+def _measured(
+    store: ClosedLoopStore, loaded: LoadedModel, files: Sequence[TraceFile], policies: Mapping[str, StepPolicy]
+) -> dict[str, Measured]:
+    """Policies in closed loop; clocks for all units with pooled sets too, of which the better ones count."""
+    traces = TraceBatch(files)
+    selection = Selection(**files[0].header.selection)
+    pooled = selection.pooled()
+    clocks = {label: policy for label, policy in policies.items() if isinstance(policy, FixedStride)}
+    if pooled == selection:
+        clocks = {}
+    rows, clock_rows = list(policies.values()), list(clocks.values())
+    runs, clock_runs = [], []
+    for file in tqdm(files, desc="confirming winners", unit="prompt"):
+        runs.append(store.run(loaded, file, rows))
+        if clocks:
+            clock_runs.append(store.run(loaded, file, clock_rows, pooled))
+    found = dict(zip(policies, measured(list(policies), rows, traces, runs), strict=True))
+    labels = [f"{label}, pooled" for label in clocks]
+    others = measured(labels, clock_rows, traces, clock_runs, traced_set=False)
+    for label, other in zip(clocks, others, strict=True):
+        if other.kl.value <= found[label].kl.value:
+            found[label] = other
+    return found
+
+
+def _result(shape: ModelShape, split: Split[TraceFile], compared: Compared) -> TuningResult:
     headers = [file.header for file in split.held_out]
     return TuningResult(
         model=shape,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -21,24 +22,28 @@ class Replay:
 
     Attributes:
         full: bool `(steps, traces, layers, kv_heads)`: decisions.
-        lost_mass: float32 of the same shape, in [0, 1]: attention that the unit's set missed; 0 where it ran full.
+        lost_mass: float32 of the same shape, in [0, 1]: attention that the unit's set missed; 0 where it ran full, and
+            what the new set misses at a keys-only refresh.
         beyond_max_age: Share of recycled unit-steps with a set older than the traces record. There the oldest
             recorded age stands in, and replay is an estimate.
+        full_cost: What a full step of a unit counts, a number or `(layers, kv_heads)`: 1, or 1/2 for units that refresh
+            by keys alone.
     """
 
     full: np.ndarray
     lost_mass: np.ndarray
     beyond_max_age: float
+    full_cost: float | np.ndarray = 1.0
 
     @property
     def full_share(self) -> float:
-        """Share of unit-steps that ran full."""
-        return float(self.full.mean())
+        """Share of unit-steps that ran full; a keys-only refresh counts half."""
+        return float(self.unit_full_share.mean())
 
     @property
     def unit_full_share(self) -> np.ndarray:
         """Full share `(layers, kv_heads)`."""
-        share: np.ndarray = self.full.mean((0, 1))
+        share: np.ndarray = self.full.mean((0, 1)) * self.full_cost
         return share
 
     @property
@@ -68,9 +73,15 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
     needs = policy.needs
     check_traced(needs, f"the policy {policy.kind!r}")
     try:
-        return _replay_program(batch, policy_program(policy), needs)
+        replay = _replay_program(batch, policy_program(policy), needs)
     except NotAProgram:
-        return _replay_by_steps(batch, policy, needs)
+        replay = _replay_by_steps(batch, policy, needs)
+    keys_only = np.broadcast_to(np.asarray(policy.keys_only) != 0, batch.units)
+    if not keys_only.any():
+        return replay
+    missed_by_new_set = 1 - batch.fresh_mass[1:]
+    lost = np.where(replay.full & keys_only, missed_by_new_set, replay.lost_mass)
+    return dataclasses.replace(replay, lost_mass=lost, full_cost=1 - keys_only / 2)
 
 
 def _replay_program(batch: TraceBatch, program: PolicyProgram, needs: frozenset[str]) -> Replay:

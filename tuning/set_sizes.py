@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import numpy as np
 
+from policies import Selection
+from traces.sensitivity import Sensitivity
+from traces.size_losses import SizeLosses
 from tuning.allocation import STRIDES, loss_by_stride
+from tuning.tuning_data import cost_of_lost_mass
 
 # Bisections of each of the two prices.
 _N_HALVINGS = 40
+# Sizes are chosen for this budget whatever the budget of the search, so that one set of traces serves all.
+SIZES_BUDGET = 0.1
+
+
+@dataclass(frozen=True)
+class SizedSets:
+    """What sizes were chosen, and by what costs.
+
+    Attributes:
+        selection: With `unit_k`.
+        unit_cost: float64 `(layers, kv_heads)`, mean 1; see `tuning.tuning_data.unit_cost`.
+    """
+
+    selection: Selection
+    unit_cost: np.ndarray
+
+
+def size_sets(selection: Selection, losses: SizeLosses, sensitivity: Sensitivity) -> SizedSets:
+    """Give every unit a size, with the selection's k as their mean.
+
+    Args:
+        selection: How sets are chosen, and their mean size.
+        losses: Of the tuning prompts, with this selection.
+        sensitivity: Of some of them, with this selection.
+    """
+    at_k = losses.sizes.index(selection.k)
+    cost = cost_of_lost_mass(sensitivity, {name: losses.lost[name][at_k] for name in sensitivity.kl})
+    lost = np.mean(list(losses.lost.values()), axis=0) * cost
+    sizes = allocate_sizes(
+        lost.reshape(*lost.shape[:2], -1), np.array(losses.sizes), SIZES_BUDGET, selection.k
+    ).reshape(cost.shape)
+    return SizedSets(dataclasses.replace(selection, unit_k=sizes.tolist()), cost)
 
 
 def allocate_sizes(

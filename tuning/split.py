@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from traces import TraceFile
+
+class Named(Protocol):
+    """A prompt or its trace."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+PromptT = TypeVar("PromptT", bound=Named)
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[PromptT]):
     """Prompts by the part that they play; every kind of text is in every part as far as it has prompts.
 
     Attributes:
@@ -19,24 +31,24 @@ class Split:
         held_out: Seen by nobody until the winners are confirmed.
     """
 
-    tune: tuple[TraceFile, ...]
-    ablate: tuple[TraceFile, ...]
-    validate: tuple[TraceFile, ...]
-    held_out: tuple[TraceFile, ...]
+    tune: tuple[PromptT, ...]
+    ablate: tuple[PromptT, ...]
+    validate: tuple[PromptT, ...]
+    held_out: tuple[PromptT, ...]
 
 
-def split_by_prompt(files: Sequence[TraceFile]) -> Split:
+def split_by_prompt(prompts: Sequence[PromptT]) -> Split[PromptT]:
     """Hold out the later half of each kind, by name.
 
     Args:
-        files: Traces with different names; the order does not matter.
+        prompts: Prompts or traces, with different names; the order does not matter.
 
     Raises:
         ValueError: If no kind has two prompts, so that none can be held out.
     """
-    by_kind: dict[str, list[TraceFile]] = {}
-    for file in sorted(files, key=lambda file: str(file.header.prompt["name"])):
-        by_kind.setdefault(str(file.header.prompt["kind"]), []).append(file)
+    by_kind: dict[str, list[PromptT]] = {}
+    for prompt in sorted(prompts, key=lambda prompt: prompt.name):
+        by_kind.setdefault(prompt.kind, []).append(prompt)
     tune, ablate, validate, held_out = [], [], [], []
     for of_kind in by_kind.values():
         n_tune = (len(of_kind) + 1) // 2
@@ -46,7 +58,7 @@ def split_by_prompt(files: Sequence[TraceFile]) -> Split:
         held_out += of_kind[n_tune:]
     if not held_out:
         raise ValueError(
-            f"{len(files)} prompts of {len(by_kind)} kinds are too few to hold any out: "
+            f"{len(prompts)} prompts of {len(by_kind)} kinds are too few to hold any out: "
             "record at least two prompts of one kind."
         )
     return Split(tuple(tune), tuple(ablate), tuple(validate), tuple(held_out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from rich import box
@@ -58,7 +59,7 @@ def _policies(result: TuningResult, rows: list[ResultRow]) -> Table:
             _name(row, row.parameters),
             percent(row.measured.replay_full_share),
             percent(row.measured.full_share),
-            f"{row.measured.recovered_mass:.3f}",
+            "-" if math.isnan(row.measured.recovered_mass) else f"{row.measured.recovered_mass:.3f}",
             _estimate(row.kl, nats),
             _estimate(row.kl_share, whole_percent),
             _estimate(row.agreement, percent),

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from policies import StepPolicy
 from traces.sensitivity import Sensitivity
-from tuning.allocation import allocate, loss_by_stride
+from tuning.allocation import STRIDES, allocate, loss_by_stride, who_refreshes_by_keys
 from tuning.replay import Replay, replay_policy
 from tuning.trace_batch import TraceBatch
 
 # Share of the mean cost that every unit keeps: an ablation that happened to do no harm is no proof that none can.
 _COST_FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class Division:
+    """A budget divided among units.
+
+    Attributes:
+        rates: float64 `(layers, kv_heads)`: full steps per step; the mean of rate x cost is at most the budget.
+        keys_only: bool of the same shape: units that refresh by keys alone, which costs half.
+    """
+
+    rates: np.ndarray
+    keys_only: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -46,16 +60,25 @@ class TuningData:
         perturbation = np.einsum("...lh,lh->...", replay.lost_mass, self.unit_cost, dtype=np.float64)
         return float(((perturbation / self.unit_cost.size) ** 2).mean())
 
-    def rates(self, sharpness: float) -> np.ndarray:
-        """Full steps per step `(layers, kv_heads)` that the budget buys each unit, with mean at most the budget.
+    def divide(self, sharpness: float, *, keys_only: bool = False) -> Division:
+        """Divide the budget among units by what refreshing each of them is worth.
 
         Args:
             sharpness: Power of the unit costs: 1 trusts them, 0 divides the budget by lost mass alone.
+            keys_only: Whether units may refresh by keys alone where that is worth more.
         """
         by_age = self.traces.lost_by_age.mean(0)
         recorded = by_age[~np.isnan(by_age).any((1, 2))]
-        loss = loss_by_stride(recorded * self.unit_cost**sharpness)
-        return allocate(loss.reshape(len(loss), -1), self.budget).reshape(self.traces.units)
+        weight = self.unit_cost**sharpness
+        loss = loss_by_stride(recorded * weight).reshape(len(STRIDES), -1)
+        by_keys = np.zeros(loss.shape[1], dtype=bool)
+        if keys_only:
+            missed_by_new_set = (1 - self.traces.fresh_mass[1:].astype(np.float64)).mean((0, 1))
+            by_keys = who_refreshes_by_keys(loss, (missed_by_new_set * weight).ravel(), self.budget)
+            rates = 1 / STRIDES.astype(np.float64)
+            loss = loss + np.where(by_keys, rates[:, None] * (missed_by_new_set * weight).ravel(), 0)
+        rates = allocate(loss, self.budget, full_cost=1 - by_keys / 2)
+        return Division(rates.reshape(self.traces.units), by_keys.reshape(self.traces.units))
 
 
 def check_budget(budget: float) -> None:
@@ -86,13 +109,17 @@ def unit_cost(traces: TraceBatch, sensitivity: Sensitivity | None) -> np.ndarray
     measured = [] if sensitivity is None else [name for name in names if name in sensitivity.kl]
     if sensitivity is None or not measured:
         return np.ones(traces.units)
-    damage = np.sum([np.sqrt(np.maximum(sensitivity.kl[name], 0)) for name in measured], axis=0)
+    rows = [names.index(name) for name in measured]
+    return cost_of_lost_mass(sensitivity, dict(zip(measured, traces.lost_by_age[rows], strict=True)))
+
+
+def cost_of_lost_mass(sensitivity: Sensitivity, lost_by_age: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The same from what was lost at each age, `(max_age, layers, kv_heads)` by name of an ablated prompt."""
+    damage = np.sum([np.sqrt(np.maximum(sensitivity.kl[name], 0)) for name in lost_by_age], axis=0)
     if not damage.any():
         # As where sets hold the whole context.
-        return np.ones(traces.units)
-    ages = min(sensitivity.n_steps, traces.max_age)
-    rows = [names.index(name) for name in measured]
-    lost = np.nanmean(traces.lost_by_age[rows, :ages], axis=1).sum(0)
+        return np.ones(damage.shape)
+    lost = np.sum([np.nanmean(lost[: sensitivity.n_steps], axis=0) for lost in lost_by_age.values()], axis=0)
     cost = damage / np.maximum(lost, 1e-6)
     cost = np.maximum(cost, _COST_FLOOR * cost.mean())
     return np.asarray(cost / cost.mean())

@@ -99,6 +99,7 @@ def _follow(
     log_ps: list[Tensor] = []
     kl: list[np.ndarray] = []
     agreement: list[np.ndarray] = []
+    accuracy: list[np.ndarray] = []
     nll_change: list[np.ndarray] = []
     shares = _Shares()
     for step, token in enumerate(reference):
@@ -112,6 +113,7 @@ def _follow(
         agreement.append((log_p.argmax(-1) == full.argmax(-1)).cpu().numpy())
         if step + 1 < len(reference):
             following = int(reference[step + 1])
+            accuracy.append((log_p.argmax(-1) == following).cpu().numpy())
             nll_change.append((full[following] - log_p[:, following]).double().cpu().numpy())
     outcomes = []
     for row in range(n_rows):
@@ -120,6 +122,7 @@ def _follow(
             Outcome(
                 kl=np.array([one[row] for one in kl]),
                 agreement=np.array([one[row] for one in agreement], dtype=bool),
+                accuracy=np.array([one[row] for one in accuracy], dtype=bool),
                 nll_change=np.array([one[row] for one in nll_change]),
                 full_share=full_share,
                 read_share=read_share,

@@ -17,6 +17,7 @@ class Outcome:
     Attributes:
         kl: float64 `(steps,)`, nats: KL(full attention || method) of the next-token distribution, teacher-forced.
         agreement: bool `(steps,)`: whether both find the same token most likely.
+        accuracy: bool `(steps - 1,)`: whether the token found most likely is the reference's next one.
         nll_change: float64 `(steps - 1,)`, nats: what the method adds to the negative log-likelihood of the
             reference's next token.
         full_share: Share of unit-steps that attended to the whole cache, teacher-forced, a keys-only refresh counted
@@ -30,6 +31,7 @@ class Outcome:
 
     kl: np.ndarray
     agreement: np.ndarray
+    accuracy: np.ndarray
     nll_change: np.ndarray
     full_share: float
     read_share: float
@@ -77,6 +79,7 @@ class PromptOutcome:
             arrays = {
                 "kl": np.array(plain["kl"], dtype=np.float64),
                 "agreement": np.array(plain["agreement"], dtype=bool),
+                "accuracy": np.array(plain["accuracy"], dtype=bool),
                 "nll_change": np.array(plain["nll_change"], dtype=np.float64),
             }
             return Outcome(**{**plain, **arrays})

@@ -124,7 +124,7 @@ def ageing(make_trace: MakeTrace, speeds: list[list[float]], **sizes: int) -> Tr
 
 def test_rates_spend_the_budget_where_it_is_worth_most(make_trace: MakeTrace) -> None:
     traces = ageing(make_trace, [[0.01, 0.02], [0.04, 0.16]], n_steps=32, max_age=32)
-    rates = TuningData(traces, 0.2, np.ones((2, 2))).rates(1.0)
+    rates = TuningData(traces, 0.2, np.ones((2, 2))).divide(1.0).rates
     assert rates.shape == (2, 2)
     assert rates.mean() == pytest.approx(0.2)
     assert (np.diff(rates.ravel()) >= 0).all()
@@ -134,8 +134,8 @@ def test_rates_spend_the_budget_where_it_is_worth_most(make_trace: MakeTrace) ->
 def test_sharpness_is_how_much_unit_costs_count(make_trace: MakeTrace) -> None:
     traces = ageing(make_trace, [[0.05, 0.05, 0.05]], n_steps=32, max_age=32)
     data = TuningData(traces, 0.2, np.array([[0.03, 0.27, 2.7]]))
-    np.testing.assert_allclose(data.rates(0.0), 0.2)
-    blunt, sharp = data.rates(0.3), data.rates(1.0)
+    np.testing.assert_allclose(data.divide(0.0).rates, 0.2)
+    blunt, sharp = data.divide(0.3).rates, data.divide(1.0).rates
     assert blunt[0, 0] < blunt[0, 1] < blunt[0, 2]
     assert sharp[0, 2] > blunt[0, 2]
 
@@ -143,5 +143,5 @@ def test_sharpness_is_how_much_unit_costs_count(make_trace: MakeTrace) -> None:
 def test_ages_that_no_step_could_have_do_not_disturb_rates(make_trace: MakeTrace) -> None:
     traces = ageing(make_trace, [[0.05, 0.1]], n_steps=6, max_age=20)
     shorter = ageing(make_trace, [[0.05, 0.1]], n_steps=6, max_age=6)
-    rates = TuningData(traces, 0.3, np.ones((1, 2))).rates(1.0)
-    np.testing.assert_allclose(rates, TuningData(shorter, 0.3, np.ones((1, 2))).rates(1.0))
+    rates = TuningData(traces, 0.3, np.ones((1, 2))).divide(1.0).rates
+    np.testing.assert_allclose(rates, TuningData(shorter, 0.3, np.ones((1, 2))).divide(1.0).rates)

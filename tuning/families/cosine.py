@@ -9,7 +9,7 @@ import optuna
 
 from policies import CosineThreshold, StepPolicy
 from tuning.calibration import calibrate
-from tuning.family import Family, own_rates, within_rates
+from tuning.family import Family, divided, own_rates, within_division, within_rates
 from tuning.tuning_data import TuningData
 
 
@@ -41,7 +41,8 @@ class CosineProfile(Family):
     name: ClassVar[str] = "cosine_profile"
 
     def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
-        rates = data.rates(trial.suggest_float("sharpness", 0.5, 2.0))
+        division = divided(trial, data)
+        rates = division.rates
         asked = trial.suggest_float("asked", 0.5, 2.0, log=True)
 
         def policy_at(thresholds: np.ndarray) -> CosineThreshold:
@@ -50,4 +51,4 @@ class CosineProfile(Family):
         thresholds = calibrate(data.traces, policy_at, np.minimum(asked * rates, 1), -1, 1)
         # A unit that may always run full needs no reason to.
         thresholds = np.where(rates >= 1, 1.0, thresholds)
-        return within_rates(policy_at(thresholds), rates)
+        return within_division(policy_at(thresholds), division)

@@ -10,7 +10,7 @@ import optuna
 
 from policies import LearnedLogistic, StepPolicy
 from tuning.calibration import calibrate
-from tuning.family import Family, own_rates, within_rates
+from tuning.family import Family, divided, own_rates, within_division, within_rates
 from tuning.fit import DEFAULT_FEATURES, fit_logistic
 from tuning.tuning_data import TuningData
 
@@ -43,7 +43,8 @@ class LogisticProfile(Family):
 
     def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
         fitted = _fitted(trial, data)
-        rates = data.rates(trial.suggest_float("sharpness", 0.5, 2.0))
+        division = divided(trial, data)
+        rates = division.rates
         asked = trial.suggest_float("asked", 0.5, 2.0, log=True)
 
         def policy_at(shift: np.ndarray) -> LearnedLogistic:
@@ -51,7 +52,7 @@ class LogisticProfile(Family):
 
         shift = calibrate(data.traces, policy_at, np.minimum(asked * rates, 1), -_FAR, _FAR)
         shift = np.where(rates >= 1, _FAR, shift)
-        return within_rates(policy_at(shift), rates)
+        return within_division(policy_at(shift), division)
 
 
 def _fitted(trial: optuna.trial.BaseTrial, data: TuningData) -> LearnedLogistic:

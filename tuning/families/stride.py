@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 
 from policies import BudgetConstrained, FixedStride, StepPolicy
-from tuning.family import Family, staggered, within_rates
+from tuning.family import Family, divided, staggered, within_division
 from tuning.tuning_data import TuningData
 
 
@@ -31,5 +31,5 @@ class StrideProfile(Family):
     name: ClassVar[str] = "stride_profile"
 
     def suggest(self, trial: optuna.trial.BaseTrial, data: TuningData) -> StepPolicy:
-        rates = data.rates(trial.suggest_float("sharpness", 0.5, 2.0))
-        return within_rates(staggered(rates), rates)
+        division = divided(trial, data)
+        return within_division(staggered(division.rates), division)
