@@ -74,7 +74,7 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], value: Any, interval: A
                 axes.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
     for suffix, dashes in (("", "-."), (", same set", "--")):
         (row,) = [row for row in rows if row["method"] == f"new set at every step{suffix}"]
-        name = f"new set at every step, {"the tuned ones' set" if suffix else 'pooled'}"
+        name = "new set at every step, " + ("the tuned ones' set" if suffix else "pooled")
         axes.axhline(value(row), color=_BLUE, linestyle=dashes, linewidth=1.2, label=name)
 
 

@@ -58,7 +58,7 @@ class Receipt:
 
     @property
     def keys_only_share(self) -> float:
-        """Share of all unit-steps that were keys-only refreshes, each counted whole; NaN before the first decode step."""
+        """Share of unit-steps that were keys-only refreshes, each counted whole; NaN before the first decode step."""
         return float(self.keys_only_steps.mean() / self.row_steps) if self.row_steps else float("nan")
 
     @property
@@ -90,8 +90,8 @@ class Receipt:
         )
         if self.keys_only_steps.any():
             console.print(
-                f"  {self.keys_only_share:.1%} of unit-steps refreshed their sets by keys alone, each counted as half a "
-                "full one"
+                f"  {self.keys_only_share:.1%} of unit-steps refreshed their sets by keys alone, each counted as half "
+                "a full one"
             )
         if self.why_plain:
             console.print(f"  the plain path was taken because {self.why_plain}")
