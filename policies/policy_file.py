@@ -68,6 +68,7 @@ class PolicyFile:
 
     def __post_init__(self) -> None:
         check_fits(self.policy, self.model)
+        check_fits(self.selection, self.model)
 
     def check_model(self, model: ModelShape) -> None:
         """Refuse to run on a model of another shape than the one that the policy was tuned on.
@@ -83,7 +84,7 @@ class PolicyFile:
         return {
             "format": FORMAT,
             "policy": policy_to_json(self.policy),
-            "selection": dataclasses.asdict(self.selection),
+            "selection": self.selection.to_json(),
             "model": dataclasses.asdict(self.model),
             "provenance": dict(self.provenance),
         }
@@ -131,15 +132,16 @@ class PolicyFile:
             raise ValueError(f"{path}: {error}") from error
 
 
-def check_fits(policy: StepPolicy, model: ModelShape) -> None:
-    """Refuse a policy whose per-unit parameters have another shape than the model.
+def check_fits(part: StepPolicy | Selection, model: ModelShape) -> None:
+    """Refuse a policy or a selection whose per-unit parameters have another shape than the model.
 
     Raises:
         ValueError: With both shapes.
     """
-    for layers, kv_heads in policy.unit_shapes():
+    name = "selection" if isinstance(part, Selection) else "policy"
+    for layers, kv_heads in part.unit_shapes():
         if (layers, kv_heads) != model.units:
             raise ValueError(
-                f"the policy is for {layers} layers x {kv_heads} KV heads, but {model.id} has "
+                f"the {name} is for {layers} layers x {kv_heads} KV heads, but {model.id} has "
                 f"{model.layers} layers x {model.kv_heads} KV heads."
             )

@@ -50,6 +50,12 @@ def policy_file_schema() -> dict[str, Any]:
                     "group": {"enum": [str(choice) for choice in GroupPooling]},
                     "ranking": {"enum": [str(choice) for choice in Ranking]},
                     "prompt_queries": {"oneOf": [count, {"type": "null"}]},
+                    "unit_k": {
+                        "description": "Most tokens of each unit's set: a row per layer and a column per KV head.",
+                        "type": ["array", "null"],
+                        "minItems": 1,
+                        "items": {"type": "array", "minItems": 1, "items": count},
+                    },
                 },
             },
             "model": {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
-from policies.per_unit import as_per_unit, numbers
+from policies.per_unit import as_per_unit, numbers, unit_shape
 
 
 class GroupPooling(StrEnum):
@@ -104,15 +107,33 @@ class Selection:
             )
         if self.unit_k is not None:
             sizes = as_per_unit("unit_k", self.unit_k, self.sinks + max(self.window, 1), float("inf"))
-            if isinstance(sizes, (int, float)) or any(size != int(size) for size in numbers(sizes)):
+            broken = [size for size in numbers(sizes) if isinstance(sizes, (int, float)) or size != int(size)]
+            if isinstance(sizes, (int, float)) or broken:
                 raise ValueError(
-                    "unit_k must be a table of whole numbers, one row per layer and one column per KV head."
+                    "unit_k must be a table of whole numbers with one row per layer and one column per KV head, "
+                    f"not {broken[0]:g}."
                 )
             object.__setattr__(self, "unit_k", tuple(tuple(int(size) for size in row) for row in sizes))
             if (mean := float(np.mean(self.unit_k))) > self.k:
-                raise ValueError(f"unit_k must have a mean of at most k, and {mean:g} is above {self.k}.")
+                raise ValueError(f"unit_k must have a mean of at most k, and {mean:.10g} is above {self.k}.")
+            uneven = [row for row in self.unit_k if len(set(row)) > 1]
+            if self.group == GroupPooling.LAYER_MEAN and uneven:
+                raise ValueError(
+                    "with group 'layer_mean' all KV heads of a layer hold the same tokens, so each row of unit_k must "
+                    f"be one number repeated, not {uneven[0]}."
+                )
 
     @property
     def widest(self) -> int:
         """Tokens of the largest set."""
         return self.k if self.unit_k is None else max(map(max, self.unit_k))
+
+    def unit_shapes(self) -> frozenset[tuple[int, int]]:
+        """The `(layers, kv_heads)` of `unit_k`; empty if the selection fits every model."""
+        shape = unit_shape(self.unit_k)
+        return frozenset() if shape is None else frozenset({shape})
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as plain JSON values; `Selection(**values)` is the same again."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values

@@ -67,8 +67,8 @@ def run_closed_loop(
         fast: False keeps to the plain path where an engine would do.
 
     Raises:
-        ValueError: If a policy is for another model shape, or the text is longer than the model's positions or reaches
-            a sliding window.
+        ValueError: If a policy or the selection is for another model shape, or the text is longer than the model's
+            positions or reaches a sliding window.
     """
     n_steps = len(tokens) - n_prompt_tokens
     check_positions(model, n_prompt_tokens, n_steps)
@@ -81,6 +81,7 @@ def run_closed_loop(
 
     for policy in policies:
         check_fits(policy, shape)
+    check_fits(selection, shape)
     queries = (selection.prompt_queries,)
     prompt = read_prompt(model, text[:n_prompt_tokens], n_steps, prompt_queries=queries, chunk_tokens=chunk_tokens)
     decoding = decode_rows(model, prompt, rows, selection, fast=fast)

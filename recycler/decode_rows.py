@@ -74,11 +74,12 @@ def decode_rows(
         fast: False keeps to the plain path where an engine would do.
 
     Raises:
-        ValueError: If a policy is for another model shape.
+        ValueError: If a policy or the selection is for another model shape.
     """
     shape = model_shape(model)
     for policy in policies:
         check_fits(policy, shape)
+    check_fits(selection, shape)
     per_row = PerRow(tuple(policies))
     with torch.inference_mode():
         if fast:

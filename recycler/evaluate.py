@@ -201,7 +201,7 @@ def _thresholds(
     settings = {
         "model": loaded.id,
         "dtype": str(loaded.model.dtype),
-        "selection": asdict(selection),
+        "selection": selection.to_json(),
         "budget": budget,
         "context_tokens": context_tokens,
         "steps": steps,

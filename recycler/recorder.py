@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from policies import GroupPooling, Ranking, Selection
+from policies import GroupPooling, Ranking, Selection, check_fits
 from recycler.aged_sets import band
 from recycler.model_shape import check_positions, model_shape
 from recycler.prompts import Prompt
@@ -105,15 +105,17 @@ def trace_header(
         model_id: Name of the model in the header; None takes its own.
 
     Raises:
-        ValueError: If `max_age` is below 1, the model has layers without a KV cache of tokens, or sets do not follow
-            from the step that chooses them alone.
+        ValueError: If `max_age` is below 1, the model has layers without a KV cache of tokens, the selection is for
+            another model shape, or sets do not follow from the step that chooses them alone.
     """
     _refuse_what_ages_do_not_share(selection)
     if max_age < 1:
         raise ValueError(f"max_age must be at least 1 step, not {max_age}.")
+    shape = model_shape(model, model_id)
+    check_fits(selection, shape)
     return TraceHeader(
-        model=dataclasses.asdict(model_shape(model, model_id)) | {"dtype": str(model.dtype).removeprefix("torch.")},
-        selection=dataclasses.asdict(selection),
+        model=dataclasses.asdict(shape) | {"dtype": str(model.dtype).removeprefix("torch.")},
+        selection=selection.to_json(),
         prompt={
             "name": prompt.name,
             "kind": prompt.kind,

@@ -44,8 +44,8 @@ def recycled(
         The session; its `receipt()` tells what was done so far.
 
     Raises:
-        ValueError: If the policy has the parameters of another model shape or the model cannot be recycled; during
-            decoding, if the cache changes in a way that sets cannot follow.
+        ValueError: If policy or selection has the parameters of another model shape or the model cannot be recycled;
+            during decoding, if the cache changes in a way that sets cannot follow.
     """
     session = Session(model_shape(model), policy, selection)
     if fast:
@@ -70,6 +70,7 @@ class Session:
 
     def __init__(self, shape: ModelShape, policy: StepPolicy, selection: Selection) -> None:
         check_fits(policy, shape)
+        check_fits(selection, shape)
         self._shape = shape
         self._policy = policy
         self._selection = selection

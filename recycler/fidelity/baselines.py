@@ -16,6 +16,7 @@ from policies import (
     Selection,
     SentenceBoundary,
     StepPolicy,
+    check_fits,
 )
 from recycler.fidelity.fresh_top_k import FreshTopK
 from recycler.fidelity.method import EveryStep, Method, Scheduled
@@ -106,14 +107,18 @@ def baselines(
         sentence_ends: Tokens at which SFI looks again.
         thresholds: By name, cosine thresholds of the dynamic schedules that were tuned to the budget
             (`calibrated_thresholds`); None leaves these schedules out.
-        our_set: The selection to run the schedules with once more, or None; its k must be `k`.
+        our_set: The selection to run the schedules with once more, or None; its k must be `k`. Where its units have
+            sizes of their own (`unit_k`), methods are compared at equal k on average.
         seed: Of `random`.
 
     Raises:
-        ValueError: If k is too small for a set or no multiple of Quest's pages, or `our_set` has another k.
+        ValueError: If k is too small for a set or no multiple of Quest's pages, or `our_set` has another k or is for
+            another model shape.
     """
     if our_set is not None and our_set.k != k:
         raise ValueError(f"methods are compared at equal k: the policy's set has {our_set.k} tokens, not {k}.")
+    if our_set is not None:
+        check_fits(our_set, shape)
     methods: list[Method] = [
         _kept("streaming_llm", "StreamingLLM, arXiv 2309.17453", streaming_llm_set(k)),
         _kept("snapkv", "SnapKV, arXiv 2404.14469", snapkv_set(k)),

@@ -9,7 +9,7 @@ from torch import Tensor
 from policies import Selection
 from recycler.attention import probabilities
 from recycler.fidelity.token_selector import Chosen, TokenSelector
-from recycler.recycled_set import select, token_scores
+from recycler.recycled_set import select, token_scores, unit_sizes
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class FreshTopK(TokenSelector):
     def choose(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Chosen:
         tokens, group = key.shape[1], query.shape[1]
         weights = probabilities(query @ key.transpose(-1, -2) * scaling, None)
-        chosen = select(token_scores(weights, self.selection), self.selection, 0, tokens)
+        sizes = unit_sizes(self.selection, layer, key.device)
+        chosen = select(token_scores(weights, self.selection), self.selection, 0, tokens, sizes)
         allowed = chosen.holds(tokens)[:, None].expand(-1, group, -1)
         return Chosen(allowed, (tokens + chosen.filled.sum(-1)).double() / 2)

@@ -56,7 +56,7 @@ class Scheduled(Method):
         return self.selection.prompt_queries
 
     def settings(self) -> dict[str, Any]:
-        return {"policy": policy_to_json(self.policy), "selection": dataclasses.asdict(self.selection)}
+        return {"policy": policy_to_json(self.policy), "selection": self.selection.to_json()}
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ class TestWriteAndRead:
         loaded = PolicyFile.from_json(values)
         assert (loaded.selection, loaded.provenance) == (Selection(64), {})
 
+    def test_sizes_of_units_come_back_equal(self, file: PolicyFile, tmp_path: Path) -> None:
+        sized = dataclasses.replace(file, selection=Selection(64, unit_k=((36, 64, 92), (40, 50, 60))))
+        sized.write(tmp_path / "policy.json")
+        assert PolicyFile.read(tmp_path / "policy.json") == sized
+        assert PolicyFile.from_json(sized.to_json()) == sized
+
     def test_writing_over_a_file_leaves_nothing_beside_it(self, file: PolicyFile, tmp_path: Path) -> None:
         path = tmp_path / "policy.json"
         path.write_text("old")
@@ -174,6 +180,21 @@ class TestRefusals:
                 {"k": 64, "group": "median"},
                 "not a policy file: selection/group: 'median' is not one of ['max', 'mean', 'layer_mean'].",
             ),
+            (
+                "selection",
+                {"k": 64, "unit_k": [[64, 64]]},
+                "the selection is for 1 layers x 2 KV heads, but tiny has 2 layers x 3 KV heads.",
+            ),
+            (
+                "selection",
+                {"k": 64, "unit_k": [[64, 64, 64], [64, 64, 65]]},
+                "unit_k must have a mean of at most k, and 64.16666667 is above 64.",
+            ),
+            (
+                "selection",
+                {"k": 64, "unit_k": 64},
+                "not a policy file: selection/unit_k: 64 is not of type 'array', 'null'.",
+            ),
             ("model", {"id": "tiny"}, "not a policy file: model: 'layers' is a required property."),
             ("provenance", 3, "not a policy file: provenance: 3 is not of type 'object'."),
         ],
@@ -197,6 +218,8 @@ class TestModel:
     def test_a_policy_of_another_shape_makes_no_file(self, model: ModelShape) -> None:
         with refused("the policy is for 1 layers x 2 KV heads, but tiny has 2 layers x 3 KV heads."):
             PolicyFile(FixedStride(((2, 3),)), Selection(64), model)
+        with refused("the selection is for 3 layers x 1 KV heads, but tiny has 2 layers x 3 KV heads."):
+            PolicyFile(AlwaysFull(), Selection(64, unit_k=((64,), (64,), (64,))), model)
 
     @pytest.mark.parametrize("difference", [{"layers": 3}, {"kv_heads": 6}, {"query_heads": 3}, {"head_dim": 64}])
     def test_a_model_of_another_shape_is_refused_with_both(

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from policies import GroupPooling, Ranking, Selection
@@ -72,3 +74,76 @@ def test_the_last_query_alone_chooses_unless_told_otherwise() -> None:
 def test_what_is_no_number_of_queries_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=f"prompt_queries must be a whole number, 1 or more, or none .*{value!r}"):
         Selection(64, prompt_queries=value)
+
+
+def test_the_unpooled_set_takes_no_neighbours_and_lets_the_prompts_last_queries_choose() -> None:
+    unpooled = Selection.unpooled(64)
+    assert (unpooled.k, unpooled.pool_backward, unpooled.pool_forward, unpooled.prompt_queries) == (64, 0, 0, 32)
+    assert unpooled == Selection(64, pool_forward=0, prompt_queries=32)
+
+
+SIZES = ((40, 64, 88), (36, 100, 56))
+
+
+def test_a_table_of_sizes_comes_back_from_json_equal_and_hashes() -> None:
+    selection = Selection(64, unit_k=SIZES)
+    loaded = Selection(**json.loads(json.dumps(selection.to_json())))
+    assert loaded == selection
+    assert hash(loaded) == hash(selection)
+    assert loaded.unit_k == SIZES
+
+
+def test_json_values_are_plain() -> None:
+    values = Selection(64, group=GroupPooling.MEAN, unit_k=SIZES).to_json()
+    assert values == json.loads(json.dumps(values))
+    assert values["unit_k"] == [list(row) for row in SIZES]
+    assert type(values["group"]) is str
+
+
+@pytest.mark.parametrize("convert", [list, np.array, lambda table: np.array(table, dtype=np.float64)])
+def test_a_table_of_sizes_becomes_tuples_of_whole_numbers(convert: Callable[[Any], Any]) -> None:
+    selection = Selection(64, unit_k=convert([list(row) for row in SIZES]))
+    assert selection == Selection(64, unit_k=SIZES)
+    assert {type(size) for row in selection.unit_k or () for size in row} == {int}
+
+
+def test_the_largest_of_all_sets_is_the_widest() -> None:
+    assert Selection(64).widest == 64
+    assert Selection(64, unit_k=SIZES).widest == 100
+    assert Selection(64, unit_k=((40, 41),)).widest == 41
+
+
+def test_sizes_belong_to_a_model_shape_and_their_absence_to_every() -> None:
+    assert Selection(64, unit_k=SIZES).unit_shapes() == {(2, 3)}
+    assert Selection(64).unit_shapes() == frozenset()
+
+
+def test_sizes_may_use_the_whole_of_k_on_average_and_no_more() -> None:
+    assert np.mean(Selection(64, unit_k=SIZES).unit_k) == 64
+    with pytest.raises(ValueError, match=r"^unit_k must have a mean of at most k, and 64\.5 is above 64\.$"):
+        Selection(64, unit_k=((65, 64),))
+
+
+@pytest.mark.parametrize(("sinks", "window", "least"), [(4, 32, 36), (4, 0, 5), (0, 0, 1)])
+def test_a_unit_whose_set_is_too_small_for_sinks_and_window_is_refused(sinks: int, window: int, least: int) -> None:
+    assert Selection(64, sinks, window, unit_k=((least, 64),)).widest == 64
+    with pytest.raises(ValueError, match=f"^unit_k must be at least {least}, not {least - 1}\\.$"):
+        Selection(64, sinks, window, unit_k=((64, least - 1),))
+
+
+@pytest.mark.parametrize(("value", "named"), [(64, "64"), (40.5, "40.5"), ([[64, 40.5]], "40.5")])
+def test_what_is_no_table_of_whole_numbers_is_no_sizes(value: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^unit_k must be a table of whole numbers with .*, not {named}\\.$"):
+        Selection(64, unit_k=value)
+
+
+@pytest.mark.parametrize("value", [[40, 50], [], [[]], [[40, 50], [40]], "64", [["many"]]])
+def test_what_is_no_table_is_no_sizes(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^unit_k must be one number, or a table with one row per layer "):
+        Selection(64, unit_k=value)
+
+
+def test_where_a_layer_shares_its_tokens_its_units_share_their_size() -> None:
+    assert Selection(64, group=GroupPooling.LAYER_MEAN, unit_k=((40, 40), (88, 88))).widest == 88
+    with pytest.raises(ValueError, match=r"each row of unit_k must be one number repeated, not \(40, 41\)\.$"):
+        Selection(64, group=GroupPooling.LAYER_MEAN, unit_k=((50, 50), (40, 41)))
