@@ -16,7 +16,7 @@ _BLUE, _GREEN = "#0072B2", "#009E73"
 # Names of methods by how they are drawn: prefix, colour, marker, whether points are joined.
 _GROUPS = (
     ("tuned", style.ACCENT, "D", True),
-    ("stride", style.INK, "s", True),
+    ("stride ", style.INK, "s", True),
     ("hindsight", _GREEN, "*", False),
 )
 _SETS = {", same set": ("--", "clock, the tuned ones' set"), ", RefreshKV's set": (":", "clock, RefreshKV's set")}
@@ -64,7 +64,7 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], value: Any, interval: A
                 continue
             some = sorted(some, key=lambda row: row["full_share"])
             x, y = np.array([row["full_share"] for row in some]), np.array([value(row) for row in some])
-            name = label or {"tuned": "tuned, best family", "stride": "clock, pooled set"}.get(
+            name = label or {"tuned": "tuned, best family", "stride ": "clock, pooled set"}.get(
                 prefix, "hindsight (oracle)"
             )
             size = 12 if prefix == "hindsight" else 6.5
@@ -72,9 +72,9 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], value: Any, interval: A
             if interval is not None and joined:
                 low, high = np.array([interval(row) for row in some]).T
                 axes.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
-    for suffix, dashes in (("", "-."), (", same set", "--")):
+    for suffix, dashes in (("", "-."), (", unpooled", "--")):
         (row,) = [row for row in rows if row["method"] == f"new set at every step{suffix}"]
-        name = "new set at every step, " + ("the tuned ones' set" if suffix else "pooled")
+        name = f"new set at every step{suffix or ', pooled'}"
         axes.axhline(value(row), color=_BLUE, linestyle=dashes, linewidth=1.2, label=name)
 
 
@@ -83,4 +83,4 @@ def _suffix(method: str) -> str:
 
 
 def _family(method: str) -> bool:
-    return method.endswith(" 0.1") and not method.startswith(("tuned", "hindsight", "stride"))
+    return method.endswith(" 0.1") and not method.startswith(("tuned", "hindsight", "stride "))
