@@ -199,6 +199,7 @@ def test_teacher_forced_numbers_are_what_their_names_say(
             kl = (full.exp() * (full - log_p)).sum(-1)
             np.testing.assert_allclose(found.kl, kl.clamp(min=0), rtol=0, atol=1e-4)
             np.testing.assert_array_equal(found.agreement, log_p.argmax(-1) == full.argmax(-1))
+            np.testing.assert_array_equal(found.accuracy, log_p[:-1].argmax(-1) == following[:, 0])
             added = (full - log_p)[:-1].gather(-1, following)[:, 0]
             np.testing.assert_allclose(found.nll_change, added, rtol=0, atol=1e-4)
     assert np.abs(outcomes["never"].nll_change).max() > 1e-2
@@ -257,7 +258,7 @@ def test_a_prompt_that_is_only_teacher_forced_has_no_answer(
     for found in outcomes.values():
         assert (found.answer, found.score, found.answer_full_share, found.answer_read_share) == (None,) * 4
         assert found.kl.shape == found.agreement.shape == (10,)
-        assert found.nll_change.shape == (9,)
+        assert found.nll_change.shape == found.accuracy.shape == (9,)
 
 
 def test_a_reference_of_one_token_has_no_next_token(loaded: LoadedModel, make_task: Callable[..., TaskPrompt]) -> None:

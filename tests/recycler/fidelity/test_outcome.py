@@ -14,13 +14,14 @@ from recycler.fidelity import Outcome, PromptOutcome
 FORCED = Outcome(
     kl=np.array([0.1, 1e-17, 1 / 3]),
     agreement=np.array([True, False, True]),
+    accuracy=np.array([False, True]),
     nll_change=np.array([-0.25, 2 / 3]),
     full_share=0.1,
     read_share=1 / 7,
 )
 ANSWERED = dataclasses.replace(FORCED, answer='sieben "é"\n', score=0.5, answer_full_share=0.2, answer_read_share=1 / 9)
 # One step has no next token in the text.
-SHORT = Outcome(np.array([0.5]), np.array([False]), np.array([]), 1.0, 1.0)
+SHORT = Outcome(np.array([0.5]), np.array([False]), np.array([], dtype=bool), np.array([]), 1.0, 1.0)
 
 
 def equal(one: Outcome, other: Outcome) -> None:

@@ -14,12 +14,15 @@ from traces.estimate import bootstrap, bootstrap_ratio
 
 
 def forced(kl: Sequence[float], agree: Sequence[bool], nll: Sequence[float], full: float, read: float) -> Outcome:
-    return Outcome(np.array(kl), np.array(agree, dtype=bool), np.array(nll), full, read)
+    return Outcome(np.array(kl), np.array(agree, dtype=bool), np.array(nll) > 0, np.array(nll), full, read)
 
 
 def answered(score: float, full: float = 0.5, read: float = 0.5, kl: float = 0.0) -> Outcome:
     """An outcome with an answer; its shares are twice those along the reference."""
-    return Outcome(np.array([kl]), np.array([True]), np.array([]), full / 2, read / 2, "text", score, full, read)
+    nothing = np.array([])
+    return Outcome(
+        np.array([kl]), np.array([True]), nothing > 0, nothing, full / 2, read / 2, "text", score, full, read
+    )
 
 
 def prompt(task: str, index: int, **methods: Outcome) -> PromptOutcome:
