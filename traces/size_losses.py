@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class SizeLosses:
         if not path.exists():
             return None
         try:
-            with np.load(path) as arrays:
+            with path.open("rb") as file, np.load(file) as arrays:
                 header = json.loads(str(arrays["header"]))
                 lost = {name: arrays[name] for name in arrays.files if name != "header"}
             if header["format"] != FORMAT:
@@ -70,5 +71,5 @@ class SizeLosses:
             if any(table.shape[0] != len(sizes) or table.shape[2:] != units for table in lost.values()):
                 raise ValueError(f"its tables are not of {len(sizes)} sizes, {units[0]} layers and {units[1]} KV heads")
             return cls(header["model"], header["selection"], sizes, lost)
-        except (OSError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, EOFError, BadZipFile, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no file of size losses ({error}): remove it and measure again.") from error

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from tuning.allocation import STRIDES, allocate, loss_by_stride
+from tuning.allocation import STRIDES, allocate, loss_by_stride, who_refreshes_by_keys
 
 RATES = 1 / STRIDES
 FEW = np.array([1, 2, 3, 5, 8])
@@ -152,3 +152,34 @@ def test_a_budget_below_the_longest_stride_is_refused(budget: float) -> None:
 
 def test_a_budget_of_just_the_longest_stride_is_enough() -> None:
     np.testing.assert_allclose(allocate(loss_by_stride(np.ones((3, 2))), RATES[-1]), RATES[-1])
+
+
+def test_a_step_at_half_the_cost_is_bought_twice() -> None:
+    # Two equal units, of which one pays half: it is served first, and the other gets what is left.
+    loss = loss_by_stride(np.broadcast_to([[0.5], [0.6], [0.7]], (3, 2)))
+    rates = allocate(loss, 0.5, full_cost=np.array([0.5, 1.0]))
+    assert rates[0] == 1.0
+    assert (rates * [0.5, 1.0]).mean() == pytest.approx(0.5)
+
+
+@given(seed=st.integers(0, 10**6), budget=st.floats(0.001, 1))
+@settings(deadline=None, max_examples=40)
+def test_a_budget_of_costs_is_respected(seed: int, budget: float) -> None:
+    rng = np.random.default_rng(seed)
+    loss = loss_by_stride(np.sort(rng.random((6, 5)), axis=0))
+    cost = rng.choice([0.5, 1.0], 5)
+    rates = allocate(loss, budget, full_cost=cost)
+    assert (rates * cost).mean() <= budget * (1 + 1e-12)
+
+
+def test_units_refresh_by_keys_alone_where_the_new_set_is_good_and_half_the_cost_counts() -> None:
+    # Attention moves at every step in all three; the new set misses nothing, half of it, all of it.
+    loss = loss_by_stride(np.full((4, 3), 0.8))
+    by_keys = who_refreshes_by_keys(loss, np.array([0.0, 0.4, 0.8]), 0.3)
+    assert by_keys.tolist()[0] is True
+    assert by_keys.tolist()[2] is False
+
+
+def test_nobody_refreshes_by_keys_alone_where_everything_can_be_afforded() -> None:
+    loss = loss_by_stride(np.full((4, 3), 0.8))
+    assert not who_refreshes_by_keys(loss, np.array([0.01, 0.4, 0.8]), 1.0).any()

@@ -20,6 +20,7 @@ from policies import (
     LearnedLogistic,
     MaxAge,
     NeverFull,
+    RefreshKeys,
     SentenceBoundary,
     StepPolicy,
     StepSignals,
@@ -202,3 +203,20 @@ def test_no_unit_and_no_prefix_exceeds_its_bucket(
     total = full.sum((1, 2, 3)).cumsum()
     unit_steps = np.arange(1, 21) * full[0].size
     assert (total <= budget.mean() * unit_steps + burst * full[0].size + 1e-6).all()
+
+
+def test_a_refresh_by_keys_alone_loses_what_the_new_set_misses_and_counts_half(make_trace: MakeTrace) -> None:
+    fresh = np.array([1, 0.95, 0.85, 0.75, 0.65])
+    trace = one_unit(make_trace, fresh_mass=fresh)
+    replay = replay_policy(trace, RefreshKeys(FixedStride(2)))
+    assert replay.full[:, 0, 0, 0].tolist() == [False, True, False, True]
+    np.testing.assert_allclose(replay.lost_mass[:, 0, 0, 0], [0.1, 0.15, 0.4, 0.35], atol=1e-7)
+    assert (replay.full_share, replay.unit_full_share.tolist()) == (0.25, [[0.25]])
+
+
+def test_only_the_units_that_refresh_by_keys_alone_count_half(make_trace: MakeTrace) -> None:
+    units = ((1, 0, 1), (0, 0, 0))
+    replay = replay_policy(make_trace(), RefreshKeys(AlwaysFull(), units))
+    np.testing.assert_array_equal(replay.unit_full_share, 1 - np.array(units) / 2)
+    assert (replay.lost_mass[:, 0, 1] == 0).all()
+    np.testing.assert_allclose(replay.lost_mass[:, 0, 0, 0], 1 - make_trace().fresh_mass[1:, 0, 0])

@@ -27,8 +27,10 @@ from policies import (
     LearnedLogistic,
     MaxAge,
     NeverFull,
+    PerUnit,
     RandomRefresh,
     Ranking,
+    RefreshKeys,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -77,6 +79,10 @@ POLICIES: dict[str, StepPolicy] = {
     # What follows depends on which tokens are in the sets.
     "mass and overlap of the refresh": REFRESH,
     "every feature": EVERY_FEATURE,
+    "keys only": RefreshKeys(CosineThreshold(0.3)),
+    "keys only for some, after what the refresh measured": BudgetConstrained(
+        RefreshKeys(REFRESH, ((1, 0), (0, 1), (1, 1))), 0.6
+    ),
     "budget of every feature": BudgetConstrained(MaxAge(EVERY_FEATURE, 11), table(0.1, 0.9)),
 }
 
@@ -126,6 +132,10 @@ class Noting(StepPolicy):
     @property
     def needs(self) -> frozenset[str]:
         return self.policy.needs
+
+    @property
+    def keys_only(self) -> PerUnit:
+        return self.policy.keys_only
 
     def decide(self, signals: StepSignals) -> Any:
         full = self.policy.decide(signals)
@@ -205,7 +215,8 @@ def test_replay_decides_as_closed_loop_whose_sets_hold_everything(ranking: Ranki
     trace = recorded(selection)
     loop = run_closed_loop(model(), trace.tokens, N_PROMPT, list(POLICIES.values()), selection)
     for row, (name, policy) in enumerate(POLICIES.items()):
-        np.testing.assert_array_equal(loop.full[row], replayed(trace, policy), err_msg=name)
+        cost = np.broadcast_to(policy.full_cost, UNITS)
+        np.testing.assert_array_equal(loop.full[row], replayed(trace, policy) * cost, err_msg=name)
     np.testing.assert_allclose(loop.kl, 0, atol=1e-12)
 
 

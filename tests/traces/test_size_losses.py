@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from traces.size_losses import FILE_NAME, FORMAT, SizeLosses
+
+MODEL = {"id": "tiny", "layers": 2, "kv_heads": 3, "query_heads": 6, "head_dim": 8, "dtype": "float32"}
+LOST = {
+    name: np.random.default_rng(seed).random((2, 4, 2, 3), dtype=np.float32)
+    for seed, name in enumerate(["code-000", "prose-000"])
+}
+ONE = SizeLosses(MODEL, {"k": 64, "group": "max"}, (40, 64), LOST)
+
+
+def put(folder: Path, **changed: Any) -> None:
+    header = {"format": FORMAT, "model": MODEL, "selection": {"k": 64}, "sizes": [40, 64]} | changed
+    np.savez(folder / FILE_NAME, header=np.array(json.dumps(header)), **LOST)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    assert ONE.write(tmp_path / "made") == tmp_path / "made" / FILE_NAME
+    read = SizeLosses.read(tmp_path / "made")
+    assert read is not None
+    assert (read.model, read.selection, read.sizes) == (MODEL, {"k": 64, "group": "max"}, (40, 64))
+    assert list(read.lost) == list(LOST)
+    for name, table in LOST.items():
+        assert read.lost[name].dtype == np.float32
+        np.testing.assert_array_equal(read.lost[name], table)
+
+
+def test_a_folder_without_a_file_has_none(tmp_path: Path) -> None:
+    assert SizeLosses.read(tmp_path) is None
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ONE.write(tmp_path)
+    before = (tmp_path / FILE_NAME).read_bytes()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("traces.size_losses.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SizeLosses(MODEL, {}, (64,), {}).write(tmp_path)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": "other"}, "its format is 'other'"),
+        ({"sizes": [40, 64, 96]}, "its tables are not of 3 sizes, 2 layers and 3 KV heads"),
+        ({"model": MODEL | {"layers": 5}}, "its tables are not of 2 sizes, 5 layers and 3 KV heads"),
+        ({"model": {}}, "'layers'"),
+    ],
+    ids=str,
+)
+def test_a_foreign_file_is_refused_with_what_is_wrong(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    put(tmp_path, **changed)
+    with pytest.raises(ValueError, match=message) as refused:
+        SizeLosses.read(tmp_path)
+    assert str(refused.value).endswith("remove it and measure again.")
+
+
+@pytest.mark.parametrize("n_bytes", [0, 10, 300])
+def test_a_truncated_file_is_refused_with_its_path(tmp_path: Path, n_bytes: int) -> None:
+    path = ONE.write(tmp_path)
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(ValueError, match=r"size_losses\.npz is no file of size losses"):
+        SizeLosses.read(tmp_path)
