@@ -161,7 +161,7 @@ def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> list[Prompt
         context_tokens=setting.context_tokens,
         n_steps=setting.steps,
     )
-    sized = sized_sets(loaded, prompts, Selection.unpooled(setting.k), folder / "set_sizes")
+    sized = sized_sets(loaded, split_by_prompt(prompts), Selection.unpooled(setting.k), folder / "set_sizes")
     selection, cost = sized.selection, sized.unit_cost
     files = record_prompts(loaded, prompts, selection, folder / "traces", max_age=setting.steps)
     split = split_by_prompt(files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import Selection
+from recycler.differences import differences
 from recycler.models import LoadedModel
 from recycler.prompts import Prompt
 from recycler.recorder import heads_at_once, record_trace, trace_header
@@ -136,13 +136,8 @@ def _text(header: TraceHeader) -> dict[str, Any]:
 
 
 def _refuse_other(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    differences = [
-        f"{name} {json.dumps(theirs.get(name))} instead of {json.dumps(ours.get(name))}"
-        for name in dict.fromkeys((*ours, *theirs))
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differences:
-        raise ValueError(f"{path} was recorded with {', '.join(differences)}: {_WAY_OUT}")
+    if found := differences(theirs, ours):
+        raise ValueError(f"{path} was recorded with {found}: {_WAY_OUT}")
 
 
 def _as_read(header: TraceHeader) -> TraceHeader:

@@ -14,13 +14,14 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import FixedStride, Selection
 from recycler.closed_loop import run_closed_loop
+from recycler.differences import differences
 from recycler.model_shape import model_shape
 from recycler.models import LoadedModel, load_model
 from recycler.prompts import Prompt
 from recycler.recorder import trace_header
 from traces import TraceFile, TraceFolder
 from traces.command import run_command
-from traces.sensitivity import Sensitivity
+from traces.sensitivity import FILE_NAME, Sensitivity
 
 _NEVER = 1e9
 
@@ -104,11 +105,9 @@ def _measure(
     n_steps: int,
 ) -> Sensitivity:
     known = Sensitivity.read(folder) or Sensitivity(model, selection, n_steps, {})
-    if (known.model, known.selection, known.n_steps) != (model, selection, n_steps):
-        raise ValueError(
-            f"{folder} holds a sensitivity of another model, selection or number of steps "
-            f"({known.n_steps}, not {n_steps}): remove it and measure again."
-        )
+    theirs = {**known.model, **known.selection, "steps": known.n_steps}
+    if found := differences(theirs, {**model, **selection, "steps": n_steps}):
+        raise ValueError(f"{Path(folder) / FILE_NAME} was measured with {found}: remove it and measure again.")
     for name, (tokens, n_prompt_tokens) in tqdm(
         texts.items(), desc="sensitivity", unit="prompt", disable=len(known.kl) >= len(texts)
     ):

@@ -10,12 +10,13 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import Selection
+from recycler.differences import differences
 from recycler.model_shape import model_shape
 from recycler.models import LoadedModel
 from recycler.prompts import Prompt
 from recycler.recorder import heads_at_once, n_voters, trace_header
 from recycler.step_attention import StepAttention, watch_steps
-from traces.size_losses import SizeLosses
+from traces.size_losses import FILE_NAME, SizeLosses
 
 # Sizes that units may be given, as shares of k: a set that is never refreshed gains by more, one of sinks by none.
 _SHARES_OF_K = (0.375, 0.75, 1, 1.5, 2.5)
@@ -57,9 +58,8 @@ def measure_size_losses(
     ]
     first = headers[0]
     known = SizeLosses.read(folder) or SizeLosses(first.model, first.selection, sizes, {})
-    mine, theirs = ((one.model, dict(one.selection)) for one in (first, known))
-    if mine != theirs or tuple(known.sizes) != sizes:
-        raise ValueError(f"{folder} holds losses of another model or selection: remove the file and measure again.")
+    if found := differences({**known.model, **known.selection}, {**first.model, **first.selection}):
+        raise ValueError(f"{Path(folder) / FILE_NAME} was measured with {found}: remove it and measure again.")
     missing = [prompt for prompt in prompts if prompt.name not in known.lost]
     for prompt in tqdm(missing, desc="set sizes", unit="prompt", disable=not missing):
         lost = _lost_by_size(loaded, prompt, selection, sizes, memory_mib, chunk_tokens)

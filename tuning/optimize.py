@@ -117,16 +117,15 @@ def main(
         prompts = default_prompts(
             loaded.tokenizer, n_per_kind=per_kind, context_tokens=context_tokens, n_steps=steps, seed=seed
         )
-        sized = sized_sets(loaded, prompts, selection, out / "set_sizes")
+        prompt_split = split_by_prompt(prompts)
+        _make(out)
+        sized = sized_sets(loaded, prompt_split, selection, out / "set_sizes")
         files = record_prompts(loaded, prompts, sized.selection, trace_folder, max_age=steps)
     split = split_by_prompt(files)
     n_kinds = len({str(file.header.prompt["kind"]) for file in files})
     if asked is not None:
         check_n_prompts(asked, len(split.held_out), n_kinds)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
+    _make(out)
     tune = TraceBatch(split.tune)
     cost = unit_cost(tune, measure_sensitivity(loaded, trace_folder, split.ablate)) if traces else sized.unit_cost
     data = TuningData(tune, search_budget, cost)
@@ -212,9 +211,15 @@ def _identity(split: Split[TraceFile], budget: float, cost: np.ndarray) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def sized_sets(loaded: LoadedModel, prompts: Sequence[Prompt], selection: Selection, folder: Path) -> SizedSets:
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write results to {folder}: {error.strerror}.") from error
+
+
+def sized_sets(loaded: LoadedModel, split: Split[Prompt], selection: Selection, folder: Path) -> SizedSets:
     """Measure what the sizes of sets depend on, on the prompts that are tuned on, and choose them."""
-    split = split_by_prompt(prompts)
     sensitivity = measure_prompt_sensitivity(loaded, folder, split.ablate, selection)
     return size_sets(selection, measure_size_losses(loaded, split.tune, selection, folder), sensitivity)
 

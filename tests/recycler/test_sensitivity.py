@@ -140,9 +140,16 @@ def test_an_interrupt_keeps_the_prompts_that_are_done(
     assert count.n == 1
 
 
-@pytest.mark.parametrize("changed", [{"model": {}}, {"selection": {"k": 13}}, {"n_steps": 7}])
-def test_measurements_of_other_settings_are_refused(
-    loaded: LoadedModel, files: list[TraceFile], tmp_path: Path, changed: dict[str, Any]
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"model": {}}, 'id "other" instead of "tiny"'),
+        ({"selection": {"k": 13}}, 'group null instead of "max", k 13 instead of 12'),
+        ({"n_steps": 7}, "steps 7 instead of 8"),
+    ],
+)
+def test_measurements_of_other_settings_are_refused_with_the_difference(
+    loaded: LoadedModel, files: list[TraceFile], tmp_path: Path, changed: dict[str, Any], difference: str
 ) -> None:
     header = files[0].header
     same: dict[str, Any] = {"model": header.model, "selection": header.selection, "n_steps": N_STEPS, "kl": {}}
@@ -150,7 +157,7 @@ def test_measurements_of_other_settings_are_refused(
     if not other["model"]:
         other["model"] = dict(header.model) | {"id": "other"}
     Sensitivity(**other).write(tmp_path)
-    with pytest.raises(ValueError, match="holds a sensitivity of another model, selection or number of steps"):
+    with pytest.raises(ValueError, match=f"sensitivity.json was measured with {difference}"):
         measure_sensitivity(loaded, tmp_path, files)
     Sensitivity(**same).write(tmp_path)
     assert len(measure_sensitivity(loaded, tmp_path, files[:1]).kl) == 1

@@ -75,5 +75,5 @@ def test_what_was_measured_is_not_measured_again(
 
 def test_losses_of_another_selection_are_refused(loaded: LoadedModel, prompts: list[Prompt], tmp_path: Path) -> None:
     measure_size_losses(loaded, prompts[:1], SELECTION, tmp_path)
-    with pytest.raises(ValueError, match="holds losses of another model or selection"):
+    with pytest.raises(ValueError, match=r"size_losses.npz was measured with window 4 instead of 5: remove it"):
         measure_size_losses(loaded, prompts, dataclasses.replace(SELECTION, window=5), tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -45,10 +46,10 @@ def test_the_last_line_is_the_result(first: Run, out: Path) -> None:
 
 def test_everything_promised_is_there(first: Run, out: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
-        *("policy.json", "results.json", "report.html", "pictures", "study.log", "closed_loop", "traces")
+        *("policy.json", "results.json", "report.html", "pictures", "study.log", "closed_loop", "set_sizes", "traces")
     }
     assert len(TraceFolder(out / "traces")) == 12
-    assert (out / "traces" / "sensitivity.json").exists()
+    assert (out / "set_sizes" / "sensitivity.json").exists()
     assert not list(out.rglob("*.partial"))
     results = json.loads((out / "results.json").read_text())
     assert results["exported"] == first.result["family"]
@@ -66,7 +67,8 @@ def test_the_family_that_did_best_on_tuning_prompts_is_exported(first: Run, out:
 
 def test_the_policy_file_says_where_it_came_from(first: Run, out: Path, model: Path) -> None:
     policy_file = PolicyFile.read(out / "policy.json")
-    assert policy_file.selection == Selection(K)
+    assert dataclasses.replace(policy_file.selection, unit_k=None) == Selection.unpooled(K)
+    assert np.mean(policy_file.selection.unit_k) <= K
     loaded = load_model(str(model), device="cpu")
     assert policy_file.model == model_shape(loaded.model, loaded.id)
     provenance = policy_file.provenance
@@ -78,13 +80,16 @@ def test_the_policy_file_says_where_it_came_from(first: Run, out: Path, model: P
 
 
 def test_the_numbers_are_those_of_the_policy_on_held_out_prompts(first: Run, out: Path, model: Path) -> None:
-    policy = PolicyFile.read(out / "policy.json").policy
+    file = PolicyFile.read(out / "policy.json")
     loaded = load_model(str(model), device="cpu")
-    runs = [run_closed_loop(loaded.model, file.array("tokens"), 160, [policy], Selection(K)) for file in held_out(out)]
+    runs = [
+        run_closed_loop(loaded.model, trace.array("tokens"), 160, [file.policy], file.selection)
+        for trace in held_out(out)
+    ]
     assert first.result["kl"] == pytest.approx(np.mean([run.kl for run in runs]), rel=1e-3)
     assert first.result["agreement"] == pytest.approx(np.mean([run.agreement for run in runs]))
     assert first.result["full_share"] == pytest.approx(np.mean([run.full for run in runs]), abs=0.01)
-    replay = replay_policy(TraceBatch(held_out(out)), policy)
+    replay = replay_policy(TraceBatch(held_out(out)), file.policy)
     assert first.result["recovered_mass"] == pytest.approx(replay.recovered_mass)
 
 

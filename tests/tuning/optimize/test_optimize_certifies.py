@@ -25,15 +25,21 @@ FAMILIES = ("--families", "stride_profile,fixed_stride", "--trials", 2)
 
 
 @pytest.fixture(scope="module")
+def traces(first: Run, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the first run's traces, which gets a sensitivity of its own."""
+    return Path(shutil.copytree(out / "traces", tmp_path_factory.mktemp("copied") / "traces"))
+
+
+@pytest.fixture(scope="module")
 def certified_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of `certified`."""
     return tmp_path_factory.mktemp("certified") / "results"
 
 
 @pytest.fixture(scope="module")
-def certified(certified_out: Path, first: Run, out: Path, optimize: Optimize) -> Run:
+def certified(certified_out: Path, traces: Path, optimize: Optimize) -> Run:
     """A run with a limit, on the traces of the first one."""
-    return optimize("--traces", out / "traces", "--out", certified_out, *ASKED, *FAMILIES)
+    return optimize("--traces", traces, "--out", certified_out, *ASKED, *FAMILIES)
 
 
 def test_the_cheapest_certified_policy_is_exported(certified: Run, certified_out: Path) -> None:
@@ -84,10 +90,10 @@ def test_without_a_limit_nothing_is_certified(first: Run, out: Path) -> None:
 
 
 def test_with_a_limit_no_more_is_tried_than_the_budget_and_trials_are_shared(
-    certified: Run, certified_out: Path, out: Path, tmp_path: Path, optimize: Optimize
+    certified: Run, certified_out: Path, traces: Path, tmp_path: Path, optimize: Optimize
 ) -> None:
     folder = Path(shutil.copytree(certified_out, tmp_path / "results"))
-    run = optimize("--traces", out / "traces", "--out", folder, *ASKED, *FAMILIES, "--budget", 0.25)
+    run = optimize("--traces", traces, "--out", folder, *ASKED, *FAMILIES, "--budget", 0.25)
     assert run.code == 0, run.err
     results = json.loads((folder / "results.json").read_text())
     assert [rung["budget"] for rung in results["ladder"]][:3] == [0.25, 0.2, 0.15]
@@ -97,15 +103,15 @@ def test_with_a_limit_no_more_is_tried_than_the_budget_and_trials_are_shared(
 
 
 def test_where_nothing_is_certified_there_is_one_sentence_and_no_policy(
-    out: Path, first: Run, tmp_path: Path, optimize: Optimize
+    traces: Path, tmp_path: Path, optimize: Optimize
 ) -> None:
     families = ("--families", "stride_profile", "--trials", 2)
-    run = optimize("--traces", out / "traces", "--out", tmp_path, "--max-kl", 0.05, "--kl-cap", 0.1, *families)
+    run = optimize("--traces", traces, "--out", tmp_path, "--max-kl", 0.05, "--kl-cap", 0.1, *families)
     assert (run.code, run.out) == (2, "")
     assert run.err.splitlines()[-1] == (
         "error: no policy below full attention certifies a KL of at most 0.05 nats per step, prompts counted up to "
-        "0.1, at 90% confidence: of stride_profile at 0.5, the most expensive, the bound is 0.1 on 6 prompts; no number of "
-        "prompts that lose as these do would be enough."
+        "0.1, at 90% confidence: of stride_profile at 0.5, the most expensive, the bound is 0.1 on 6 prompts; no number "
+        "of prompts that lose as these do would be enough."
     )
     assert {path.name for path in tmp_path.iterdir()} == {"study.log", "closed_loop"}
 
@@ -122,10 +128,8 @@ def test_too_few_prompts_are_refused_before_anything_is_recorded(
     assert not (tmp_path / "results").exists()
 
 
-def test_too_few_traces_are_refused_before_any_closed_loop(
-    out: Path, first: Run, tmp_path: Path, optimize: Optimize
-) -> None:
-    run = optimize("--traces", out / "traces", "--out", tmp_path / "results", "--max-kl", 0.1, "--confidence", 0.99)
+def test_too_few_traces_are_refused_before_any_closed_loop(traces: Path, tmp_path: Path, optimize: Optimize) -> None:
+    run = optimize("--traces", traces, "--out", tmp_path / "results", "--max-kl", 0.1, "--confidence", 0.99)
     assert (run.code, run.out) == (2, "")
     assert "6 held-out prompts can never certify" in run.err
     assert run.err.endswith("at least 17 are needed, half of all that are recorded (--per-kind 6).\n")

@@ -127,7 +127,7 @@ def test_traces_recorded_with_other_settings_are_not_mixed_with_new_ones(
     copied: Path, model: Path, optimize: Optimize, sizes: tuple[str, ...]
 ) -> None:
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    refused(optimize("--model", model, "--out", copied, *sizes, "--k", 50), "was recorded with k 48 instead of 50")
+    refused(optimize("--model", model, "--out", copied, *sizes, "--k", 50), "was measured with k 48 instead of 50")
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
@@ -149,7 +149,7 @@ def test_a_file_is_no_output_folder(traces: Path, model: Path, tmp_path: Path, o
     (tmp_path / "taken").touch()
     refused(optimize("--traces", traces, "--out", tmp_path / "taken"), f"cannot write results to {tmp_path / 'taken'}")
     sizes = ("--context-tokens", "160", "--steps", "12", "--k", "48")
-    refused(optimize("--model", model, "--out", tmp_path / "taken", *sizes), "cannot write traces to")
+    refused(optimize("--model", model, "--out", tmp_path / "taken", *sizes), "cannot write results to")
 
 
 def test_a_budget_below_the_longest_stride_is_refused(traces: Path, tmp_path: Path, optimize: Optimize) -> None:

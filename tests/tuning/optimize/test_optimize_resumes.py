@@ -13,6 +13,7 @@ import pytest
 import recycler.closed_loop_store
 import recycler.recording
 import recycler.sensitivity
+import recycler.size_losses
 import tuning.optimize
 from policies import PolicyFile
 from traces import TraceFolder
@@ -84,8 +85,9 @@ def test_a_run_that_is_interrupted_at_every_stage_ends_as_if_uninterrupted(
 ) -> None:
     arguments = ("--model", model, "--out", tmp_path / "again", "--budget", 0.2, *sizes)
     stages = [
-        (recycler.recording, "record_trace", 7),
         (recycler.sensitivity, "unit_sensitivity", 3),
+        (recycler.size_losses, "_lost_by_size", 2),
+        (recycler.recording, "record_trace", 7),
         (tuning.optimize, "search_family", 4),
         # Six runs choose winners; the six after these confirm them.
         (recycler.closed_loop_store, "run_closed_loop", 4),
@@ -104,7 +106,7 @@ def test_a_run_that_is_interrupted_at_every_stage_ends_as_if_uninterrupted(
     assert (run.code, run.found) == (0, first.found), run.err
     ours, theirs = contents(tmp_path / "again"), contents(out)
     assert ours.keys() == theirs.keys()
-    for file in ("policy.json", "results.json", "report.html", "traces/sensitivity.json"):
+    for file in ("policy.json", "results.json", "report.html", "set_sizes/sensitivity.json"):
         assert ours[file] == theirs[file]
 
 
