@@ -84,7 +84,7 @@ def test_sets_of_different_sizes_age_as_each_does_alone(
     least = selection.sinks + max(selection.window, 1)
     sizes = tuple(least + extra for extra in more)
     selection = dataclasses.replace(selection, k=max(sizes), unit_k=(sizes,))
-    weights = torch.cat([weights.roll(head, 1) for head in range(len(sizes))])
+    weights = weights.repeat(len(sizes), 1, 1, 1)
     row_end = first + 1 + torch.arange(weights.shape[2])[:, None]
     scores = token_scores(weights.transpose(1, 2), selection)
     chosen = select(scores, selection, 0, row_end, torch.tensor(sizes)[:, None, None])
