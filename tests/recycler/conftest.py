@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -111,6 +112,18 @@ def _make_tokens(n_tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
 def make_tokens() -> Callable[..., torch.Tensor]:
     """Makes random tokens `(rows, n_tokens)`, none of them the padding."""
     return _make_tokens
+
+
+def _selection_of_unit(selection: Selection, layer: int, head: int) -> Selection:
+    if selection.unit_k is None:
+        return selection
+    return dataclasses.replace(selection, k=selection.unit_k[layer][head], unit_k=None)
+
+
+@pytest.fixture(scope="session")
+def selection_of_unit() -> Callable[[Selection, int, int], Selection]:
+    """The selection of a lone unit, with its own size as k."""
+    return _selection_of_unit
 
 
 class PlainSet:
@@ -242,7 +255,10 @@ class PlainDecoder:
             if query.shape[2] > 1:
                 self.seen[layer] = []
                 self.units[layer] = [
-                    [_PlainUnit(q, k, self.selection, start, kwargs["scaling"]) for q, k in zip(*row, strict=True)]
+                    [
+                        _PlainUnit(q, k, _selection_of_unit(self.selection, layer, head), start, kwargs["scaling"])
+                        for head, (q, k) in enumerate(zip(*row, strict=True))
+                    ]
                     for *row, start in zip(queries, keys, self.starts, strict=True)
                 ]
                 return stock(module, query, key, value, mask, **kwargs)

@@ -1,5 +1,6 @@
 """Aged sets: who leaves at each age, and the weight on what is left."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,26 @@ def test_sets_lose_at_each_age_what_a_dictionary_loses(
             assert float(overlap[0, row, age - 1]) == float(members[0, row][aged.places].sum())
             over_set = row_weights[:, aged.places]
             aged.rescore(over_set / over_set.sum(-1, keepdims=True))
+
+
+@given(situations(), st.lists(st.integers(0, 8), min_size=2, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_sets_of_different_sizes_age_as_each_does_alone(
+    selection_of_unit: Callable[..., Selection], situation: tuple[Tensor, Selection, int, int], more: list[int]
+) -> None:
+    weights, selection, first, max_age = situation
+    least = selection.sinks + max(selection.window, 1)
+    sizes = tuple(least + extra for extra in more)
+    selection = dataclasses.replace(selection, k=max(sizes), unit_k=(sizes,))
+    weights = weights.repeat(len(sizes), 1, 1, 1)
+    row_end = first + 1 + torch.arange(weights.shape[2])[:, None]
+    scores = token_scores(weights.transpose(1, 2), selection)
+    chosen = select(scores, selection, 0, row_end, torch.tensor(sizes)[:, None, None])
+    left = evictions(chosen, weights, first, max_age)
+    for head in range(len(sizes)):
+        of_unit, alone = selection_of_unit(selection, 0, head), weights[head : head + 1]
+        expected = evictions(chosen_sets(alone, first, of_unit), alone, first, max_age)
+        assert torch.equal(left[head : head + 1], expected)
 
 
 @given(rows=st.integers(1, 220), max_age=st.integers(1, 130), seed=st.integers(0, 99))

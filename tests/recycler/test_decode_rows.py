@@ -67,6 +67,11 @@ SELECTIONS = {
     for ranking in ("last_full", "updated", "accumulated")
     for group, queries in (("max", 1), ("mean", 3), ("max", None))
 }
+UNIT_K = ((4, 9), (6, 8))
+SELECTIONS |= {
+    f"{ranking}-sizes": Selection(7, 1, 2, 1, 2, ranking=ranking, unit_k=UNIT_K)  # type: ignore[arg-type]
+    for ranking in ("last_full", "updated", "accumulated")
+}
 H2O = Selection(6, 0, 3, 0, 0, "mean", "accumulated", None)  # type: ignore[arg-type]
 TOVA = Selection(6, 0, 0, 0, 0, "layer_mean", "updated")  # type: ignore[arg-type]
 
@@ -160,6 +165,19 @@ def test_a_keys_only_refresh_reads_all_keys_and_the_values_of_its_set_and_counts
             full = 1 if step % 3 == 2 else 0
             assert done.full.tolist() == [[[full] * 2] * 2, [[full / 2, full], [full / 2, full / 2]]]
             assert done.full.dtype == np.float64
+
+
+def test_what_is_read_of_a_set_is_its_own_size(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model(), make_tokens(6 + N_STEPS)[0]
+    selection = Selection(9, sinks=1, window=2, unit_k=((3, 15), (7, 11)))
+    prompt = read(model, tokens[:6], selection)
+    for rows in both(model, prompt, POLICIES, selection):
+        for step, done in enumerate(follow(rows, len(POLICIES), tokens[6:])):
+            dense = 6 + step + 1
+            sizes = np.minimum(selection.unit_k, dense)
+            np.testing.assert_array_equal(done.tokens_read, np.where(done.full, dense, sizes))
 
 
 def test_a_mean_over_the_layer_is_left_to_the_plain_path(
@@ -282,6 +300,9 @@ def test_a_policy_of_another_shape_is_refused(
     prompt = read(model, make_tokens(N_PROMPT)[0], H2O)
     with pytest.raises(ValueError, match=r"the policy is for 1 layers x 2 KV heads, but .* has 2 layers x 2 KV heads"):
         decode_rows(model, prompt, [NeverFull(), FixedStride(((2, 3),))], H2O)
+    sized = Selection(6, 0, 3, prompt_queries=None, unit_k=((6, 6, 6),))
+    with pytest.raises(ValueError, match=r"the selection is for 1 layers x 3 KV heads, but .* has 2 layers x 2 KV"):
+        decode_rows(model, prompt, [NeverFull()], sized)
 
 
 def test_the_model_is_stock_between_steps(

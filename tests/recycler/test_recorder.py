@@ -49,7 +49,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def record_plainly(
-    model: PreTrainedModel, prompt: Prompt, selection: Selection, max_age: int, plain_set: Callable[..., Any]
+    model: PreTrainedModel,
+    prompt: Prompt,
+    selection: Selection,
+    max_age: int,
+    plain_set: Callable[..., Any],
+    selection_of_unit: Callable[..., Selection] = lambda selection, layer, head: selection,
 ) -> dict[str, np.ndarray]:
     """Ages every set of every unit token by token."""
     tokens = torch.as_tensor(prompt.tokens.astype(np.int64))[None]
@@ -72,9 +77,10 @@ def record_plainly(
         votes = np.sum([np.pad(row, ((0, 0), (0, first + 1 - row.shape[1]))) for row in voters], axis=0)
         mean_query = grouped.mean(0)[first:]
         mean_query /= np.linalg.norm(mean_query, axis=-1, keepdims=True)
-        fresh = [set(plain_set(row, selection).places) for row in weights]
+        of_unit = selection_of_unit(selection, layer, head)
+        fresh = [set(plain_set(row, of_unit).places) for row in weights]
         for source in range(n_steps + 1):
-            aged = plain_set(weights[source] if source else votes, selection)
+            aged = plain_set(weights[source] if source else votes, of_unit)
             arrays["fresh_mass"][source, layer, head] = weights[source].mean(0)[aged.places].sum()
             for row in range(source + 1, min(source + max_age, n_steps) + 1):
                 aged.admit(first + row)
@@ -133,6 +139,74 @@ def test_every_age_is_what_a_step_by_step_decoder_measures(
     prompt = prompt_of(make_tokens(n_prompt + n_steps), n_steps)
     trace = record_trace(make_model(), prompt, selection, max_age=max_age)
     assert_agree(trace, record_plainly(make_model(), prompt, selection, max_age, plain_set))
+
+
+SIZED = {
+    "plain": (20, 14, 9, Selection(8, 2, 3, pool_forward=2, unit_k=((5, 12), (6, 9)))),
+    "no window, no sinks": (20, 14, 14, Selection(5, 0, 0, pool_forward=0, unit_k=((1, 7), (10, 2)))),
+    "no room but sinks and window": (20, 14, 14, Selection(6, 3, 2, unit_k=((5, 5), (5, 9)))),
+    "some units hold the whole text": (20, 14, 14, Selection(30, 1, 2, unit_k=((3, 40), (34, 40)))),
+    "prompt below some sizes": (6, 14, 14, Selection(8, 1, 2, unit_k=((3, 12), (7, 10)))),
+    "prompt within the sinks": (3, 14, 9, Selection(10, 5, 2, unit_k=((7, 13), (8, 12)))),
+    "several queries choose the first set": (20, 14, 9, Selection(8, 1, 2, prompt_queries=5, unit_k=((3, 13), (8, 8)))),
+    "more steps than a block": (5, 140, 3, Selection(6, 1, 2, unit_k=((4, 9), (3, 7)))),
+}
+
+
+@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize("group", ["max", "mean"])
+@pytest.mark.parametrize("situation", SIZED)
+def test_every_unit_is_recorded_with_a_set_of_its_own_size(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    plain_set: Callable[..., Any],
+    selection_of_unit: Callable[..., Selection],
+    situation: str,
+    group: str,
+    ranking: str,
+) -> None:
+    n_prompt, n_steps, max_age, selection = SIZED[situation]
+    selection = Selection(**(vars(selection) | {"group": group, "ranking": ranking}))
+    prompt = prompt_of(make_tokens(n_prompt + n_steps), n_steps)
+    trace = record_trace(make_model(), prompt, selection, max_age=max_age)
+    assert_agree(trace, record_plainly(make_model(), prompt, selection, max_age, plain_set, selection_of_unit))
+
+
+@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+def test_a_table_of_one_size_is_recorded_as_k_is(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], ranking: str
+) -> None:
+    prompt = prompt_of(make_tokens(34), 14)
+    one, other = (
+        record_trace(make_model(), prompt, Selection(8, 2, 3, ranking=ranking, unit_k=unit_k), max_age=14)
+        for unit_k in (None, ((8, 8), (8, 8)))
+    )
+    for name in (*BY_AGE, "fresh_mass"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+def test_a_unit_is_recorded_as_if_all_had_its_size(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    prompt, unit_k = prompt_of(make_tokens(34), 14), ((5, 12), (6, 9))
+    trace = record_trace(make_model(), prompt, Selection(8, 2, 3, unit_k=unit_k), max_age=14)
+    for unit in np.ndindex(2, 2):
+        alone = record_trace(make_model(), prompt, Selection(unit_k[unit[0]][unit[1]], 2, 3), max_age=14)
+        for name in (*BY_AGE, "fresh_mass"):
+            found, expected = (getattr(one, name)[(..., *unit)] for one in (trace, alone))
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7, err_msg=name)
+
+
+def test_heads_that_are_recorded_apart_keep_their_own_sizes(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    # One KV head in float64 takes 1.6 MiB.
+    model, prompt = make_model(kv_heads=4, layers=1), prompt_of(make_tokens(200), 90)
+    selection = Selection(9, 1, 2, unit_k=((3, 15, 6, 12),))
+    whole = record_trace(model, prompt, selection, max_age=20)
+    parts = record_trace(model, prompt, selection, max_age=20, memory_mib=2)
+    for name in (*BY_AGE, "fresh_mass"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=0, atol=2e-7, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -65,3 +65,30 @@ def test_all_others_are_recorded(
     selection = Selection(7, 1, 2, ranking=ranking, group=group, prompt_queries=prompt_queries)
     trace = record_trace(make_model(), prompt_of(make_tokens(20)), selection, max_age=2)
     assert Selection(**trace.header.selection) == selection
+
+
+def test_sizes_of_units_are_in_the_header_as_a_file_holds_them(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    selection = Selection(7, 1, 2, unit_k=((3, 11), (9, 5)))
+    header = record_trace(make_model(), prompt_of(make_tokens(20)), selection, max_age=2).header
+    assert Selection(**header.selection) == selection
+    assert type(header).from_json(header.to_json()) == header
+
+
+@pytest.mark.parametrize("record", [record_trace, trace_header])
+def test_sizes_for_another_model_are_refused_with_both_shapes_before_the_model_runs(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    record: Callable[..., Any],
+) -> None:
+    model = make_model()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(model, "forward", forward)
+    selection = Selection(7, 1, 2, unit_k=((7, 7, 7),))
+    with pytest.raises(ValueError, match=r"^the selection is for 1 layers x 3 KV heads, but .* has 2 layers x 2 KV"):
+        record(model, prompt_of(make_tokens(20)), selection, max_age=2)

@@ -1,5 +1,6 @@
 """Sets: hand-made examples, then agreement with a dictionary that does the same token by token."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from policies import Selection
-from recycler.recycled_set import RecycledSet, group_scores, select, token_scores
+from recycler.recycled_set import RecycledSet, group_scores, select, token_scores, unit_sizes
 
 
 def scores_of(*values: float) -> Tensor:
@@ -211,3 +212,105 @@ def test_units_choose_apart(several: list[tuple[np.ndarray, Selection, int, int]
         assert left[:, 0].tolist() == [
             int(recycled.admit(newest, first)) for recycled, first in zip(alone, starts, strict=True)
         ]
+
+
+def test_each_unit_has_its_row_of_the_table() -> None:
+    selection = Selection(8, 1, 2, unit_k=((4, 12), (6, 10), (3, 5)))
+    sizes = unit_sizes(selection, 1, torch.device("cpu"))
+    assert sizes is not None
+    assert sizes.tolist() == [[6], [10]]
+    assert unit_sizes(Selection(8, 1, 2), 1, torch.device("cpu")) is None
+
+
+def test_sets_of_different_sizes_are_chosen_side_by_side() -> None:
+    scores = torch.tensor([0, 0, 1, 5, 3, 4, 2, 0, 0]).float().expand(3, -1)
+    selection = Selection(6, sinks=1, window=2, unit_k=((3, 5, 8),))
+    recycled = select(scores, selection, 0, 9, torch.tensor([[3], [5], [8]]))
+    held = [sorted(row[row >= 0].tolist()) for row in recycled.positions]
+    assert held == [[0, 7, 8], [0, 3, 5, 7, 8], [0, 2, 3, 4, 5, 6, 7, 8]]
+    assert recycled.positions.shape == recycled.scores.shape == (3, 8)
+
+
+@st.composite
+def sized_situations(draw: st.DrawFn) -> tuple[np.ndarray, Selection, int, int]:
+    """A situation with attention `(units, group, tokens)`, and a size for each of the units."""
+    weights, selection, start, n_new = draw(situations())
+    least = selection.sinks + max(selection.window, 1)
+    sizes = draw(st.lists(st.integers(least, least + 8), min_size=2, max_size=4))
+    score = st.sampled_from([0.0, 1e-30, 0.25, 0.5, 1.0])
+    row = st.lists(score, min_size=weights.shape[1] - start, max_size=weights.shape[1] - start)
+    units = [np.pad(np.array(draw(row), dtype=np.float32), (start, 0))[None] for _ in sizes]
+    k = max(least, -(-sum(sizes) // len(sizes)))
+    return np.stack(units), dataclasses.replace(selection, k=k, unit_k=(tuple(sizes),)), start, n_new
+
+
+@given(sized_situations())
+@settings(max_examples=200, deadline=None)
+def test_no_set_ever_holds_more_than_its_size_and_each_does_what_it_does_alone(
+    plain_set: Callable[..., object],
+    selection_of_unit: Callable[..., Selection],
+    situation: tuple[np.ndarray, Selection, int, int],
+) -> None:
+    weights, selection, start, n_new = situation
+    n_units, _, end = weights.shape
+    sizes = unit_sizes(selection, 0, torch.device("cpu"))
+    recycled = select(token_scores(torch.tensor(weights), selection), selection, start, end, sizes)
+    alone = [plain_set(weights[unit], selection_of_unit(selection, 0, unit), start) for unit in range(n_units)]
+    for newest in range(end - 1, end + n_new):
+        if newest >= end:
+            left = recycled.admit(newest, start)
+            assert left[:, 0].tolist() == [one.admit(newest) for one in alone]
+        for unit, size in enumerate(selection.unit_k[0]):
+            held = recycled.positions[unit][recycled.filled[unit]].tolist()
+            assert sorted(held) == alone[unit].places
+            assert len(held) == min(size, newest + 1 - start)
+            assert not recycled.filled[unit, size:].any()
+
+
+@given(sized_situations())
+@settings(max_examples=100, deadline=None)
+def test_a_smaller_set_is_what_k_of_its_size_would_choose_and_the_beginning_of_a_larger_one(
+    selection_of_unit: Callable[..., Selection], situation: tuple[np.ndarray, Selection, int, int]
+) -> None:
+    weights, selection, start, _ = situation
+    n_units, _, end = weights.shape
+    same = torch.tensor(weights[:1]).expand(n_units, -1, -1)
+    scores = token_scores(same, selection)
+    recycled = select(scores, selection, start, end, unit_sizes(selection, 0, torch.device("cpu")))
+    held = []
+    for unit in range(n_units):
+        of_unit = selection_of_unit(selection, 0, unit)
+        held.append(set(recycled.positions[unit][recycled.filled[unit]].tolist()))
+        assert held[-1] == set(places(select(scores[:1], of_unit, start, end)))
+    by_size = sorted(held, key=len)
+    assert all(smaller <= larger for smaller, larger in zip(by_size, by_size[1:], strict=False))
+
+
+@given(situations())
+@settings(max_examples=100, deadline=None)
+def test_a_table_of_one_size_is_k(situation: tuple[np.ndarray, Selection, int, int]) -> None:
+    weights, selection, start, n_new = situation
+    end = weights.shape[1]
+    scores = token_scores(torch.tensor(weights), selection).expand(2, -1)
+    table = dataclasses.replace(selection, unit_k=((selection.k,) * 2,))
+    sized = select(scores, table, start, end, unit_sizes(table, 0, torch.device("cpu")))
+    plain = select(scores, selection, start, end)
+    for newest in range(end, end + n_new + 1):
+        for unit in range(2):
+            one, other = (dict(zip(*pair, strict=True)) for pair in (slots(sized, unit), slots(plain, unit)))
+            assert one == other
+        assert torch.equal(sized.admit(newest, start), plain.admit(newest, start))
+
+
+def slots(recycled: RecycledSet, unit: int) -> tuple[list[int], list[float]]:
+    """Places of a unit's set, and their scores."""
+    filled = recycled.filled[unit]
+    return recycled.positions[unit][filled].tolist(), recycled.scores[unit][filled].tolist()
+
+
+def test_slots_beyond_a_sets_size_are_closed() -> None:
+    recycled = RecycledSet(torch.zeros(2, 3), torch.zeros(2, 3), Selection(2, 0, 0), torch.tensor([[1], [3]]))
+    highest = torch.iinfo(torch.int64).max
+    assert recycled.close(torch.zeros(2, 3, dtype=torch.int64)).tolist() == [[0, highest, highest], [0, 0, 0]]
+    recycled.sizes = None
+    assert recycled.close(torch.zeros(2, 3, dtype=torch.int64)).tolist() == [[0, 0, 0], [0, 0, 0]]

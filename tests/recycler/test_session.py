@@ -30,6 +30,8 @@ from recycler.session import recycled
 
 FAMILIES = ["llama", "qwen2", "mistral"]
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
+# Sizes of the 2 x 2 units under a k of 7 or more.
+UNIT_K = ((5, 10), (8, 5))
 N_NEW = 16
 # Of 61 tokens.
 ENDS = tuple(range(0, 61, 4))
@@ -109,7 +111,13 @@ def test_set_as_large_as_the_context_finds_the_tokens_of_full_attention(
 ) -> None:
     model, tokens = make_model(family), make_tokens(20, rows=3)
     how: dict[str, Any] = {"padding": (0, 7, 19)}
-    for selection in (Selection(20 + N_NEW - 1, sinks=2, window=4), Selection(99, ranking="updated")):
+    sizes = ((20 + N_NEW - 1, 50), (99, 40))
+    for selection in (
+        Selection(20 + N_NEW - 1, sinks=2, window=4),
+        Selection(99, ranking="updated"),
+        Selection(60, sinks=2, window=4, unit_k=sizes),
+        Selection(60, sinks=2, window=4, unit_k=sizes, ranking="accumulated"),
+    ):
         found = generate_recycled(model, NeverFull(), tokens, selection=selection, **how)
         assert torch.equal(found, generate(model, tokens, **how))
     assert not torch.equal(generate_recycled(model, NeverFull(), tokens, **how), generate(model, tokens, **how))
@@ -162,18 +170,31 @@ def test_masks_of_eager_attention_are_understood(
     ],
     ids=lambda policy: policy.kind,
 )
-@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(8, sinks=2, window=3),
+        Selection(8, sinks=2, window=3, ranking="updated"),
+        Selection(8, sinks=2, window=3, unit_k=UNIT_K),
+        Selection(8, sinks=2, window=3, ranking="updated", unit_k=UNIT_K),
+        Selection(8, sinks=2, window=3, ranking="accumulated", unit_k=UNIT_K),
+    ],
+    ids=["last_full", "updated", "last_full-sizes", "updated-sizes", "accumulated-sizes"],
+)
 def test_batch_is_its_rows_alone(
-    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], policy: StepPolicy, ranking: str
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    policy: StepPolicy,
+    selection: Selection,
 ) -> None:
     model, tokens, padding = make_model(), make_tokens(20, rows=3), (0, 7, 18)
-    selection = Selection(8, sinks=2, window=3, ranking=ranking)
     together = generate_recycled(model, policy, tokens, selection=selection, padding=padding)
     for row, width in enumerate(padding):
         alone = generate_recycled(model, policy, tokens[row : row + 1, width:], selection=selection)
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("unit_k", [None, UNIT_K], ids=["k", "sizes"])
 @pytest.mark.parametrize("ranking", ["last_full", "updated"])
 @pytest.mark.parametrize("group", ["max", "mean"])
 @pytest.mark.parametrize(
@@ -197,10 +218,11 @@ def test_logits_and_decisions_are_those_of_the_plain_decoder(
     policy: StepPolicy,
     group: str,
     ranking: str,
+    unit_k: tuple[tuple[int, ...], ...] | None,
     fast: bool,
 ) -> None:
     model, tokens = make_model(), make_tokens(14, rows=2)
-    selection = Selection(7, sinks=1, window=2, pool_backward=1, pool_forward=2, group=group, ranking=ranking)
+    selection = Selection(7, 1, 2, 1, 2, group, ranking, unit_k=unit_k)
     mask = torch.tensor([[1] * 14, [0] * 5 + [1] * 9])
     how: dict[str, Any] = {"max_new_tokens": N_NEW, "return_dict_in_generate": True, "output_logits": True}
 
@@ -249,3 +271,27 @@ def test_decoding_with_gradients_finds_the_same_logits(
     with torch.no_grad():
         expected = logits()
     assert torch.equal(logits(), expected)
+
+
+@pytest.mark.parametrize("ranking", ["last_full", "updated", "accumulated"])
+def test_a_table_of_one_size_is_k(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], ranking: str
+) -> None:
+    model, tokens, receipts, logits = make_model(), make_tokens(20, rows=3), [], []
+    how: dict[str, Any] = {"max_new_tokens": N_NEW, "return_dict_in_generate": True, "output_logits": True}
+    for unit_k in (None, ((8, 8), (8, 8))):
+        with recycled(model, LOGISTIC, Selection(8, 2, 3, ranking=ranking, unit_k=unit_k)) as session:
+            logits.append(torch.stack(model.generate(tokens, **how).logits))
+        receipts.append(session.receipt().to_json())
+    # Slots may be in another order, and sums with them.
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-10)
+    assert receipts[0] == receipts[1]
+
+
+def test_what_is_read_is_the_sum_of_the_sizes(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    with recycled(make_model(), NeverFull(), Selection(8, 2, 3, unit_k=UNIT_K)) as session:
+        generate(make_model(), make_tokens(20, rows=2))
+    # The last token that is written is fed to nobody.
+    assert session.receipt().tokens_read.sum() == 2 * (N_NEW - 1) * sum(map(sum, UNIT_K))

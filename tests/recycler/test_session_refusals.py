@@ -37,6 +37,13 @@ def test_beam_search_is_refused(make_model: Callable[..., PreTrainedModel], make
         make_model().generate(make_tokens(20), num_beams=4, max_new_tokens=20)
 
 
+def test_sizes_for_another_model_are_refused_with_both_shapes(make_model: Callable[..., PreTrainedModel]) -> None:
+    selection = Selection(8, sinks=2, window=3, unit_k=((8, 8, 8),))
+    refusal = pytest.raises(ValueError, match=r"the selection is for 1 layers x 3 KV heads, but .* has 2 layers x 2 KV")
+    with refusal, recycled(make_model(), FixedStride(3), selection):
+        pass
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -65,8 +65,10 @@ POLICIES = [
         Selection(6, sinks=0, window=0, pool_backward=1, group="mean", ranking="updated"),
         Selection(3, sinks=1, window=2, ranking="updated"),
         Selection(20, sinks=2, window=3),
+        Selection(8, sinks=2, window=3, pool_forward=2, unit_k=((5, 12), (8, 6))),
+        Selection(6, sinks=0, window=0, group="mean", ranking="updated", unit_k=((1, 9), (4, 10))),
     ],
-    ids=["window", "bare", "tiny", "not full at first"],
+    ids=["window", "bare", "tiny", "not full at first", "sizes", "sizes, updated"],
 )
 def test_policies_are_shown_what_a_plain_decoder_measures(
     make_model: Callable[..., PreTrainedModel],
@@ -193,7 +195,8 @@ def test_budget_holds_at_every_prefix(
             assert (taken == np.floor(allowed + 1e-9).clip(max=np.arange(1, 61)[:, None, None])).all()
 
 
-@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize("unit_k", [None, ((5, 12), (6, 5))], ids=["k", "sizes"])
+@pytest.mark.parametrize("ranking", ["last_full", "updated", "accumulated"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
 def test_sets_in_use_hold_at_most_k_tokens_and_all_that_must_stay(
     make_model: Callable[..., PreTrainedModel],
@@ -201,6 +204,7 @@ def test_sets_in_use_hold_at_most_k_tokens_and_all_that_must_stay(
     monkeypatch: pytest.MonkeyPatch,
     policy: StepPolicy,
     ranking: str,
+    unit_k: tuple[tuple[int, ...], ...] | None,
 ) -> None:
     used: list[RecycledSet] = []
 
@@ -213,16 +217,16 @@ def test_sets_in_use_hold_at_most_k_tokens_and_all_that_must_stay(
 
     attend = session.attend_by_index
     monkeypatch.setattr(session, "attend_by_index", noting)
-    selection = Selection(7, sinks=2, window=3, ranking=ranking)
+    selection = Selection(7, sinks=2, window=3, ranking=ranking, unit_k=unit_k)
     with recycled(make_model(), policy, selection, fast=False):
         decode(make_model(), make_tokens(8, rows=2))
     assert len(used) == 2 * 20
     for index, recycled_set in enumerate(used):
         newest = 8 + index // 2
         for row, start in enumerate((0, 5)):
-            for unit in recycled_set.positions[row]:
-                held = unit[unit >= 0].tolist()
-                assert len(held) == len(set(held)) == min(7, newest + 1 - start)
+            for head, unit in enumerate(recycled_set.positions[row]):
+                held, size = unit[unit >= 0].tolist(), 7 if unit_k is None else unit_k[index % 2][head]
+                assert len(held) == len(set(held)) == min(size, newest + 1 - start)
                 assert {start, start + 1, newest - 2, newest - 1, newest} <= set(held)
                 assert min(held) == start
                 assert max(held) == newest

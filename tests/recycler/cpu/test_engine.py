@@ -32,6 +32,9 @@ Make = Callable[..., Any]
 
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 UPDATED = Selection(9, sinks=1, window=3, group="mean", ranking="updated")
+SIZED = Selection(12, 2, 4, 1, 2, unit_k=((6, 18), (14, 10)))
+SIZED_UPDATED = Selection(9, 1, 3, group="mean", ranking="updated", unit_k=((4, 14), (11, 7)))
+SIZED_ACCUMULATED = Selection(9, 1, 3, ranking="accumulated", unit_k=((4, 14), (11, 7)))
 BUDGET = BudgetConstrained(CosineThreshold(0.9), 0.3, 1)
 LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
 KEYS_ONLY = RefreshKeys(LOGISTIC)
@@ -129,6 +132,28 @@ def test_the_engine_decodes_as_the_plain_path_does(
     assert_same_run(decode(model, tokens, policy, 24, selection=selection), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("selection", [SIZED, SIZED_UPDATED, SIZED_ACCUMULATED], ids=lambda one: one.ranking)
+@pytest.mark.parametrize("policy", [FixedStride(3), BUDGET, LOGISTIC], ids=lambda policy: policy.kind)
+def test_units_with_sizes_of_their_own_decode_as_on_the_plain_path(
+    make_model: Make, make_tokens: Make, policy: StepPolicy, selection: Selection, dtype: torch.dtype
+) -> None:
+    model, tokens = make_model("llama", dtype), make_tokens(20, rows=3)
+    plain = decode(model, tokens, policy, 24, selection=selection, fast=False)
+    assert 0 < plain.receipt.full_share < 1
+    # Errors of float32 are of the size of the other tests' tolerance; they grow over the steps where tokens do not.
+    assert_same_run(decode(model, tokens, policy, 24, selection=selection), plain)
+
+
+def test_a_set_that_was_put_off_is_of_its_own_size(make_model: Make, make_tokens: Make) -> None:
+    # Every unit runs full several times in a row before it next runs recycled, each at another step.
+    policy = FixedStride(((1.2, 1.5), (1.4, 1.1)))
+    model, tokens = make_model(), make_tokens(14, rows=2)
+    plain = decode(model, tokens, policy, 60, selection=SIZED, fast=False)
+    assert 0.5 < plain.receipt.full_share < 1
+    assert_same_run(decode(model, tokens, policy, 60, selection=SIZED), plain)
+
+
 @pytest.mark.parametrize(
     "policy", [FixedStride(2, ((0, 1), (1, 0))), BUDGET, LOGISTIC, KEYS_ONLY], ids=lambda policy: policy.kind
 )
@@ -166,7 +191,11 @@ def test_threads_change_nothing_but_rounding(
     torch.testing.assert_close(together.logits, alone.logits, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("selection", [SELECTION, UPDATED, Selection(40)], ids=["last_full", "updated", "large"])
+@pytest.mark.parametrize(
+    "selection",
+    [SELECTION, UPDATED, Selection(40), SIZED, SIZED_UPDATED, Selection(40, unit_k=((36, 44), (40, 39)))],
+    ids=["last_full", "updated", "large", "sizes", "updated sizes", "large sizes"],
+)
 @pytest.mark.parametrize("policy", [FixedStride(3), BUDGET, LOGISTIC, KEYS_ONLY], ids=lambda policy: policy.kind)
 def test_sets_hold_what_they_must_and_copies_are_of_their_tokens(
     make_model: Make, make_tokens: Make, policy: StepPolicy, selection: Selection
@@ -180,13 +209,14 @@ def test_sets_hold_what_they_must_and_copies_are_of_their_tokens(
             for row, head in np.ndindex(units.filled.shape):
                 start, n = PADDING[row], units.filled[row, head]
                 places = set(units.positions[row, head, :n].tolist())
-                assert len(places) == n <= selection.k
+                size = selection.k if selection.unit_k is None else selection.unit_k[layer][head]
+                assert len(places) == n <= size
                 assert min(places) >= start
                 assert max(places) < end
                 if decoding.full[row, layer, head] and not decoding.keys_only[row, layer, head]:
                     continue
                 # Of a unit that ran a full step the set is chosen later; the others have used their own.
-                assert n == min(selection.k, end - start)
+                assert n == min(size, end - start)
                 assert places >= set(range(start, start + selection.sinks)) | {end - 1}
                 assert places >= set(range(max(start, end - selection.window), end))
                 copied = keys[row, head, units.positions[row, head, :n]]
@@ -208,3 +238,17 @@ def test_in_bfloat16_the_engine_is_as_close_to_exact_as_the_stock_decoder(make_m
     assert (engine.receipt.engine, engine.logits.dtype) == ("cpu", torch.bfloat16)
     error, stock_error = ((run.logits.double() - exact)[1:].abs().mean() for run in (engine, stock))
     assert 0 < error <= 1.2 * stock_error
+
+
+def test_in_bfloat16_units_with_sizes_of_their_own_are_as_close_to_exact_as_the_plain_path(
+    make_model: Make, make_tokens: Make
+) -> None:
+    model, tokens, forced = make_model("llama", torch.bfloat16), make_tokens(20, rows=3), make_tokens(24, 3, seed=1)
+    how: dict[str, Any] = {"selection": SIZED, "forced": forced}
+    exact = decode(copy.deepcopy(model).double(), tokens, FixedStride(3), 24, fast=False, **how).logits
+    plain = decode(model, tokens, FixedStride(3), 24, fast=False, **how)
+    engine = decode(model, tokens, FixedStride(3), 24, **how)
+    assert engine.receipt.engine == "cpu"
+    np.testing.assert_array_equal(engine.receipt.tokens_read, plain.receipt.tokens_read)
+    error, plain_error = ((run.logits.double() - exact)[1:].abs().mean() for run in (engine, plain))
+    assert 0 < error <= 1.2 * plain_error

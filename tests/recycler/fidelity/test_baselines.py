@@ -472,3 +472,15 @@ def test_a_k_that_some_method_cannot_have_is_refused(k: int, message: str) -> No
 def test_a_set_of_ours_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="methods are compared at equal k: the policy's set has 64 tokens, not 128"):
         named(128, our_set=OURS)
+
+
+def test_the_ceiling_of_a_set_with_sizes_of_units_has_them_too() -> None:
+    sized = dataclasses.replace(OURS, unit_k=tuple((K - 5, K + 5) for _ in range(SHAPE.layers)))
+    methods = named(our_set=sized)
+    for name in ("fresh_top_k_ceiling", "fresh_top_k" + OUR_SET):
+        assert methods[name].selector.selection.unit_k == sized.unit_k  # type: ignore[attr-defined]
+
+
+def test_a_set_of_ours_for_another_model_is_refused_with_both_shapes() -> None:
+    with pytest.raises(ValueError, match="the selection is for 1 layers x 1 KV heads, but "):
+        named(our_set=dataclasses.replace(OURS, unit_k=((K,),)))

@@ -52,6 +52,21 @@ def test_what_is_read_is_every_key_and_the_values_of_the_set() -> None:
     assert FreshTopK(SELECTIONS["window"]).choose(0, query, key, 0.5).tokens_read.tolist() == [4, 4]
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_every_unit_s_set_is_of_its_own_size(
+    plain_set: Callable[..., Any], selection_of_unit: Callable[..., Selection], layer: int
+) -> None:
+    selection = Selection(7, sinks=1, window=2, pool_forward=2, unit_k=((4, 9), (10, 3)))
+    query, key = drawn(30)
+    chosen = FreshTopK(selection).choose(layer, query, key, 0.5)
+    weights = (query @ key.transpose(-1, -2) * 0.5).softmax(-1).numpy()
+    for head in range(KV_HEADS):
+        expected = plain_set(weights[head], selection_of_unit(selection, layer, head)).places
+        for member in range(GROUP):
+            assert chosen.allowed[head, member].nonzero()[:, 0].tolist() == expected
+    assert chosen.tokens_read.tolist() == [(30 + size) / 2 for size in selection.unit_k[layer]]  # type: ignore[index]
+
+
 class Latest(TokenSelector):
     """Every query head attends to a number of latest tokens of its own."""
 
