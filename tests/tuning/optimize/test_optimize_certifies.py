@@ -104,8 +104,8 @@ def test_where_nothing_is_certified_there_is_one_sentence_and_no_policy(
     assert (run.code, run.out) == (2, "")
     assert run.err.splitlines()[-1] == (
         "error: no policy below full attention certifies a KL of at most 0.05 nats per step, prompts counted up to "
-        "0.1, at 90% confidence: of stride_profile at 0.5, the most expensive, the bound is 0.1 on 6 prompts; no number of "
-        "prompts that lose as these do would be enough."
+        "0.1, at 90% confidence: of stride_profile at 0.5, the most expensive, the bound is 0.1 on 6 prompts; no "
+        "number of prompts that lose as these do would be enough."
     )
     assert {path.name for path in tmp_path.iterdir()} == {"study.log", "closed_loop"}
 
