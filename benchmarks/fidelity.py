@@ -38,6 +38,10 @@ _ROOT = Path(__file__).parents[1]
 _NOTES = _ROOT / "docs" / "results_notes.md"
 # The replay loss that the tuner minimises.
 _TUNED_ON = "weighted"
+_SCHEDULERS = (
+    "All families, clocks with three sets, a schedule that knows the future and a new set at every step, at budgets of "
+    "2 to 20% and two lengths: [schedulers.md](schedulers.md), written by `python benchmarks/schedulers.py`."
+)
 # RefreshKV's own comparison, worst first (arXiv 2411.05787).
 _PAPER_ORDER = ("streaming_llm", "snapkv", "refreshkv_s10", "refreshkv_qc5_tuned", "full")
 
@@ -171,6 +175,12 @@ def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption:
             "![ranking](pictures/fidelity-ranking.png)",
             "",
             (folder / "compared" / "tables.md").read_text(encoding="utf-8"),
+            "## Schedules at every budget",
+            "",
+            _SCHEDULERS,
+            "",
+            "![KL and copying against the full share](pictures/schedulers-3000-k128.png)",
+            "",
             "## How the error compounds",
             "",
             "![curves](pictures/fidelity-curves.png)",

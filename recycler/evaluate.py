@@ -214,7 +214,7 @@ def _thresholds(
         if known.get("settings") == settings:
             return {name: float(value) for name, value in known["thresholds"].items()}
     prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=context_tokens, n_steps=steps, seed=seed)
-    found = calibrated_thresholds(loaded, prompts, selection.k, budget, selection)
+    found = calibrated_thresholds(loaded, prompts, selection.k, budget, selection.pooled())
     write_beside(path, json.dumps({"settings": settings, "thresholds": found}))
     return found
 

@@ -107,8 +107,9 @@ def baselines(
         sentence_ends: Tokens at which SFI looks again.
         thresholds: By name, cosine thresholds of the dynamic schedules that were tuned to the budget
             (`calibrated_thresholds`); None leaves these schedules out.
-        our_set: The selection to run the schedules with once more, or None; its k must be `k`. Where its units have
-            sizes of their own (`unit_k`), methods are compared at equal k on average.
+        our_set: The selection to run the schedules with once more, or None; its k must be `k`, where units have sizes
+            of their own (`unit_k`) their mean. Schedules get its pooled form (`Selection.pooled`), which serves them
+            better; sizes are of no use to them.
         seed: Of `random`.
 
     Raises:
@@ -119,6 +120,7 @@ def baselines(
         raise ValueError(f"methods are compared at equal k: the policy's set has {our_set.k} tokens, not {k}.")
     if our_set is not None:
         check_fits(our_set, shape)
+        our_set = our_set.pooled()
     methods: list[Method] = [
         _kept("streaming_llm", "StreamingLLM, arXiv 2309.17453", streaming_llm_set(k)),
         _kept("snapkv", "SnapKV, arXiv 2404.14469", snapkv_set(k)),

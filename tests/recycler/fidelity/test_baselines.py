@@ -484,3 +484,12 @@ def test_the_ceiling_of_a_set_with_sizes_of_units_has_them_too() -> None:
 def test_a_set_of_ours_for_another_model_is_refused_with_both_shapes() -> None:
     with pytest.raises(ValueError, match="the selection is for 1 layers x 1 KV heads, but "):
         named(our_set=dataclasses.replace(OURS, unit_k=((K,),)))
+
+
+def test_schedules_get_the_pooled_form_of_an_unpooled_set() -> None:
+    unpooled = dataclasses.replace(Selection.unpooled(64), unit_k=((60, 68), (64, 64)))
+    shape = ModelShape("tiny", 2, 2, 4, 8)
+    found = {one.name: one for one in baselines(64, shape, 0.1, (1,), our_set=unpooled)}
+    stride = found["refreshkv_s10" + OUR_SET]
+    assert isinstance(stride, Scheduled)
+    assert stride.selection == unpooled.pooled() == Selection(64, prompt_queries=32)
