@@ -52,6 +52,8 @@ from tuning.tuning_data import TuningData
 from tuning.winners import choose_winners
 
 _ROOT = Path(__file__).parents[1]
+# What people made of the numbers; it goes above them.
+_NOTES = _ROOT / "docs" / "schedulers_notes.md"
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
 # The one that every family and the oracle are shown at.
 _BUDGET = 0.1
@@ -330,6 +332,7 @@ def _report(settings: Sequence[Setting], everything: Mapping[str, Any]) -> str:
         f"Written by `python benchmarks/schedulers.py`: {everything['model']}, {everything['machine']}. No policy was "
         "tuned or chosen on these prompts. What was tried, and what did not help, is in [LOG.md](LOG.md).",
         "",
+        *([_NOTES.read_text(encoding="utf-8")] if _NOTES.exists() else []),
     ]
     for setting in settings:
         rows, targets = everything["rows"][setting.name], everything["targets"][setting.name]
