@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,8 @@ SUFFIX = ".safetensors"
 METADATA_KEY = "recycled-attention-trace"
 # Of the arrays of a trace, as safetensors names them.
 _DTYPES = {"F32": "<f4", "I32": "<i4"}
+# The first bytes of a safetensors file say how long its header is.
+_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,28 @@ class TraceFile:
         except SafetensorError as error:
             raise ValueError(f"{self.path} is no whole trace: {error}.") from error
 
-    def mapped(self, name: str) -> np.ndarray:
-        """One array of the trace as the file's memory: read-only, and read as far as it is touched.
+    def map(self) -> Trace:
+        """The trace with the file's own memory as its arrays: read-only, and read as far as they are touched.
+
+        All arrays share one mapping, which keeps a file descriptor until the last of them is gone. A file that is
+        replaced by renaming, as `write_trace` does it, stays as it was for those who have mapped it; one that is cut
+        short while it is mapped ends the process that reads on.
 
         Raises:
-            ValueError: If the file has no such array, or ends before it does.
+            ValueError: As `load` does, or if the system maps no more files.
         """
+        _ = self.header  # Whatever is no trace is told here.
         try:
-            with self.path.open("rb") as file:
-                n_header = int.from_bytes(file.read(8), "little")
-                entry = json.loads(file.read(n_header))[name]
-            offset = 8 + n_header + int(entry["data_offsets"][0])
-            return np.memmap(self.path, _DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"]))
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.path} is no whole trace: {name} cannot be read ({error}).") from error
+            whole = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot map the trace {self.path}: {error}.") from error
+        try:
+            data_start = _LENGTH_BYTES + int.from_bytes(whole[:_LENGTH_BYTES].tobytes(), "little")
+            entries = json.loads(whole[_LENGTH_BYTES:data_start].tobytes())
+            header = TraceHeader.from_json(entries.pop("__metadata__")[METADATA_KEY])
+            return Trace(header=header, **{name: _array(name, entries[name], whole[data_start:]) for name in entries})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is no whole trace: {error}") from error
 
     def load(self) -> Trace:
         """Read it whole.
@@ -109,6 +120,14 @@ class TraceFile:
         """`sha256:` and the hash of the file's bytes."""
         with self.path.open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _array(name: str, entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
+    """An array of a safetensors file, by its entry in the header and the bytes behind that."""
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{name} is of type {entry['dtype']}, which no array of a trace has")
+    begin, end = entry["data_offsets"]
+    return data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def write_trace(trace: Trace, folder: Path | str) -> TraceFile:

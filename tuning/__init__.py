@@ -7,7 +7,7 @@ from tuning.certificate import Certificate, KlLimit, certify
 from tuning.families import FAMILIES, families_named
 from tuning.family import Family
 from tuning.fit import fit_logistic
-from tuning.replay import Replay, replay_policy
+from tuning.replay import Replay, replay_full_share, replay_policy
 from tuning.results import TuningResult
 from tuning.study import search_family
 from tuning.trace_batch import TraceBatch
@@ -28,6 +28,7 @@ __all__ = [
     "certify",
     "families_named",
     "fit_logistic",
+    "replay_full_share",
     "replay_policy",
     "search_family",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from policies import StepPolicy
-from tuning.replay import replay_policy
+from tuning.replay import replay_full_share
 from tuning.trace_batch import TraceBatch
 
 
@@ -39,7 +39,7 @@ def calibrate(
     highs = np.full(traces.units, float(high))
     for _ in range(n_halvings):
         middle = (lows + highs) / 2
-        share = replay_policy(traces, policy_at(middle)).unit_full_share
+        share = replay_full_share(traces, policy_at(middle))
         if isinstance(rates, float):
             share = np.full(traces.units, share.mean())
         fits = share <= rates

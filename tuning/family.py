@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 
 from policies import BudgetConstrained, FixedStride, RefreshKeys, StepPolicy
-from tuning.replay import replay_policy
+from tuning.replay import replay_full_share
 from tuning.tuning_data import Division, TuningData
 
 # Fractions of the golden ratio fill the unit interval evenly for any number of units.
@@ -53,7 +53,7 @@ def own_rates(policy: StepPolicy, data: TuningData) -> np.ndarray:
     Scaled down where even the laziest threshold runs full too often, as with a signal that is missing until the first
     full step.
     """
-    rates = replay_policy(data.traces, policy).unit_full_share
+    rates = replay_full_share(data.traces, policy)
     mean = float(rates.mean())
     return rates * (data.budget / mean) if mean > data.budget else rates
 

@@ -32,9 +32,8 @@ def hindsight(traces: TraceBatch, unit_cost: np.ndarray, budget: float) -> np.nd
     n_units = unit_cost.size
     full = np.empty((traces.n_steps, len(traces), n_units), dtype=bool)
     for trace in range(len(traces)):
-        recovered = traces.recovered_mass[:, :, trace].reshape(traces.n_steps, traces.max_age, n_units)
         # Ages that no set has yet are never met.
-        lost = np.nan_to_num(1 - recovered.astype(np.float64)) * unit_cost.ravel()
+        lost = np.nan_to_num(1 - traces.of_trace("recovered_mass", trace).astype(np.float64)) * unit_cost.ravel()
         full[:, trace] = _of_trace(lost, budget)
     return full.reshape(traces.n_steps, *traces.shape)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
 from policies import NotAProgram, PolicyProgram, Schedule, StepPolicy, policy_program
 from traces import Trace
 from tuning.replay_kernel import replay_trace
 from tuning.trace_batch import TraceBatch, check_traced
+
+# Unit-steps that take about as long as starting a thread.
+_UNIT_STEPS_PER_THREAD = 100_000
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
     Decisions equal the decoder's wherever it sees the same signals, that is as long as recycled steps have not moved
     its path away from the recorded one, and no set grows older than the traces' `max_age`.
 
+    The replay takes 5 bytes per unit-step of all traces; of traces on disk only what is needed comes into memory.
+
     Args:
         traces: One trace or several.
         policy: Whom to replay.
@@ -66,16 +71,11 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
         ValueError: If the policy has the parameters of another model shape, or needs a signal that traces do not
             record.
     """
-    batch = traces if isinstance(traces, TraceBatch) else TraceBatch([traces])
-    for shape in policy.unit_shapes() - {batch.units}:
-        # Else a single row of parameters would silently serve all layers.
-        raise ValueError(f"the policy is for {shape} layers and KV heads, but the traces have {batch.units}.")
-    needs = policy.needs
-    check_traced(needs, f"the policy {policy.kind!r}")
+    batch = _checked(traces, policy)
     try:
-        replay = _replay_program(batch, policy_program(policy), needs)
+        replay = _replay_program(batch, policy_program(policy), policy.needs)
     except NotAProgram:
-        replay = _replay_by_steps(batch, policy, needs)
+        replay = _replay_by_steps(batch, policy)
     keys_only = np.broadcast_to(np.asarray(policy.keys_only) != 0, batch.units)
     if not keys_only.any():
         return replay
@@ -84,83 +84,124 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
     return dataclasses.replace(replay, lost_mass=lost, full_cost=1 - keys_only / 2)
 
 
+def replay_full_share(traces: Trace | TraceBatch, policy: StepPolicy) -> np.ndarray:
+    """How often each unit would have run full, without looking at what the others lost.
+
+    Args:
+        traces: One trace or several.
+        policy: Whom to replay.
+
+    Returns:
+        `Replay.unit_full_share` of `replay_policy`.
+
+    Raises:
+        ValueError: As `replay_policy` does.
+    """
+    batch = _checked(traces, policy)
+    try:
+        program = policy_program(policy)
+    except NotAProgram:
+        return replay_policy(batch, policy).unit_full_share
+    full, _, _ = _run_program(batch, program, policy.needs, wants_lost_mass=False)
+    share: np.ndarray = full.mean((0, 1)).reshape(batch.units) * np.asarray(policy.full_cost)
+    return share
+
+
+def _checked(traces: Trace | TraceBatch, policy: StepPolicy) -> TraceBatch:
+    batch = traces if isinstance(traces, TraceBatch) else TraceBatch([traces])
+    for shape in policy.unit_shapes() - {batch.units}:
+        # Else a single row of parameters would silently serve all layers.
+        raise ValueError(f"the policy is for {shape} layers and KV heads, but the traces have {batch.units}.")
+    check_traced(policy.needs, f"the policy {policy.kind!r}")
+    return batch
+
+
+def _share_beyond(n_beyond: int, full: np.ndarray) -> float:
+    return n_beyond / max(full.size - int(full.sum()), 1)
+
+
 def _replay_program(batch: TraceBatch, program: PolicyProgram, needs: frozenset[str]) -> Replay:
-    """Trace by trace in compiled code, on all processors; only what is touched of a trace is read."""
+    full, lost, n_beyond = _run_program(batch, program, needs, wants_lost_mass=True)
+    by_unit = (len(batch), batch.n_steps, *batch.units)
+    steps_first = full.reshape(by_unit).swapaxes(0, 1), lost.reshape(by_unit).swapaxes(0, 1)
+    return Replay(*steps_first, beyond_max_age=_share_beyond(n_beyond, full))
+
+
+def _run_program(
+    batch: TraceBatch, program: PolicyProgram, needs: frozenset[str], *, wants_lost_mass: bool
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Trace by trace in compiled code, on all processors.
+
+    Returns:
+        bool `(traces, steps, units)`: decisions; float32 of the same shape or empty: lost mass; and recycled unit-steps
+        beyond the oldest age.
+    """
     n_units = math.prod(batch.units)
-    tables = np.ascontiguousarray(np.broadcast_to(program.tables, (len(program.tables), *batch.units)))
+    tables = np.array(np.broadcast_to(program.tables, (len(program.tables), *batch.units))).reshape(-1, n_units)
     full = np.empty((len(batch), batch.n_steps, n_units), dtype=bool)
-    lost = np.empty(full.shape, dtype=np.float32)
-    by_age, by_step = np.empty((0, 0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.float32)
-    similarities = {"query_similarity", "step_similarity"}
+    lost = np.empty((len(batch), batch.n_steps if wants_lost_mass else 0, n_units), dtype=np.float32)
+
+    def array(name: str, trace: int, wanted: bool) -> np.ndarray:
+        # Of what is not wanted, an array of the same kind without steps.
+        return batch.of_trace(name, trace)[: None if wanted else 0]
 
     def replay(trace: int) -> int:
         return int(
             replay_trace(
                 program.instructions,
                 program.constants,
-                tables.reshape(len(tables), n_units),
+                tables,
                 program.full,
-                batch.of_trace("recovered_mass", trace),
-                batch.of_trace("query_similarity", trace) if needs & similarities else by_age,
+                batch.max_age,
+                array("recovered_mass", trace, wants_lost_mass),
+                array("query_similarity", trace, bool(needs & {"query_similarity", "step_similarity"})),
                 "query_similarity" in needs,
                 "step_similarity" in needs,
-                batch.of_trace("overlap", trace) if "refresh_overlap" in needs else by_age,
-                batch.of_trace("fresh_mass", trace) if "refresh_mass" in needs else by_step,
+                array("overlap", trace, "refresh_overlap" in needs),
+                array("fresh_mass", trace, "refresh_mass" in needs),
                 batch.step_tokens[:, trace, 0, 0].copy(),
                 full[trace],
                 lost[trace],
             )
         )
 
-    with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1)) as threads:
-        n_beyond = sum(threads.map(replay, range(len(batch))))
-    by_unit = (len(batch), batch.n_steps, *batch.units)
-    n_recycled = max(int((~full).sum()), 1)
-    steps_first = full.reshape(by_unit).swapaxes(0, 1), lost.reshape(by_unit).swapaxes(0, 1)
-    return Replay(*steps_first, beyond_max_age=n_beyond / n_recycled)
+    n_threads = min(len(batch), numba.config.NUMBA_NUM_THREADS, 1 + full.size // _UNIT_STEPS_PER_THREAD)
+    if n_threads == 1:
+        return full, lost, sum(map(replay, range(len(batch))))
+    with ThreadPoolExecutor(n_threads) as threads:
+        return full, lost, sum(threads.map(replay, range(len(batch))))
 
 
-def _replay_by_steps(batch: TraceBatch, policy: StepPolicy, needs: frozenset[str]) -> Replay:
+def _replay_by_steps(batch: TraceBatch, policy: StepPolicy) -> Replay:
     """All traces a step at a time, for a policy that only Python can run."""
-    wants_mass, wants_overlap = "refresh_mass" in needs, "refresh_overlap" in needs
-    fresh = batch.fresh_mass.astype(np.float64) if wants_mass else None
+    needs = policy.needs
+    fresh = batch.fresh_mass.astype(np.float64) if "refresh_mass" in needs else None
     schedule = Schedule(np.zeros(batch.shape), None if fresh is None else fresh[0])
     full = np.empty((batch.n_steps, *batch.shape), dtype=bool)
     lost = np.empty((batch.n_steps, *batch.shape), dtype=np.float32)
-    n_beyond = 0
+    first, n_beyond = np.ones(batch.shape), 0
     for step in range(batch.n_steps):
-        at = _At(step, schedule.age, batch.max_age)
+        age = schedule.age
         full[step] = policy.decide(
             schedule.signals(
-                query_similarity=at.age(batch.query_similarity) if "query_similarity" in needs else None,
-                step_similarity=at.last_step(batch.query_similarity) if "step_similarity" in needs else None,
+                query_similarity=_at(batch, "query_similarity", step, age) if "query_similarity" in needs else None,
+                step_similarity=_at(batch, "query_similarity", step, first) if "step_similarity" in needs else None,
                 token=batch.step_tokens[step],
             )
         )
-        lost[step] = np.where(full[step], 0, 1 - at.age(batch.recovered_mass))
-        n_beyond += int((~full[step] & (schedule.age > batch.max_age)).sum())
+        lost[step] = np.where(full[step], 0, 1 - _at(batch, "recovered_mass", step, age))
+        n_beyond += int((~full[step] & (age > batch.max_age)).sum())
         schedule.advance(
             full[step],
             refresh_mass=None if fresh is None else fresh[step + 1],
-            refresh_overlap=at.age(batch.overlap) if wants_overlap else None,
+            refresh_overlap=_at(batch, "overlap", step, age) if "refresh_overlap" in needs else None,
         )
-    return Replay(full, lost, n_beyond / max(int((~full).sum()), 1))
+    return Replay(full, lost, _share_beyond(n_beyond, full))
 
 
-class _At:
-    """Reads arrays by age at one step, each unit at its own age."""
-
-    def __init__(self, step: int, age: np.ndarray, max_age: int) -> None:
-        self._step = step
-        self._units = np.arange(age.size)
-        self._index = np.minimum(age, max_age).astype(np.intp).ravel() - 1
-        self._shape = age.shape
-
-    def age(self, by_age: np.ndarray) -> np.ndarray:
-        slab = by_age[self._step].reshape(by_age.shape[1], -1)
-        values: np.ndarray = slab[self._index, self._units].reshape(self._shape).astype(np.float64)
-        return values
-
-    def last_step(self, by_age: np.ndarray) -> np.ndarray:
-        values: np.ndarray = by_age[self._step, 0].astype(np.float64)
-        return values
+def _at(batch: TraceBatch, name: str, step: int, age: np.ndarray) -> np.ndarray:
+    """An array by age at one step, each unit at its own age: float64 `(traces, layers, kv_heads)`."""
+    index = np.minimum(age, batch.max_age).astype(np.intp).reshape(len(batch), -1) - 1
+    units = np.arange(index.shape[1])
+    rows = [batch.of_trace(name, trace)[step, at, units] for trace, at in enumerate(index)]
+    return np.array(rows, dtype=np.float64).reshape(age.shape)

@@ -34,6 +34,7 @@ def replay_trace(
     constants: Any,
     tables: Any,
     decision: int,
+    max_age: int,
     recovered_mass: Any,
     query_similarity: Any,
     wants_query_similarity: bool,
@@ -46,27 +47,29 @@ def replay_trace(
 ) -> int:
     """Run a program along a trace.
 
-    Arrays that the policy does not need are empty, and its signals NaN.
+    Arrays that are not needed have no steps; signals made of them are NaN.
 
     Args:
         instructions: As in `PolicyProgram`.
         constants: The same.
         tables: float64 `(n, units)`.
         decision: The instruction that decides.
-        recovered_mass: float32 `(steps, max_age, units)`.
-        query_similarity: The same or empty.
+        max_age: Oldest age that is recorded, in steps.
+        recovered_mass: float32 `(steps, max_age, units)` or empty, as `lost` is.
+        query_similarity: float32 `(steps, max_age, units)` or empty.
         wants_query_similarity: Whether it is a signal at the age of the set.
         wants_step_similarity: Whether it is one at age 1.
         overlap: The same or empty.
         fresh_mass: float32 `(steps + 1, units)` or empty.
         tokens: float64 `(steps,)`: fed at each step.
         full: bool `(steps, units)`: gets the decisions.
-        lost: float32 `(steps, units)`: gets the lost mass.
+        lost: float32 `(steps, units)`: gets the lost mass; or empty.
 
     Returns:
         Recycled unit-steps with a set older than `max_age`.
     """
-    n_steps, max_age, n_units = recovered_mass.shape
+    n_steps, n_units = full.shape
+    wants_lost_mass = lost.shape[0] > 0
     signals = np.full((_N_SIGNALS, n_units), np.nan)
     registers = np.empty((instructions.shape[0], n_units))
     prepare(instructions, constants, tables, registers)
@@ -89,9 +92,11 @@ def replay_trace(
         decided = registers[decision]
         for unit in range(n_units):
             at = min(int(age[unit]), max_age) - 1
-            if decided[unit] != 0:
-                full[step, unit] = True
-                lost[step, unit] = 0
+            is_full = decided[unit] != 0
+            full[step, unit] = is_full
+            if wants_lost_mass:
+                lost[step, unit] = 0 if is_full else 1 - np.float64(recovered_mass[step, at, unit])
+            if is_full:
                 n_full[unit] += 1
                 age[unit] = 1
                 if fresh_mass.shape[0] > 0:
@@ -99,8 +104,6 @@ def replay_trace(
                 if overlap.shape[0] > 0:
                     signals[_REFRESH_OVERLAP, unit] = overlap[step, at, unit]
             else:
-                full[step, unit] = False
-                lost[step, unit] = 1 - np.float64(recovered_mass[step, at, unit])
                 n_beyond += age[unit] > max_age
                 age[unit] += 1
     return n_beyond

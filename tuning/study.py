@@ -79,8 +79,9 @@ def search_family(
 
     def objective(trial: optuna.Trial) -> float:
         policy = family.suggest(trial, data)
-        trial.set_user_attr("full_share", replay_policy(data.traces, policy).full_share)
-        loss = data.loss(policy)
+        replay = replay_policy(data.traces, policy)
+        trial.set_user_attr("full_share", replay.full_share)
+        loss = data.loss_of(replay)
         if not math.isfinite(loss):
             # Optuna would pass over the trial, and go on for ever to get one that counts.
             raise ValueError("the traces have steps without a recovered mass: the model's attention was not a number.")

@@ -35,71 +35,6 @@ def prepare(instructions: Any, constants: Any, tables: Any, registers: Any) -> N
 
 
 @njit(error_model="numpy", nogil=True)
-def run(instructions: Any, signals: Any, registers: Any) -> None:
-    """Run a program for some units at once, after `prepare`.
-
-    Args:
-        instructions: As in `PolicyProgram`.
-        signals: float64 `(signals, units)`, in the order of `SIGNALS`.
-        registers: float64 `(instructions, units)`: gets every instruction's result.
-    """
-    for i in range(instructions.shape[0]):
-        op, a = instructions[i, 0], instructions[i, 1]
-        if op in (CONSTANT, TABLE):
-            continue
-        out = registers[i]
-        if op == SIGNAL:
-            _copy(signals[a], out)
-            continue
-        left, right = registers[a], registers[instructions[i, 2]]
-        # Functions of their own: their loops become vector instructions.
-        if op == _ADD:
-            _add(left, right, out)
-        elif op == _SUBTRACT:
-            _subtract(left, right, out)
-        elif op == _MULTIPLY:
-            _multiply(left, right, out)
-        elif op == _GREATER_EQUAL:
-            _at_least(left, right, out)
-        elif op == _LESS_EQUAL:
-            _at_least(right, left, out)
-        else:
-            other = registers[instructions[i, 3]]
-            for unit in range(out.shape[0]):
-                out[unit] = result(op, left[unit], right[unit], other[unit])
-
-
-@njit(error_model="numpy", nogil=True)
-def _copy(values: Any, out: Any) -> None:
-    for i in range(out.shape[0]):
-        out[i] = values[i]
-
-
-@njit(error_model="numpy", nogil=True)
-def _add(left: Any, right: Any, out: Any) -> None:
-    for i in range(out.shape[0]):
-        out[i] = left[i] + right[i]
-
-
-@njit(error_model="numpy", nogil=True)
-def _subtract(left: Any, right: Any, out: Any) -> None:
-    for i in range(out.shape[0]):
-        out[i] = left[i] - right[i]
-
-
-@njit(error_model="numpy", nogil=True)
-def _multiply(left: Any, right: Any, out: Any) -> None:
-    for i in range(out.shape[0]):
-        out[i] = left[i] * right[i]
-
-
-@njit(error_model="numpy", nogil=True)
-def _at_least(left: Any, right: Any, out: Any) -> None:
-    for i in range(out.shape[0]):
-        out[i] = 1.0 if left[i] >= right[i] else 0.0
-
-
-@njit(error_model="numpy", nogil=True)
 def result(op: int, a: float, b: float, c: float) -> float:
     """What an operator makes of its operands, as NumPy would; truth is 1 and falsehood 0."""
     if op == _ADD:
@@ -177,3 +112,79 @@ def _power(a: float, b: float) -> float:
     if b == -1:
         return 1 / a
     return math.pow(a, b)
+
+
+def _for_units(op: int) -> Any:
+    """One operator for all units: with `op` known to the compiler, the loop becomes vector instructions."""
+
+    @njit(error_model="numpy", nogil=True)
+    def for_units(left: Any, right: Any, other: Any, out: Any) -> None:
+        for unit in range(out.shape[0]):
+            out[unit] = result(op, left[unit], right[unit], other[unit])
+
+    return for_units
+
+
+_add, _subtract, _multiply, _divide, _negative, _absolute = map(
+    _for_units, (_ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _NEGATIVE, _ABSOLUTE)
+)
+_less, _less_equal, _greater, _greater_equal, _equal, _not_equal = map(
+    _for_units, (_LESS, _LESS_EQUAL, _GREATER, _GREATER_EQUAL, _EQUAL, _NOT_EQUAL)
+)
+_and, _or, _not, _where = map(_for_units, (_AND, _OR, _NOT, _WHERE))
+
+
+@njit(error_model="numpy", nogil=True)
+def run(instructions: Any, signals: Any, registers: Any) -> None:
+    """Run a program for some units at once, after `prepare`.
+
+    Args:
+        instructions: As in `PolicyProgram`.
+        signals: float64 `(signals, units)`, in the order of `SIGNALS`.
+        registers: float64 `(instructions, units)`: gets every instruction's result.
+    """
+    for i in range(instructions.shape[0]):
+        op, a = instructions[i, 0], instructions[i, 1]
+        if op in (CONSTANT, TABLE):
+            continue
+        out = registers[i]
+        if op == SIGNAL:
+            for unit in range(out.shape[0]):
+                out[unit] = signals[a, unit]
+            continue
+        left, right, other = registers[a], registers[instructions[i, 2]], registers[instructions[i, 3]]
+        if op == _ADD:
+            _add(left, right, other, out)
+        elif op == _SUBTRACT:
+            _subtract(left, right, other, out)
+        elif op == _MULTIPLY:
+            _multiply(left, right, other, out)
+        elif op == _DIVIDE:
+            _divide(left, right, other, out)
+        elif op == _NEGATIVE:
+            _negative(left, right, other, out)
+        elif op == _ABSOLUTE:
+            _absolute(left, right, other, out)
+        elif op == _LESS:
+            _less(left, right, other, out)
+        elif op == _LESS_EQUAL:
+            _less_equal(left, right, other, out)
+        elif op == _GREATER:
+            _greater(left, right, other, out)
+        elif op == _GREATER_EQUAL:
+            _greater_equal(left, right, other, out)
+        elif op == _EQUAL:
+            _equal(left, right, other, out)
+        elif op == _NOT_EQUAL:
+            _not_equal(left, right, other, out)
+        elif op == _AND:
+            _and(left, right, other, out)
+        elif op == _OR:
+            _or(left, right, other, out)
+        elif op == _NOT:
+            _not(left, right, other, out)
+        elif op == _WHERE:
+            _where(left, right, other, out)
+        else:
+            for unit in range(out.shape[0]):
+                out[unit] = result(op, left[unit], right[unit], other[unit])

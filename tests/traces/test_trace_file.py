@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from traces import Trace, TraceFile, TraceFolder, TraceHeader, trace_file, write
 from traces.trace_file import METADATA_KEY
 
 MakeTrace = Callable[..., Trace]
+
+OPEN_FILES = Path("/proc/self/fd")
 
 
 def assert_same_bits(mine: Trace, theirs: Trace) -> None:
@@ -80,6 +83,57 @@ class TestRoundTrip:
         assert written.digest() == "sha256:" + hashlib.sha256(written.path.read_bytes()).hexdigest()
 
 
+class TestMapping:
+    @settings(max_examples=20, deadline=None)
+    @given(
+        n_steps=st.integers(0, 5),
+        max_age=st.integers(1, 5),
+        units=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        n_prompt_tokens=st.integers(1, 4),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_a_mapped_trace_is_the_trace_bit_for_bit(self, make_trace: MakeTrace, **shape: Any) -> None:
+        trace = make_trace(**shape)
+        with tempfile.TemporaryDirectory() as folder:
+            assert_same_bits(write_trace(trace, folder).map(), trace)
+
+    def test_its_arrays_share_one_mapping_that_nobody_can_write_to(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        file = write_trace(make_trace(), tmp_path)
+        arrays = file.map().arrays().values()
+        (whole,) = {id(array.base): array.base for array in arrays}.values()
+        assert whole is not None
+        assert whole.nbytes == file.path.stat().st_size
+        for array in arrays:
+            assert array.flags.aligned
+            with pytest.raises(ValueError, match="read-only"):
+                array[:] = 0
+
+    @pytest.mark.skipif(not OPEN_FILES.exists(), reason="the system does not list open files")
+    def test_it_keeps_one_file_open_and_closes_it_with_its_last_array(
+        self, make_trace: MakeTrace, tmp_path: Path
+    ) -> None:
+        file = write_trace(make_trace(), tmp_path)
+
+        def n_open() -> int:
+            gc.collect()
+            return sum(Path(os.path.realpath(entry)) == file.path for entry in OPEN_FILES.iterdir())
+
+        overlap = file.map().overlap
+        assert n_open() == 1
+        del overlap
+        assert n_open() == 0
+
+    def test_a_trace_that_is_written_again_does_not_change_what_is_mapped(
+        self, make_trace: MakeTrace, tmp_path: Path
+    ) -> None:
+        file = write_trace(make_trace(seed=1), tmp_path)
+        mapped = file.map()
+        write_trace(make_trace(n_steps=2, seed=2), tmp_path)
+        assert_same_bits(mapped, make_trace(seed=1))
+        # Its header is that of the file that it maps, not one that was read before.
+        assert_same_bits(file.map(), make_trace(n_steps=2, seed=2))
+
+
 class TestInterruptedWriting:
     @pytest.fixture
     def failing_save(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +189,8 @@ class TestBadFiles:
         path = write_trace(make_trace(), tmp_path).path
         whole = path.read_bytes()
         path.write_bytes(whole[: int(share * len(whole))])
-        for read in (lambda: TraceFile(path).header, lambda: TraceFile(path).load(), lambda: TraceFolder(tmp_path)):
+        reads = [lambda: TraceFile(path).header, lambda: TraceFile(path).load(), lambda: TraceFile(path).map()]
+        for read in [*reads, lambda: TraceFolder(tmp_path)]:
             with pytest.raises(ValueError, match="record it again") as caught:
                 read()
             assert str(path) in str(caught.value)
@@ -180,14 +235,18 @@ class TestBadFiles:
         with pytest.raises(ValueError, match=rf"x\.safetensors is no whole trace.*{name}"):
             file.load()
         with pytest.raises(ValueError, match=rf"x\.safetensors is no whole trace.*{name}"):
+            file.map()
+        with pytest.raises(ValueError, match=rf"x\.safetensors is no whole trace.*{name}"):
             file.array(name)
 
     def test_an_array_too_many_is_named(self, make_trace: MakeTrace, tmp_path: Path) -> None:
         trace = make_trace()
-        arrays = trace.arrays() | {"entropy": np.zeros(3)}
-        file = write_with_header(tmp_path / "x.safetensors", arrays, trace.header.to_json())
-        with pytest.raises(ValueError, match=r"x\.safetensors is no whole trace.*entropy"):
-            file.load()
+        for extra in (np.zeros(3), np.zeros(3, dtype=np.float32)):
+            arrays = trace.arrays() | {"entropy": extra}
+            file = write_with_header(tmp_path / "x.safetensors", arrays, trace.header.to_json())
+            for read in (file.load, file.map):
+                with pytest.raises(ValueError, match=r"x\.safetensors is no whole trace.*entropy"):
+                    read()
 
     def test_an_array_of_another_shape_than_the_header_says_is_named(
         self, make_trace: MakeTrace, tmp_path: Path
@@ -195,8 +254,20 @@ class TestBadFiles:
         trace = make_trace()
         longer = dataclasses.replace(trace.header, n_steps=7)
         file = write_with_header(tmp_path / "x.safetensors", trace.arrays(), longer.to_json())
-        with pytest.raises(ValueError, match=r"x\.safetensors is no whole trace: recovered_mass must have shape"):
-            file.load()
+        for read in (file.load, file.map):
+            with pytest.raises(ValueError, match=r"x\.safetensors is no whole trace: recovered_mass must have shape"):
+                read()
+
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.3, 0.5, 0.9, 0.999])
+    def test_a_file_that_is_cut_after_its_header_was_read_is_not_mapped(
+        self, make_trace: MakeTrace, tmp_path: Path, share: float
+    ) -> None:
+        file = write_trace(make_trace(), tmp_path)
+        _ = file.header
+        whole = file.path.read_bytes()
+        file.path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"one\.safetensors(: cannot mmap an empty| is no whole trace)"):
+            file.map()
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"cannot read the trace .*gone\.safetensors"):

@@ -21,10 +21,11 @@ MASS = np.array([[0.9, 9, 9, 9], [0.8, 0.7, 9, 9], [0.6, 0.5, 0.4, 9], [0.3, 0.2
 def loss_of(full: np.ndarray, batch: TraceBatch, cost: np.ndarray) -> float:
     """The replay loss of given full steps, step by step."""
     age = np.zeros(batch.shape, dtype=int)
+    recovered_mass = np.stack([trace.recovered_mass for trace in batch.traces], axis=2)
     total = []
     for step in range(batch.n_steps):
         index = np.minimum(age, batch.max_age - 1)
-        lost = 1 - np.take_along_axis(batch.recovered_mass[step], index[None], 0)[0].astype(np.float64)
+        lost = 1 - np.take_along_axis(recovered_mass[step], index[None], 0)[0].astype(np.float64)
         total.append((np.where(full[step], 0, lost) * cost).mean((1, 2)) ** 2)
         age = np.where(full[step], 0, age + 1)
     return float(np.mean(total))

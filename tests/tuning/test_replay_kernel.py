@@ -7,38 +7,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numba
 import numpy as np
 import pytest
 
+import tuning.replay
 from policies import (
     FEATURES,
+    AlwaysFull,
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
     LearnedLogistic,
     MaxAge,
+    NeverFull,
+    NotAProgram,
+    PerUnit,
     RandomRefresh,
+    RefreshKeys,
     SentenceBoundary,
     StepPolicy,
     StepSignals,
+    policy_program,
 )
 from policies.arrays import Array
+from policies.registry import BUILT_IN
 from traces import Trace, write_trace
-from tuning import TraceBatch, replay_policy
-from tuning.replay import _replay_by_steps
+from tuning import Replay, TraceBatch, replay_full_share, replay_policy
+from tuning.replay_kernel import replay_trace
 
 MakeTrace = Callable[..., Trace]
 
 UNITS = (2, 3)
 RATES = ((0.1, 0.5, 0.9), (0.3, 0.05, 1.0))
+LOGISTIC = LearnedLogistic(tuple(FEATURES), (0.1, -0.3, 0.7, 0.9, 0.4, 1.5, -0.6), -1.1, 0.4)
 POLICIES: dict[str, StepPolicy] = {
-    "clock": FixedStride(((1, 2, 3), (4, 5.5, 6)), ((0, 1, 2), (0, 1.5, 2))),
-    "cosine": BudgetConstrained(CosineThreshold(((-0.5, 0.1, 0.2), (0.3, 0.0, -0.1)), check_every=2), RATES, 1),
-    "logistic": BudgetConstrained(
-        MaxAge(LearnedLogistic(tuple(FEATURES), (0.1, -0.3, 0.7, 0.9, 0.4, 1.5, -0.6), -1.1, 0.4), 7), RATES
-    ),
-    "random": RandomRefresh.drawn(0.3, UNITS, 1),
-    "sentences": SentenceBoundary(tuple(range(0, 1000, 5)), 6),
+    "always_full": AlwaysFull(),
+    "never_full": NeverFull(),
+    "fixed_stride": FixedStride(3.5, 1),
+    "fixed_stride per unit": FixedStride(((1, 2, 3), (4, 5.5, 6)), ((0, 1, 2), (0, 1.5, 2))),
+    "cosine_threshold": CosineThreshold(0.1),
+    "cosine_threshold per unit": CosineThreshold(((-0.5, 0.1, 0.2), (0.3, 0.0, -0.1)), check_every=2),
+    "learned_logistic": LOGISTIC,
+    "learned_logistic per unit": LearnedLogistic(("query_drift",), (RATES,), ((-1, -0.5, 0), (-2, -0.7, -0.2))),
+    "max_age": MaxAge(CosineThreshold(-0.5), 3),
+    "max_age per unit": MaxAge(NeverFull(), ((1, 2, 3), (4, 5, 30))),
+    "random_refresh": RandomRefresh.drawn(0.3, UNITS, 1),
+    "refresh_keys": RefreshKeys(CosineThreshold(0.2)),
+    "refresh_keys per unit": RefreshKeys(CosineThreshold(0.2), ((0, 1, 0), (1, 0, 1))),
+    "sentence_boundary": SentenceBoundary(tuple(range(0, 1000, 5)), 6),
+    "budget_constrained": BudgetConstrained(MaxAge(LOGISTIC, 7), 0.3),
+    "budget_constrained per unit": BudgetConstrained(CosineThreshold(0.2), RATES, 1),
 }
 
 
@@ -55,7 +74,11 @@ class ByValue(StepPolicy):
 
     def decide(self, signals: StepSignals) -> Array:
         assert float(np.max(signals.age)) >= 1
-        return self.policy.decide(signals)
+        return self.policy.decide(signals) | (signals.age < 0)
+
+    @property
+    def keys_only(self) -> PerUnit:
+        return self.policy.keys_only
 
 
 def batch_of(make_trace: MakeTrace, max_age: int = 9, n_traces: int = 3) -> TraceBatch:
@@ -65,50 +88,71 @@ def batch_of(make_trace: MakeTrace, max_age: int = 9, n_traces: int = 3) -> Trac
     )
 
 
+def assert_same(one: Replay, other: Replay) -> None:
+    np.testing.assert_array_equal(one.full, other.full)
+    np.testing.assert_array_equal(one.lost_mass, other.lost_mass)
+    assert one.lost_mass.dtype == other.lost_mass.dtype == np.float32
+    assert one.beyond_max_age == other.beyond_max_age
+    np.testing.assert_array_equal(one.unit_full_share, other.unit_full_share)
+
+
+def test_every_kind_that_traces_suffice_for_has_an_example() -> None:
+    assert {policy.kind for policy in POLICIES.values()} == {policy.kind for policy in BUILT_IN} - {"layer_cosine"}
+    assert all(name.split()[0] == policy.kind for name, policy in POLICIES.items())
+
+
 @pytest.mark.parametrize("max_age", [1, 4, 24])
 @pytest.mark.parametrize("name", POLICIES)
 def test_compiled_code_and_steps_agree_to_the_last_bit(make_trace: MakeTrace, name: str, max_age: int) -> None:
     policy, batch = POLICIES[name], batch_of(make_trace, max_age)
-    compiled, by_steps = replay_policy(batch, policy), _replay_by_steps(batch, policy, policy.needs)
-    assert compiled.full.any()
-    assert not compiled.full.all()
-    np.testing.assert_array_equal(compiled.full, by_steps.full)
-    np.testing.assert_array_equal(compiled.lost_mass, by_steps.lost_mass)
-    assert compiled.lost_mass.dtype == by_steps.lost_mass.dtype == np.float32
-    assert compiled.beyond_max_age == by_steps.beyond_max_age
+    policy_program(policy)
+    with pytest.raises(NotAProgram):
+        policy_program(ByValue(policy))
+    compiled, by_steps = replay_policy(batch, policy), replay_policy(batch, ByValue(policy))
+    assert (compiled.full_share in (0, 1)) == isinstance(policy, (AlwaysFull, NeverFull))
+    assert_same(compiled, by_steps)
 
 
+@pytest.mark.parametrize("wrap", [lambda policy: policy, ByValue], ids=["compiled", "by steps"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_policy_that_is_no_program_is_replayed_all_the_same(make_trace: MakeTrace, name: str) -> None:
-    batch = batch_of(make_trace)
-    compiled, by_value = replay_policy(batch, POLICIES[name]), replay_policy(batch, ByValue(POLICIES[name]))
-    np.testing.assert_array_equal(compiled.full, by_value.full)
-    np.testing.assert_array_equal(compiled.lost_mass, by_value.lost_mass)
+def test_the_full_share_alone_is_that_of_the_replay(
+    make_trace: MakeTrace, name: str, wrap: Callable[[StepPolicy], StepPolicy]
+) -> None:
+    policy, batch = wrap(POLICIES[name]), batch_of(make_trace)
+    share = replay_full_share(batch, policy)
+    assert share.shape == UNITS
+    np.testing.assert_array_equal(share, replay_policy(batch, policy).unit_full_share)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_traces_on_disk_replay_as_in_memory(make_trace: MakeTrace, name: str, tmp_path: Path) -> None:
     batch = batch_of(make_trace)
-    files = TraceBatch([write_trace(trace, tmp_path) for trace in batch.files if isinstance(trace, Trace)])
-    np.testing.assert_array_equal(replay_policy(files, POLICIES[name]).full, replay_policy(batch, POLICIES[name]).full)
+    files = TraceBatch([write_trace(trace, tmp_path) for trace in batch.traces])
+    for policy in (POLICIES[name], ByValue(POLICIES[name])):
+        assert_same(replay_policy(files, policy), replay_policy(batch, policy))
 
 
-def test_only_what_the_policy_needs_is_read_and_no_more_than_mapped(make_trace: MakeTrace, tmp_path: Path) -> None:
-    files = TraceBatch([write_trace(make_trace("a", units=UNITS), tmp_path)])
-    replay_policy(files, FixedStride(3))
-    assert set(files._of_trace) == {("recovered_mass", 0)}
-    replay_policy(files, CosineThreshold(0.2))
-    assert set(files._of_trace) == {("recovered_mass", 0), ("query_similarity", 0)}
-    assert not any(array.flags.owndata or array.flags.writeable for array in files._of_trace.values())
-    assert "recovered_mass" not in vars(files)
+@pytest.mark.parametrize("name", ["fixed_stride per unit", "learned_logistic"])
+def test_traces_replay_on_many_threads_as_on_one(
+    make_trace: MakeTrace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of(make_trace, n_traces=8)
+    alone = replay_policy(batch, POLICIES[name])
+    monkeypatch.setattr(tuning.replay, "_UNIT_STEPS_PER_THREAD", 1)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 3)
+    assert_same(replay_policy(batch, POLICIES[name]), alone)
 
 
-def test_a_trace_that_ends_early_is_refused_when_it_is_mapped(make_trace: MakeTrace, tmp_path: Path) -> None:
-    file = write_trace(make_trace("a", units=UNITS), tmp_path)
-    whole = file.path.read_bytes()
-    batch = TraceBatch([file])
-    file.path.write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(ValueError, match=r"a.safetensors is no whole trace: recovered_mass cannot be read"):
-        replay_policy(batch, FixedStride(2))
-    with pytest.raises(ValueError, match=r"no whole trace: nothing cannot be read"):
-        file.mapped("nothing")
+def test_the_kernel_is_compiled_once_for_all_policies_and_traces(make_trace: MakeTrace, tmp_path: Path) -> None:
+    batch = batch_of(make_trace)
+    replay_policy(batch, FixedStride(3))
+    n_compiled = len(replay_trace.signatures)
+    files = TraceBatch([write_trace(trace, tmp_path) for trace in batch.traces])
+    turned = make_trace(units=UNITS[::-1])
+    views = Trace(turned.header, **{name: array.copy("F") for name, array in turned.arrays().items()})
+    for policy in POLICIES.values():
+        for traces in (batch, files):
+            replay_policy(traces, policy)
+            replay_full_share(traces, policy)
+    replay_policy(views, FixedStride(3))
+    assert len(replay_trace.signatures) == n_compiled

@@ -53,6 +53,17 @@ def test_operators_on_many_units_are_those_of_numpy(op: Op, pairs: list[tuple[fl
     np.testing.assert_array_equal([result(int(op), a, b, 0.0) for a, b in pairs], expected)
 
 
+@settings(deadline=None)
+@given(values=st.lists(NUMBERS, min_size=1, max_size=20))
+def test_signs_and_the_powers_of_features_are_those_of_numpy(values: list[float]) -> None:
+    numbers = np.array(values)
+    with np.errstate(all="ignore"):
+        for op, expected in ((Op.NEGATIVE, -numbers), (Op.ABSOLUTE, abs(numbers))):
+            np.testing.assert_array_equal(ran(op, numbers), expected)
+        for exponent in (0.5, 1.0, 2.0, -1.0):
+            np.testing.assert_array_equal(ran(Op.POWER, numbers, np.full_like(numbers, exponent)), numbers**exponent)
+
+
 @pytest.mark.parametrize(
     ("op", "expected"),
     [(Op.AND, [0, 0, 0, 1]), (Op.OR, [0, 1, 1, 1]), (Op.XOR, [0, 1, 1, 0]), (Op.NOT, [1, 1, 0, 0])],
