@@ -49,7 +49,7 @@ from tuning.split import Split, split_by_prompt
 from tuning.study import search_family
 from tuning.trace_batch import TraceBatch
 from tuning.tuning_data import TuningData
-from tuning.winners import choose_winners
+from tuning.winners import Winner, choose_winners
 
 _ROOT = Path(__file__).parents[1]
 # What people made of the numbers; it goes above them.
@@ -127,11 +127,15 @@ def main(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen = [_SETTINGS[name.strip()] for name in (["quick"] if quick else sizes.split(","))]
     loaded = load_model(None)
-    found = {setting.name: _measure(loaded, setting, out / setting.name) for setting in chosen}
+    parameters: dict[str, Any] = {}
+    found: dict[str, list[PromptOutcome]] = {}
+    for setting in chosen:
+        found[setting.name], parameters[setting.name] = _measure(loaded, setting, out / setting.name)
     everything = {
         "model": loaded.id,
         "machine": machine_name(),
         "settings": {setting.name: dataclasses.asdict(setting) for setting in chosen},
+        "tuned": parameters,
         "rows": {name: _rows(outcomes) for name, outcomes in found.items()},
         "targets": {name: _targets(outcomes) for name, outcomes in found.items()},
         "outcomes": {name: [_kept(outcome) for outcome in outcomes] for name, outcomes in found.items()},
@@ -156,7 +160,8 @@ def main(
     return {"targets": everything["targets"], "minutes": round((time.perf_counter() - began) / 60, 1)}
 
 
-def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> list[PromptOutcome]:
+def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> tuple[list[PromptOutcome], dict[str, Any]]:
+    """Outcomes of the held-out prompts, and what the search chose for every tuned policy."""
     prompts = default_prompts(
         loaded.tokenizer,
         n_per_kind=setting.per_kind,
@@ -167,7 +172,8 @@ def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> list[Prompt
     selection, cost = sized.selection, sized.unit_cost
     files = record_prompts(loaded, prompts, selection, folder / "traces", max_age=setting.steps)
     split = split_by_prompt(files)
-    tuned = _tune(loaded, setting, split, TuningData(TraceBatch(split.tune), _BUDGET, cost), folder)
+    winners = _tune(loaded, setting, split, TuningData(TraceBatch(split.tune), _BUDGET, cost), folder)
+    tuned = {name: winner.candidate.policy for name, winner in winners.items()}
     foreseen = hindsight(TraceBatch(split.held_out), cost, _BUDGET)
     store = FidelityStore(folder / "outcomes")
     by_name = {prompt.name: prompt for prompt in prompts}
@@ -178,12 +184,13 @@ def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> list[Prompt
         )
         methods = [*_methods(selection, tuned), ForeseenMethod("hindsight 0.1", "knows the future", oracle, selection)]
         outcomes.append(store.measure(loaded, _teacher_forced(by_name[_name(file)]), methods))
-    return outcomes
+    parameters = {name: {"family": one.search.family, **one.candidate.parameters} for name, one in winners.items()}
+    return outcomes, parameters
 
 
 def _tune(
     loaded: LoadedModel, setting: Setting, split: Split[TraceFile], data: TuningData, folder: Path
-) -> dict[str, StepPolicy]:
+) -> dict[str, Winner]:
     """The best candidate of every family at the main budget, and of all families at the others, by closed loop."""
     folder.mkdir(parents=True, exist_ok=True)
     searches = {
@@ -204,15 +211,15 @@ def _tune(
     everyone = [candidate.policy for some in searches.values() for search in some for candidate in search.candidates]
     store = ClosedLoopStore(folder / "closed_loop")
     runs = [store.run(loaded, file, everyone) for file in tqdm(split.validate, desc="choosing winners", unit="prompt")]
-    tuned: dict[str, StepPolicy] = {}
+    tuned: dict[str, Winner] = {}
     first = 0
     for budget, some in searches.items():
         n = sum(len(search.candidates) for search in some)
         winners = choose_winners(some, [_rows_of(run, slice(first, first + n)) for run in runs])
         first += n
-        tuned[f"tuned {budget:g}"] = min(winners, key=lambda winner: winner.tune_kl).candidate.policy
+        tuned[f"tuned {budget:g}"] = min(winners, key=lambda winner: winner.tune_kl)
         if budget == _BUDGET:
-            tuned |= {f"{winner.search.family} {budget:g}": winner.candidate.policy for winner in winners}
+            tuned |= {f"{winner.search.family} {budget:g}": winner for winner in winners}
     return tuned
 
 
