@@ -10,7 +10,7 @@ import numpy as np
 
 from tuning.risk_bounds import conformal_risk, fewest_prompts, mean_upper_bound, share_upper_bound
 
-# Higher counts bad prompts for more, and needs more prompts: the bound is at best `limit / _CAP_IN_LIMITS` wide.
+# A higher cap counts bad prompts for more, and needs about as many times more prompts.
 _CAP_IN_LIMITS = 4.0
 _LEAST_CONFIDENCE = 0.75
 
@@ -118,7 +118,8 @@ class Certificate:
         sure = f"with {100 * asked.confidence:g}% confidence each"
         counted = f"on average, each counted up to {asked.cap:g}"
         prompts = f"prompts like the {self.n_prompts} measured"
-        share = f"at most {100 * self.share_bound:.0f}% of them lose more than {asked.nats:g}"
+        # What is rounded down bounds nothing.
+        share = f"at most {math.ceil(100 * self.share_bound - 1e-9)}% of them lose more than {asked.nats:g}"
         if self.certified:
             return f"{sure}, {prompts} lose at most {asked.nats:g} nats per step {counted}, and {share}"
         return (

@@ -69,7 +69,8 @@ def draw_ladder(result: TuningResult) -> Figure:
         ],
         loc="upper left",
         fontsize=10.5,
-        frameon=False,
+        framealpha=0.9,
+        edgecolor="none",
         labelcolor=style.INK,
     )
     return figure

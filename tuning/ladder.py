@@ -49,8 +49,8 @@ class Ladder:
     """Policies from expensive to cheap, tested in this order until one does not certify the limit.
 
     That is fixed-sequence testing, as in Learn then Test (arXiv 2110.01052). The order is fixed before anything is
-    measured, so for any certificate to be wrong, that of the first policy in it which does not keep the limit has to
-    be, and a single bound is wrong with a probability of at most 1 - confidence. Whatever the number of policies, all
+    measured. So a wrong certificate is given only where the first policy in the order that does not keep the limit
+    gets one, and its bound is wrong with a probability of at most 1 - confidence. Whatever the number of policies, all
     certificates are right at that confidence, and the cheapest of them may be chosen for being cheap.
 
     Attributes:

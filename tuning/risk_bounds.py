@@ -31,7 +31,7 @@ def mean_upper_bound(values: np.ndarray, cap: float, confidence: float) -> float
 
     Deviation: Learn then Test (arXiv 2110.01052) takes the same paper's predictable plug-in, whose bets follow the
     prompts seen so far, and the most that the capital ever was. That needs prompts in random order, and here they are
-    so many of each kind, sorted: with five of each of six unlike kinds the plug-in at 90% missed the mean in 34% of
+    so many of each kind, sorted: with five of each of six unlike kinds the plug-in at 90% missed the mean in a third of
     draws. With a constant stake the expected capital is the product over prompts of 1 - s (mean of X_i - m), by the
     inequality of means at most 1 whenever the mean over all of them is m or more, in any order.
 
@@ -83,10 +83,10 @@ def conformal_risk(values: np.ndarray, cap: float) -> float:
     """What conformal risk control (arXiv 2208.02814) compares with a limit: n / (n + 1) mean + cap / (n + 1).
 
     The cheapest policy whose risk, like that of all more expensive ones, is within a limit loses no more than the
-    limit on the next prompt: in expectation over the prompts measured and the next one, with no confidence, and if
-    losses are monotone. Monotone means: on every single prompt, a cheaper policy loses at least as much as a more
-    expensive one. At a confidence of 1 - 1/e or more it is at most `mean_upper_bound`, so what was chosen by that
-    has this guarantee too.
+    limit on the next prompt: in expectation over the prompts measured and the next one, which are exchangeable, with
+    no confidence, and if losses are monotone. Monotone means: on every single prompt, a cheaper policy loses at least
+    as much as a more expensive one. At a confidence of 1 - 1/e or more it is at most `mean_upper_bound`, so what was
+    chosen by that has this guarantee too.
 
     Args:
         values: `(prompts,)`, what each lost, at least 0; counted up to `cap`.

@@ -91,7 +91,7 @@ def _ladder(ladder: Ladder) -> Table:
             nats(float(rung.prompt_kl.mean())),
             nats(found.kl_bound),
             f"{found.n_exceeding} of {found.n_prompts}",
-            whole_percent(found.share_bound),
+            percent(found.share_bound),
             "yes" if found.certified else "no",
         )
     return table

@@ -83,7 +83,7 @@ def test_the_sentence_claims_the_limit_and_no_more() -> None:
     found = certify(KL, ASKED)
     assert str(found) == (
         "with 90% confidence each, prompts like the 72 measured lose at most 0.1 nats per step on average, each "
-        f"counted up to 0.4, and at most {100 * found.share_bound:.0f}% of them lose more than 0.1"
+        f"counted up to 0.4, and at most {math.ceil(100 * found.share_bound)}% of them lose more than 0.1"
     )
     assert f"{found.kl_bound:.3g}" not in str(found)
 

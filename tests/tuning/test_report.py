@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import tuning.report
 from tuning.report import write_report
+from tuning.result_rows import percent
 from tuning.results import TuningResult
 
 VOID = {"meta", "link", "img", "br"}
@@ -181,7 +182,7 @@ def test_a_certificate_is_told_with_every_policy_that_was_tested(ladder_result: 
     assert f"Certified: {ladder_result.certificate}." in page.text
     for rung in ladder_result.ladder.rungs:
         found = rung.certificate
-        assert f"{found.kl_bound:.3f} {found.n_exceeding} of 36 {100 * found.share_bound:.0f}%" in page.text
+        assert f"{found.kl_bound:.3f} {found.n_exceeding} of 36 {percent(found.share_bound)}" in page.text
     assert page.words.count("yes") == 2
     assert "KL has no upper bound, so a prompt counts up to 0.8 nats" in page.text
     assert "Only the budget was chosen on them" in page.text
