@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,6 +24,7 @@ import optuna
 import typer
 from machine import machine_name
 from schedulers_picture import draw_schedulers
+from schedulers_report import BUDGETS, MAIN_BUDGET, Setting, kept, report, rows, targets
 from tqdm import tqdm
 
 from policies import FixedStride, Selection, StepPolicy, StepSignals
@@ -41,7 +42,6 @@ from recycler.recording import record_prompts
 from recycler.tasks import TaskPrompt
 from traces import TraceFile
 from traces.command import run_command
-from traces.estimate import bootstrap, bootstrap_ratio
 from tuning.families import FAMILIES
 from tuning.hindsight import hindsight
 from tuning.optimize import sized_sets
@@ -52,36 +52,6 @@ from tuning.tuning_data import TuningData
 from tuning.winners import Winner, choose_winners
 
 _ROOT = Path(__file__).parents[1]
-# What people made of the numbers; it goes above them.
-_NOTES = _ROOT / "docs" / "schedulers_notes.md"
-BUDGETS = (0.02, 0.05, 0.1, 0.2)
-# The one that every family and the oracle are shown at.
-_BUDGET = 0.1
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How much is run at one size.
-
-    Attributes:
-        context_tokens: Of every prompt.
-        k: Tokens of a set.
-        steps: Of every prompt.
-        per_kind: Prompts per kind; the later half is held out.
-        trials: Of the tuner, per family and budget.
-    """
-
-    context_tokens: int
-    k: int
-    steps: int
-    per_kind: int
-    trials: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.context_tokens}-k{self.k}"
-
-
 _SETTINGS = {
     "3000": Setting(3000, 128, 64, 4, 30),
     "8000": Setting(8000, 256, 64, 2, 30),
@@ -136,9 +106,9 @@ def main(
         "machine": machine_name(),
         "settings": {setting.name: dataclasses.asdict(setting) for setting in chosen},
         "tuned": parameters,
-        "rows": {name: _rows(outcomes) for name, outcomes in found.items()},
-        "targets": {name: _targets(outcomes) for name, outcomes in found.items()},
-        "outcomes": {name: [_kept(outcome) for outcome in outcomes] for name, outcomes in found.items()},
+        "rows": {name: rows(outcomes) for name, outcomes in found.items()},
+        "targets": {name: targets(outcomes) for name, outcomes in found.items()},
+        "outcomes": {name: [kept(outcome) for outcome in outcomes] for name, outcomes in found.items()},
     }
     for setting in chosen:
         caption = (
@@ -149,14 +119,14 @@ def main(
         figure.savefig(out / setting.name / "schedulers.png", dpi=110)
         if not quick:
             figure.savefig(_ROOT / "docs" / "pictures" / f"schedulers-{setting.name}.png", dpi=110)
-    report = _report(chosen, everything)
-    (out / "schedulers.md").write_text(report, encoding="utf-8")
+    document = report(chosen, everything)
+    (out / "schedulers.md").write_text(document, encoding="utf-8")
     if not quick:
         machine = re.sub("[^0-9A-Za-z]+", "-", machine_name()).strip("-")
         path = _ROOT / "benchmarks" / "results" / f"schedulers-{machine}.json"
         path.write_text(json.dumps(everything), encoding="utf-8")
-        (_ROOT / "docs" / "schedulers.md").write_text(report, encoding="utf-8")
-    print(report)
+        (_ROOT / "docs" / "schedulers.md").write_text(document, encoding="utf-8")
+    print(document)
     return {"targets": everything["targets"], "minutes": round((time.perf_counter() - began) / 60, 1)}
 
 
@@ -172,9 +142,9 @@ def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> tuple[list[
     selection, cost = sized.selection, sized.unit_cost
     files = record_prompts(loaded, prompts, selection, folder / "traces", max_age=setting.steps)
     split = split_by_prompt(files)
-    winners = _tune(loaded, setting, split, TuningData(TraceBatch(split.tune), _BUDGET, cost), folder)
+    winners = _tune(loaded, setting, split, TuningData(TraceBatch(split.tune), MAIN_BUDGET, cost), folder)
     tuned = {name: winner.candidate.policy for name, winner in winners.items()}
-    foreseen = hindsight(TraceBatch(split.held_out), cost, _BUDGET)
+    foreseen = hindsight(TraceBatch(split.held_out), cost, MAIN_BUDGET)
     store = FidelityStore(folder / "outcomes")
     by_name = {prompt.name: prompt for prompt in prompts}
     outcomes = []
@@ -218,7 +188,7 @@ def _tune(
         winners = choose_winners(some, [_rows_of(run, slice(first, first + n)) for run in runs])
         first += n
         tuned[f"tuned {budget:g}"] = min(winners, key=lambda winner: winner.tune_kl)
-        if budget == _BUDGET:
+        if budget == MAIN_BUDGET:
             tuned |= {f"{winner.search.family} {budget:g}": winner for winner in winners}
     return tuned
 
@@ -248,157 +218,6 @@ def _teacher_forced(prompt: Prompt) -> TaskPrompt:
 
 def _name(file: TraceFile) -> str:
     return str(file.header.prompt["name"])
-
-
-def _kept(outcome: PromptOutcome) -> dict[str, Any]:
-    """Means over the steps of a prompt."""
-    return {
-        "name": outcome.name,
-        "kind": outcome.task,
-        "methods": {
-            name: {
-                "kl": round(float(one.kl.mean()), 6),
-                "accuracy": round(float(one.accuracy.mean()), 6),
-                "full_share": round(one.full_share, 6),
-                "read_share": round(one.read_share, 6),
-            }
-            for name, one in outcome.methods.items()
-        },
-    }
-
-
-def _of_kind(outcomes: Sequence[PromptOutcome], kind: str | None) -> list[PromptOutcome]:
-    return [outcome for outcome in outcomes if kind in (None, outcome.task)]
-
-
-def _kl(outcomes: Sequence[PromptOutcome], method: str) -> np.ndarray:
-    return np.array([outcome.methods[method].kl.mean() for outcome in outcomes])
-
-
-def _accuracy(outcomes: Sequence[PromptOutcome], method: str) -> np.ndarray:
-    return np.array([outcome.methods[method].accuracy.mean() for outcome in outcomes])
-
-
-def _rows(outcomes: Sequence[PromptOutcome]) -> list[dict[str, Any]]:
-    """Every method: full share, KL over all prompts and by kind, and what it keeps of copying."""
-    kinds = list(dict.fromkeys(outcome.task for outcome in outcomes))
-    copying = _of_kind(outcomes, "copying")
-    rows = []
-    for method in outcomes[0].methods:
-        kl = bootstrap(_kl(outcomes, method))
-        rows.append(
-            {
-                "method": method,
-                "full_share": float(np.mean([outcome.methods[method].full_share for outcome in outcomes])),
-                "read_share": float(np.mean([outcome.methods[method].read_share for outcome in outcomes])),
-                "kl": [kl.value, kl.low, kl.high],
-                "kl_by_kind": {kind: float(_kl(_of_kind(outcomes, kind), method).mean()) for kind in kinds},
-                "copying_kept": float(_accuracy(copying, method).mean() / _accuracy(copying, "full").mean()),
-            }
-        )
-    return rows
-
-
-def _targets(outcomes: Sequence[PromptOutcome]) -> dict[str, Any]:
-    """The numbers that the project has set itself targets for; see docs/schedulers.md."""
-    tuned, plain = f"tuned {_BUDGET:g}", f"stride {1 / _BUDGET:g}, RefreshKV's set"
-    copying, prose = _of_kind(outcomes, "copying"), _of_kind(outcomes, "prose")
-    clocks = [f"stride {1 / _BUDGET:g}", f"stride {1 / _BUDGET:g}, same set"]
-    best = min(clocks, key=lambda name: float(_kl(outcomes, name).mean()))
-    same = f"stride {1 / _BUDGET:g}, same set"
-    ceiling = "new set at every step, unpooled"
-    at = {name: float(_kl(outcomes, name).mean()) for name in (tuned, best, plain, ceiling)}
-    kept = bootstrap_ratio(_accuracy(copying, tuned), _accuracy(copying, "full"))
-    of_plain = bootstrap_ratio(_kl(prose, tuned), _kl(prose, plain))
-    of_same, of_best = (bootstrap_ratio(_kl(outcomes, tuned), _kl(outcomes, name)) for name in (same, best))
-    nowhere_worse = {}
-    for budget in BUDGETS:
-        by_kind = {}
-        for kind in dict.fromkeys(outcome.task for outcome in outcomes):
-            some = _of_kind(outcomes, kind)
-            strides = [f"stride {1 / budget:g}", f"stride {1 / budget:g}, same set"]
-            least = min(float(_kl(some, name).mean()) for name in strides)
-            by_kind[kind] = float(_kl(some, f"tuned {budget:g}").mean()) / least
-        nowhere_worse[f"{budget:g}"] = by_kind
-    return {
-        "copying_kept": dataclasses.asdict(kept),
-        "prose_kl_of_plain": dataclasses.asdict(of_plain),
-        "kl_of_same_set": dataclasses.asdict(of_same),
-        "kl_of_best_set": dataclasses.asdict(of_best),
-        "gap_closed": (at[best] - at[tuned]) / (at[best] - at[ceiling]),
-        "gap_closed_from_plain": (at[plain] - at[tuned]) / (at[plain] - at[ceiling]),
-        "kl_of_best_stride_by_kind": nowhere_worse,
-    }
-
-
-def _report(settings: Sequence[Setting], everything: Mapping[str, Any]) -> str:
-    """The document: targets, then every method."""
-    lines = [
-        "# Schedulers",
-        "",
-        f"Written by `python benchmarks/schedulers.py`: {everything['model']}, {everything['machine']}. No policy was "
-        "tuned or chosen on these prompts. What was tried, and what did not help, is in [LOG.md](LOG.md).",
-        "",
-        *([_NOTES.read_text(encoding="utf-8")] if _NOTES.exists() else []),
-    ]
-    for setting in settings:
-        rows, targets = everything["rows"][setting.name], everything["targets"][setting.name]
-        n_prompts = len(everything["outcomes"][setting.name])
-        lines += [
-            f"## {setting.context_tokens:,} tokens, k = {setting.k}",
-            "",
-            f"{n_prompts} prompts x {setting.steps} steps, budget {_BUDGET:g} unless said otherwise.",
-            "",
-            f"![KL and copying against the full share](pictures/schedulers-{setting.name}.png)",
-            "",
-            "| what | here | target |",
-            "|---|---:|---:|",
-            f"| copying: share of full attention's accuracy kept | {_spelled(targets['copying_kept'])} | 0.97 |",
-            "| prose: KL as a share of that of RefreshKV's stride 10 with its own set | "
-            f"{_spelled(targets['prose_kl_of_plain'])} | 0.33 |",
-            f"| KL as a share of that of stride 10 with the same set | {_spelled(targets['kl_of_same_set'])} | 0.5 |",
-            "| KL as a share of that of stride 10 with the better of our two sets | "
-            f"{_spelled(targets['kl_of_best_set'])} | |",
-            "| share of the KL gap between that and a new set at every step that is closed | "
-            f"{targets['gap_closed']:.2f} | 0.7 |",
-            "",
-            "KL as a share of that of the best fixed stride, with the better of our two sets, at the same budget:",
-            "",
-            *_by_kind(targets["kl_of_best_stride_by_kind"]),
-            "",
-            *_table(rows),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _spelled(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
-
-
-def _by_kind(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
-    kinds = list(next(iter(ratios.values())))
-    return [
-        f"| budget | {' | '.join(kinds)} |",
-        f"|---|{'---:|' * len(kinds)}",
-        *(f"| {budget} | {' | '.join(f'{of[kind]:.2f}' for kind in kinds)} |" for budget, of in ratios.items()),
-    ]
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    kinds = list(rows[0]["kl_by_kind"])
-    lines = [
-        f"| method | full | read | KL, nats per step | {' | '.join(kinds)} | copying kept |",
-        f"|---|---:|---:|---:|{'---:|' * len(kinds)}---:|",
-    ]
-    for row in sorted(rows, key=lambda row: row["kl"][0]):
-        value, low, high = row["kl"]
-        by_kind = " | ".join(f"{row['kl_by_kind'][kind]:.3f}" for kind in kinds)
-        lines.append(
-            f"| {row['method']} | {100 * row['full_share']:.1f}% | {100 * row['read_share']:.0f}% | "
-            f"{value:.3f} [{low:.3f}, {high:.3f}] | {by_kind} | {row['copying_kept']:.2f} |"
-        )
-    return lines
 
 
 if __name__ == "__main__":
