@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import optuna
@@ -45,6 +45,7 @@ from traces.command import run_command
 from tuning.families import FAMILIES
 from tuning.hindsight import hindsight
 from tuning.optimize import sized_sets
+from tuning.set_sizes import SizedSets
 from tuning.split import Split, split_by_prompt
 from tuning.study import search_family
 from tuning.trace_batch import TraceBatch
@@ -54,7 +55,7 @@ from tuning.winners import Winner, choose_winners
 _ROOT = Path(__file__).parents[1]
 _SETTINGS = {
     "3000": Setting(3000, 128, 64, 4, 30),
-    "8000": Setting(8000, 256, 64, 2, 30),
+    "8000": Setting(8000, 256, 64, 1, 30, tuned_at="3000", first_index=1),
     "quick": Setting(384, 48, 16, 2, 3),
 }
 
@@ -100,7 +101,7 @@ def main(
     parameters: dict[str, Any] = {}
     found: dict[str, list[PromptOutcome]] = {}
     for setting in chosen:
-        found[setting.name], parameters[setting.name] = _measure(loaded, setting, out / setting.name)
+        found[setting.name], parameters[setting.name] = _measure(loaded, setting, out)
     everything = {
         "model": loaded.id,
         "machine": machine_name(),
@@ -130,32 +131,72 @@ def main(
     return {"targets": everything["targets"], "minutes": round((time.perf_counter() - began) / 60, 1)}
 
 
-def _measure(loaded: LoadedModel, setting: Setting, folder: Path) -> tuple[list[PromptOutcome], dict[str, Any]]:
-    """Outcomes of the held-out prompts, and what the search chose for every tuned policy."""
-    prompts = default_prompts(
+class _Tuned(NamedTuple):
+    """What one setting has to show.
+
+    Attributes:
+        sized: Sets and costs.
+        winners: By name of the method.
+        prompts: Held out.
+        files: Their traces.
+    """
+
+    sized: SizedSets
+    winners: dict[str, Winner]
+    prompts: list[Prompt]
+    files: tuple[TraceFile, ...]
+
+
+def _prompts(loaded: LoadedModel, setting: Setting) -> list[Prompt]:
+    return default_prompts(
         loaded.tokenizer,
         n_per_kind=setting.per_kind,
         context_tokens=setting.context_tokens,
         n_steps=setting.steps,
+        first_index=setting.first_index,
     )
-    sized = sized_sets(loaded, split_by_prompt(prompts), Selection.unpooled(setting.k), folder / "set_sizes")
-    selection, cost = sized.selection, sized.unit_cost
-    files = record_prompts(loaded, prompts, selection, folder / "traces", max_age=setting.steps)
-    split = split_by_prompt(files)
-    winners = _tune(loaded, setting, split, TuningData(TraceBatch(split.tune), MAIN_BUDGET, cost), folder)
-    tuned = {name: winner.candidate.policy for name, winner in winners.items()}
-    foreseen = hindsight(TraceBatch(split.held_out), cost, MAIN_BUDGET)
-    store = FidelityStore(folder / "outcomes")
-    by_name = {prompt.name: prompt for prompt in prompts}
+
+
+def _tuned(loaded: LoadedModel, setting: Setting, folder: Path) -> _Tuned:
+    prompts = _prompts(loaded, setting)
+    split = split_by_prompt(prompts)
+    sized = sized_sets(loaded, split, Selection.unpooled(setting.k), folder / "set_sizes")
+    files = record_prompts(loaded, prompts, sized.selection, folder / "traces", max_age=setting.steps)
+    of_files = split_by_prompt(files)
+    data = TuningData(TraceBatch(of_files.tune), MAIN_BUDGET, sized.unit_cost)
+    return _Tuned(sized, _tune(loaded, setting, of_files, data, folder), list(split.held_out), of_files.held_out)
+
+
+def _measure(loaded: LoadedModel, setting: Setting, out: Path) -> tuple[list[PromptOutcome], dict[str, Any]]:
+    """Outcomes of the held-out prompts, and what the search chose for every tuned policy."""
+    source = setting if setting.tuned_at is None else _SETTINGS[setting.tuned_at]
+    tuned = _tuned(loaded, source, out / source.name)
+    parameters = {
+        name: {"family": one.search.family, **one.candidate.parameters} for name, one in tuned.winners.items()
+    }
+    policies = {name: winner.candidate.policy for name, winner in tuned.winners.items()}
+    store = FidelityStore(out / setting.name / "outcomes")
+    if setting is not source:
+        methods = _methods(_in_proportion(tuned.sized.selection, setting.k), policies)
+        bar = tqdm(_prompts(loaded, setting), desc=f"comparing, {setting.name}", unit="prompt")
+        return [store.measure(loaded, _teacher_forced(prompt), methods) for prompt in bar], parameters
+    selection = tuned.sized.selection
+    foreseen = hindsight(TraceBatch(tuned.files), tuned.sized.unit_cost, MAIN_BUDGET).astype(float)
     outcomes = []
-    for place, file in enumerate(tqdm(split.held_out, desc=f"comparing, {setting.name}", unit="prompt")):
-        oracle = Foreseen(
-            tuple(tuple(tuple(row) for row in step) for step in foreseen[:, place].astype(float).tolist())
-        )
-        methods = [*_methods(selection, tuned), ForeseenMethod("hindsight 0.1", "knows the future", oracle, selection)]
-        outcomes.append(store.measure(loaded, _teacher_forced(by_name[_name(file)]), methods))
-    parameters = {name: {"family": one.search.family, **one.candidate.parameters} for name, one in winners.items()}
+    bar = tqdm(tuned.prompts, desc=f"comparing, {setting.name}", unit="prompt")
+    for place, prompt in enumerate(bar):
+        oracle = Foreseen(tuple(tuple(tuple(row) for row in step) for step in foreseen[:, place].tolist()))
+        methods = [*_methods(selection, policies), ForeseenMethod("hindsight 0.1", "future", oracle, selection)]
+        outcomes.append(store.measure(loaded, _teacher_forced(prompt), methods))
     return outcomes, parameters
+
+
+def _in_proportion(selection: Selection, k: int) -> Selection:
+    """The same sets with another k, and sizes of units in the same proportion to it."""
+    if selection.unit_k is None:
+        return dataclasses.replace(selection, k=k)
+    sizes = tuple(tuple(size * k // selection.k for size in row) for row in selection.unit_k)
+    return dataclasses.replace(selection, k=k, unit_k=sizes)
 
 
 def _tune(
@@ -214,10 +255,6 @@ def _methods(selection: Selection, tuned: Mapping[str, StepPolicy]) -> list[Meth
 
 def _teacher_forced(prompt: Prompt) -> TaskPrompt:
     return TaskPrompt(prompt, 0, lambda _: 0.0)
-
-
-def _name(file: TraceFile) -> str:
-    return str(file.header.prompt["name"])
 
 
 if __name__ == "__main__":

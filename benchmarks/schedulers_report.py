@@ -31,6 +31,10 @@ class Setting:
         steps: Of every prompt.
         per_kind: Prompts per kind; the later half is held out.
         trials: Of the tuner, per family and budget.
+        tuned_at: Another setting, whose policies and sizes are used here as they are, the sizes in proportion to k; None
+            to tune here.
+        first_index: Index of the first prompt of each kind. Where nothing is tuned all prompts are held out, and this
+            keeps them clear of the texts of the other setting's.
     """
 
     context_tokens: int
@@ -38,6 +42,8 @@ class Setting:
     steps: int
     per_kind: int
     trials: int
+    tuned_at: str | None = None
+    first_index: int = 0
 
     @property
     def name(self) -> str:
@@ -141,7 +147,10 @@ def report(settings: Sequence[Setting], everything: Mapping[str, Any]) -> str:
         lines += [
             f"## {setting.context_tokens:,} tokens, k = {setting.k}",
             "",
-            f"{n_prompts} prompts x {setting.steps} steps, budget {MAIN_BUDGET:g} unless said otherwise.",
+            f"{n_prompts} prompts x {setting.steps} steps, budget {MAIN_BUDGET:g} unless said otherwise."
+            + (
+                "" if setting.tuned_at is None else f" Policies and sizes are those tuned at {setting.tuned_at} tokens."
+            ),
             "",
             f"![KL and copying against the full share](pictures/schedulers-{setting.name}.png)",
             "",
