@@ -102,7 +102,7 @@ def main(
     found: dict[str, list[PromptOutcome]] = {}
     for setting in chosen:
         found[setting.name], parameters[setting.name] = _measure(loaded, setting, out)
-    everything = {
+    everything: dict[str, Any] = {
         "model": loaded.id,
         "machine": machine_name(),
         "settings": {setting.name: dataclasses.asdict(setting) for setting in chosen},

@@ -31,8 +31,8 @@ class Setting:
         steps: Of every prompt.
         per_kind: Prompts per kind; the later half is held out.
         trials: Of the tuner, per family and budget.
-        tuned_at: Another setting, whose policies and sizes are used here as they are, the sizes in proportion to k; None
-            to tune here.
+        tuned_at: Another setting, whose policies and sizes are used here as they are, the sizes in proportion to k;
+            None to tune here.
         first_index: Index of the first prompt of each kind. Where nothing is tuned all prompts are held out, and this
             keeps them clear of the texts of the other setting's.
     """
