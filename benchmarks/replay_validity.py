@@ -29,13 +29,14 @@ _PARAMETERS: Mapping[str, dict[str, Any]] = {
     "fixed_stride": {"phase_between_units": 1},
     "cosine_threshold": {"asked": 1.0, "check_every": 1},
     "learned_logistic": {"refresh_churn": False, "positive_share": 0.1, "regularisation": 0.1, "asked": 1.0},
-    "stride_profile": {"sharpness": 1.2},
-    "cosine_profile": {"sharpness": 1.2, "asked": 1.2},
+    "stride_profile": {"sharpness": 1.2, "keys_only": False},
+    "cosine_profile": {"sharpness": 1.2, "keys_only": False, "asked": 1.2},
     "logistic_profile": {
         "refresh_churn": False,
         "positive_share": 0.1,
         "regularisation": 0.1,
         "sharpness": 1.2,
+        "keys_only": False,
         "asked": 1.2,
     },
 }
@@ -55,7 +56,7 @@ def spread_of_policies(data: TuningData, sentence_ends: Sequence[int]) -> dict[s
             found[f"{name} {budget:g}"] = family.suggest(FixedTrial(_PARAMETERS[name]), at_budget)
     for budget in BUDGETS[1:4]:
         even = dataclasses.replace(data, budget=budget, unit_cost=np.ones_like(data.unit_cost))
-        by_mass = FAMILIES["stride_profile"].suggest(FixedTrial({"sharpness": 1.0}), even)
+        by_mass = FAMILIES["stride_profile"].suggest(FixedTrial({"sharpness": 1.0, "keys_only": False}), even)
         found[f"stride by mass {budget:g}"] = by_mass
     found |= {f"stride {stride}": FixedStride(stride) for stride in (2, 3, 5, 7, 10, 15, 20, 30)}
     found |= {f"cosine {threshold:g}": CosineThreshold(threshold) for threshold in (0.5, 0.6, 0.7, 0.8)}

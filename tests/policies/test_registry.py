@@ -40,6 +40,7 @@ BUILT_IN = [
     "max_age",
     "never_full",
     "random_refresh",
+    "refresh_keys",
     "sentence_boundary",
 ]
 

@@ -21,7 +21,7 @@ from tuning.winners import Winner
 MakeTrace = Callable[..., Trace]
 
 N_PROMPTS = 24
-PARAMETERS = {"stride_profile": {"sharpness": 1.2}, "fixed_stride": {"phase_between_units": 3}}
+PARAMETERS = {"stride_profile": {"sharpness": 1.2, "keys_only": False}, "fixed_stride": {"phase_between_units": 3}}
 
 
 @dataclass

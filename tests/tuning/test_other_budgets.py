@@ -55,10 +55,11 @@ def test_units_stay_as_far_apart_in_their_stride(data: TuningData, step_apart: i
 
 
 def test_references_are_half_and_twice_the_budget(data: TuningData) -> None:
-    found = references("stride_profile", {"sharpness": 1.0}, data)
+    parameters = {"sharpness": 1.0, "keys_only": True}
+    found = references("stride_profile", parameters, data)
     assert list(found) == ["fixed stride 20", "stride_profile at 0.05", "fixed stride 5", "stride_profile at 0.2"]
     assert found["fixed stride 5"] == FixedStride(5)
-    assert found["stride_profile at 0.05"] == at_budget("stride_profile", {"sharpness": 1.0}, data, 0.05)
+    assert found["stride_profile at 0.05"] == at_budget("stride_profile", parameters, data, 0.05)
 
 
 def test_a_fixed_stride_is_its_own_reference(data: TuningData) -> None:

@@ -19,6 +19,7 @@ from policies import (
     MaxAge,
     NeverFull,
     RandomRefresh,
+    RefreshKeys,
     SentenceBoundary,
     StepPolicy,
 )
@@ -54,6 +55,8 @@ POLICIES: dict[str, StepPolicy] = {
     "learned_logistic without features": LearnedLogistic((), (), table(-1, 1)),
     "max_age": MaxAge(NeverFull(), 4),
     "max_age per unit": MaxAge(COSINE, table(1, 9)),
+    "refresh_keys": RefreshKeys(COSINE),
+    "refresh_keys per unit": RefreshKeys(FixedStride(3), ((1, 0, 0), (0, 1, 1))),
     "budget_constrained": BudgetConstrained(AlwaysFull(), 0.3),
     "budget_constrained per unit": BudgetConstrained(MaxAge(LOGISTIC, 5), table(0, 1), table(0, 2)),
 }
@@ -96,6 +99,8 @@ def decide(policy: StepPolicy, unit: tuple[int, int], seen: dict[str, float]) ->
             total = at(intercept, unit)
             total += sum(at(weight, unit) * value[name] for name, weight in zip(features, weights, strict=True))
             return math.isnan(total) or 1 / (1 + math.exp(-total)) >= threshold
+        case RefreshKeys(inner, _):
+            return decide(inner, unit, seen)
         case MaxAge(inner, max_age):
             return decide(inner, unit, seen) or seen["age"] >= at(max_age, unit)
         case BudgetConstrained(inner, budget, burst):
@@ -128,6 +133,8 @@ def slow_replay(trace: Trace, policy: StepPolicy) -> tuple[np.ndarray, np.ndarra
                 full[(step, *unit)] = True
                 last_full, n_full, churned = step, n_full + 1, float(trace.overlap[index])
                 mass = float(trace.fresh_mass[(step + 1, *unit)])
+                if isinstance(policy, RefreshKeys) and at(policy.units, unit):
+                    lost[(step, *unit)] = 1 - mass
             else:
                 lost[(step, *unit)] = 1 - float(trace.recovered_mass[index])
                 n_beyond += age > max_age
