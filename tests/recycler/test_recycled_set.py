@@ -1,6 +1,7 @@
 """Sets: hand-made examples, then agreement with a dictionary that does the same token by token."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -283,7 +284,7 @@ def test_a_smaller_set_is_what_k_of_its_size_would_choose_and_the_beginning_of_a
         held.append(set(recycled.positions[unit][recycled.filled[unit]].tolist()))
         assert held[-1] == set(places(select(scores[:1], of_unit, start, end)))
     by_size = sorted(held, key=len)
-    assert all(smaller <= larger for smaller, larger in zip(by_size, by_size[1:], strict=False))
+    assert all(smaller <= larger for smaller, larger in itertools.pairwise(by_size))
 
 
 @given(situations())
