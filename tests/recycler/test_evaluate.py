@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from policies import FixedStride, ModelShape, PolicyFile, Selection, StepPolicy
+from recycler import evaluate
 from recycler.evaluate import main
 from recycler.fidelity import store
 from recycler.model_shape import model_shape
@@ -123,6 +124,28 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     monkeypatch.setattr(store, "measure", counted)
     assert run(*arguments)[0] == 0
     assert sorted(measured) == ["prose-001", "prose-002", "technical-001", "technical-002"]
+
+
+def test_sets_with_sizes_of_units_are_compared_at_their_k_and_thresholds_are_tuned_for_them_once(
+    run: Run, write_policy: WritePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned_for: list[Selection] = []
+    stock = evaluate.calibrated_thresholds
+
+    def counted(loaded: Any, prompts: Any, k: int, budget: float, our_set: Selection) -> Any:
+        tuned_for.append(our_set)
+        return stock(loaded, prompts, k, budget, our_set)
+
+    monkeypatch.setattr(evaluate, "calibrated_thresholds", counted)
+    sized = Selection(k=32, sinks=2, window=4, unit_k=((20, 44), (50, 14)))
+    # Looking at every fifth step is rare enough for this budget: nothing is decoded to tune thresholds.
+    path = write_policy(selection=sized, budget=0.5)
+    methods = ("--methods", "refreshkv_qc5_tuned_our_set,fresh_top_k_ceiling")
+    for _ in range(2):
+        code, out, _ = run("--policy", path, "--tasks", "prose", *SIZES, *methods)
+        assert code == 0
+        assert json.loads(out.splitlines()[-1])["k"] == 32
+    assert tuned_for == [sized]
 
 
 def test_several_policies_are_compared_under_names_of_their_own(run: Run, write_policy: WritePolicy) -> None:

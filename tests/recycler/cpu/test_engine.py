@@ -137,8 +137,7 @@ def test_the_engine_decodes_as_the_plain_path_does(
 def test_units_with_sizes_of_their_own_decode_as_on_the_plain_path(
     make_model: Make, make_tokens: Make, policy: StepPolicy, selection: Selection
 ) -> None:
-    # Sizes change which tokens are attended to and not the arithmetic, so one precision is enough: the sharpest.
-    model, tokens = make_model("llama", torch.float64), make_tokens(20, rows=3)
+    model, tokens = make_model(), make_tokens(20, rows=3)
     plain = decode(model, tokens, policy, 24, selection=selection, fast=False)
     assert 0 < plain.receipt.full_share < 1
     assert_same_run(decode(model, tokens, policy, 24, selection=selection), plain)
@@ -239,10 +238,11 @@ def test_in_bfloat16_the_engine_is_as_close_to_exact_as_the_stock_decoder(make_m
     assert 0 < error <= 1.2 * stock_error
 
 
-def test_in_bfloat16_units_with_sizes_of_their_own_are_as_close_to_exact_as_the_plain_path(
-    make_model: Make, make_tokens: Make
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_sizes_of_units_the_engine_is_as_close_to_exact_as_the_plain_path(
+    make_model: Make, make_tokens: Make, dtype: torch.dtype
 ) -> None:
-    model, tokens, forced = make_model("llama", torch.bfloat16), make_tokens(20, rows=3), make_tokens(24, 3, seed=1)
+    model, tokens, forced = make_model("llama", dtype), make_tokens(20, rows=3), make_tokens(24, 3, seed=1)
     how: dict[str, Any] = {"selection": SIZED, "forced": forced}
     exact = decode(copy.deepcopy(model).double(), tokens, FixedStride(3), 24, fast=False, **how).logits
     plain = decode(model, tokens, FixedStride(3), 24, fast=False, **how)
