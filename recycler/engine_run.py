@@ -14,12 +14,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from policies import StepPolicy
 from recycler.engine import Engine, NotCovered
 from recycler.kv_layer import growing_layers
+from recycler.receipt import Tally
 from recycler.units import LayerUnits
 
 CACHE_CHANGED = (
     "the KV cache changed between two decode steps (rows reordered, tokens removed, or another cache): "
     "beam search and assisted decoding cannot run recycled; use greedy search or sampling."
 )
+# Steps between two looks at what a device has noted of the padding.
+_STEPS_BETWEEN_LOOKS = 64
 # Arguments that an engine understands, or that change nothing at a decode step of one token.
 _UNDERSTOOD = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
@@ -107,6 +110,8 @@ class EngineRun:
             raise ValueError(CACHE_CHANGED)
         rows = len(call.tokens)
         self._start = units[0].starts
+        self._device = call.tokens.device
+        self._starts = torch.as_tensor(self._start, device=self._device)
         if cache.get_seq_length() != units[0].end or len(self._start) != rows:
             raise ValueError(CACHE_CHANGED)
         try:
@@ -118,13 +123,19 @@ class EngineRun:
         self._n_tokens = units[0].end
         self.engine = engine.name
         self._dtype = self._layers[0].dtype
+        self._n_steps = self._tokens_dense = 0
+        self._wrong: Tensor | None = None
         self.decoding = engine.begin(self._layers, units, policy, self._start)
 
-    @property
-    def dense_tokens(self) -> np.ndarray:
-        """Tokens that full attention reads at the last step, `(rows,)`."""
-        dense: np.ndarray = self._n_tokens - self._start
-        return dense
+    def add_to(self, tally: Tally) -> None:
+        """Tell what was done so far.
+
+        Raises:
+            ValueError: If the padding changed where that was not looked at yet.
+        """
+        self._refuse_other_padding()
+        if self._n_steps:
+            tally.add_run(self.engine, self._n_steps, self._tokens_dense, self.decoding.totals())
 
     def step(self, call: ForwardCall) -> CausalLMOutputWithPast:
         """Take a step.
@@ -141,10 +152,12 @@ class EngineRun:
         self._follow(call)
         places = call.arguments.get("position_ids")
         if places is None:
-            places = torch.tensor([[self._n_tokens]])
+            places = torch.tensor([[self._n_tokens]], device=call.tokens.device)
         with torch.no_grad():
             logits = self.decoding.step(call.tokens[:, 0], places[:, -1])
         self._n_tokens += 1
+        self._n_steps += 1
+        self._tokens_dense += int((self._n_tokens - self._start).sum())
         return CausalLMOutputWithPast(logits=logits[:, None].to(self._dtype), past_key_values=self._cache)
 
     def _follow(self, call: ForwardCall) -> None:
@@ -153,15 +166,26 @@ class EngineRun:
         if not same or revisions != self._revisions or self._layers[0].get_seq_length() != self._n_tokens:
             raise ValueError(CACHE_CHANGED)
         mask = call.arguments.get("attention_mask")
-        n_visible = self._n_tokens + 1 - self._start
+        self._note_padding(call.arguments.get("attention_mask"))
+        # Looking at a device makes it wait: what it notes is looked at now and then, and before anything is told.
+        if self._device.type == "cpu" or self._n_steps % _STEPS_BETWEEN_LOOKS == 0:
+            self._refuse_other_padding()
+
+    def _note_padding(self, mask: Tensor | None) -> None:
+        """Note the rows whose visible tokens are not those from the row's first one on."""
+        rows, n_tokens = len(self._start), self._n_tokens + 1
         if mask is None:
-            wrong = self._start > 0
-        elif mask.shape != (len(self._start), self._n_tokens + 1):
-            wrong = np.ones(len(self._start), dtype=bool)
-        else:
-            seen = mask != 0
-            # As many visible tokens as there are from the first one on: then none of those is masked.
-            first = seen.to(torch.uint8).argmax(-1)
-            wrong = (seen.sum(-1).numpy() != n_visible) | (first.numpy() != self._start)
-        if wrong.any():
-            raise ValueError(other_padding(int(wrong.argmax())))
+            if (self._start > 0).any():
+                raise ValueError(other_padding(int((self._start > 0).argmax())))
+            return
+        if mask.shape != (rows, n_tokens):
+            raise ValueError(other_padding(0))
+        seen = mask != 0
+        start = self._starts
+        # As many visible tokens as there are from the first one on: then none of those is masked.
+        wrong = (seen.sum(-1) != n_tokens - start) | (seen.to(torch.uint8).argmax(-1) != start)
+        self._wrong = wrong if self._wrong is None else self._wrong | wrong
+
+    def _refuse_other_padding(self) -> None:
+        if self._wrong is not None and self._wrong.any():
+            raise ValueError(other_padding(int(self._wrong.to(torch.uint8).argmax())))

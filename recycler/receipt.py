@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from recycler.engine import Decoding
+from recycler.engine import Totals
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Tally:
             reasons: What was overruled, bool of the shape of `full`.
         """
         if layer == 0:
-            self._begin_step(engine, len(full))
+            self._begin_steps(engine, len(full))
         self._full_steps[layer] += full.sum(0)
         self._keys_only_steps[layer] += keys_only.sum(0)
         self._tokens_read[layer] += read.sum(0)
@@ -154,14 +154,21 @@ class Tally:
         for reason, overruled in reasons.items():
             self._reasons.setdefault(reason, np.zeros_like(self._full_steps))[layer] += overruled.sum(0)
 
-    def add_step(self, engine: str, decoding: Decoding, dense: np.ndarray) -> None:
-        """Add a step that an engine took with all layers; `dense` is as above."""
-        self._begin_step(engine, len(decoding.full))
-        self._full_steps += decoding.full.sum(0)
-        self._keys_only_steps += decoding.keys_only.sum(0)
-        self._tokens_read += decoding.tokens_read.sum(0)
-        self._tokens_dense += int(dense.sum())
-        for reason, overruled in decoding.reasons.items():
+    def add_run(self, engine: str, n_steps: int, tokens_dense: int, totals: Totals) -> None:
+        """Add steps that an engine took with all layers.
+
+        Args:
+            engine: What ran them.
+            n_steps: How many.
+            tokens_dense: Tokens in the cache, summed over rows and steps.
+            totals: What was done.
+        """
+        self._begin_steps(engine, len(totals.full_steps), n_steps)
+        self._full_steps += totals.full_steps.sum(0)
+        self._keys_only_steps += totals.keys_only_steps.sum(0)
+        self._tokens_read += totals.tokens_read.sum(0)
+        self._tokens_dense += tokens_dense
+        for reason, overruled in totals.reasons.items():
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled.sum(0)
 
@@ -180,9 +187,9 @@ class Tally:
             why_plain=why_plain if "plain" in self._engines else "",
         )
 
-    def _begin_step(self, engine: str, n_rows: int) -> None:
+    def _begin_steps(self, engine: str, n_rows: int, n_steps: int = 1) -> None:
         if engine not in self._engines:
             self._engines.append(engine)
-        self._n_steps += 1
+        self._n_steps += n_steps
         self._n_rows = max(self._n_rows, n_rows)
-        self._row_steps += n_rows
+        self._row_steps += n_rows * n_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -57,6 +58,7 @@ def recycled(
         session.stay_plain("fast is False")
     with attention_replaced(model, session.attention), _called_by_generate(model, session):
         yield session
+        session.finish()
 
 
 class Session:
@@ -103,7 +105,7 @@ class Session:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = ForwardCall(args, kwargs)
             if self.in_prefill or not call.is_one_token or len(self._layers) < self._shape.layers:
-                self._run, self._refused = None, False
+                self._end_run()
                 return self._plainly(call, stock, args, kwargs)
             if self._run is None and self._engine is not None and not self._refused:
                 try:
@@ -113,9 +115,7 @@ class Session:
                     self._refused, self._why_plain = True, str(reason)
             if self._run is None:
                 return self._plainly(call, stock, args, kwargs)
-            output = self._run.step(call)
-            self._tally.add_step(self._run.engine, self._run.decoding, self._run.dense_tokens)
-            return output
+            return self._run.step(call)
 
         return forward
 
@@ -151,7 +151,19 @@ class Session:
 
     def receipt(self) -> Receipt:
         """What was done since the `with` began."""
-        return self._tally.receipt(self._why_plain)
+        tally = copy.deepcopy(self._tally)
+        if self._run is not None:
+            self._run.add_to(tally)
+        return tally.receipt(self._why_plain)
+
+    def finish(self) -> None:
+        """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
+        self._end_run()
+
+    def _end_run(self) -> None:
+        run, self._run, self._refused = self._run, None, False
+        if run is not None:
+            run.add_to(self._tally)
 
     def _check_prompt(self, cache: Any) -> None:
         """Refuse a cache that is not as prefill left it."""

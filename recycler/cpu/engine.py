@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -18,7 +18,7 @@ from recycler.cpu.decisions import decisions
 from recycler.cpu.layer import attend, feed, predict, project
 from recycler.cpu.refresh_keys import refresh_keys
 from recycler.cpu.threads import threads_of_torch
-from recycler.engine import Decoding, Engine, NotCovered
+from recycler.engine import Decoding, Engine, NotCovered, Totals
 from recycler.hook import refuse_full_window
 from recycler.keys_only import keys_only_units, tokens_read
 from recycler.kv_layer import GrowingTokens, KvLayer
@@ -77,19 +77,40 @@ class CpuDecoding(Decoding):
         # Layers come first in memory, so that a kernel gets its layer's numbers in one piece.
         self._filled = np.stack([layer.filled for layer in self._units])
         self._units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(self._units)]
-        self.full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
-        self.keys_only = np.zeros_like(self.full)
-        self.tokens_read = np.zeros(self.full.shape)
-        self.reasons: Mapping[str, np.ndarray] = {}
+        self._full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
+        self._tokens_read = np.zeros(self._full.shape)
+        self._all_keys_only, self._all_tokens_read = np.zeros_like(self._full, dtype=np.int64), np.zeros(self._full.shape)
+        self._overruled: dict[str, np.ndarray] = {}
         self._decisions = decisions(policy, (len(layers), rows, kv_heads))
-        self._keys_only_units = np.broadcast_to(keys_only_units(policy, (len(layers), kv_heads)), self.full.shape)
+        self._keys_only_units = np.broadcast_to(keys_only_units(policy, (len(layers), kv_heads)), self._full.shape)
         # Per layer, the units that refresh by their keys alone; None in a layer without.
         self._by_keys = [of.copy() if of.any() else None for of in np.moveaxis(self._keys_only_units, 1, 0)]
         self._measured = np.full((len(Signals._fields), len(layers), rows, kv_heads), np.nan)
         self._signals = [Signals(*self._measured[:, layer]) for layer in range(len(layers))]
         masses = np.stack([layer.schedule.refresh_mass.detach().numpy() for layer in units], axis=1)
-        self._schedule = Schedule(np.zeros(self.full.shape), masses)
+        self._schedule = Schedule(np.zeros(self._full.shape), masses)
         self._refer_to_memory()
+
+    @property
+    def full(self) -> np.ndarray:
+        return self._full
+
+    @property
+    def keys_only(self) -> np.ndarray:
+        keys_only: np.ndarray = self._full & self._keys_only_units
+        return keys_only
+
+    @property
+    def tokens_read(self) -> np.ndarray:
+        return self._tokens_read
+
+    def totals(self) -> Totals:
+        return Totals(
+            full_steps=self._schedule.n_full.astype(np.int64),
+            keys_only_steps=self._all_keys_only.copy(),
+            tokens_read=self._all_tokens_read.copy(),
+            reasons={reason: counts.copy() for reason, counts in self._overruled.items()},
+        )
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
@@ -124,16 +145,19 @@ class CpuDecoding(Decoding):
         for layer in self._layers:
             for part in _parts_of(layer):
                 part.n_own += 1
-        self.full = np.moveaxis(self._decisions.full, 0, 1).copy()
+        self._full = np.moveaxis(self._decisions.full, 0, 1).copy()
         filled = np.moveaxis(self._filled, 0, 1)
         dense = self._layers[0].get_seq_length() - self._start
-        self.keys_only = self.full & self._keys_only_units
-        self.tokens_read = tokens_read(self.full, self.keys_only, dense[:, None, None], filled)
-        self.reasons = {reason: np.moveaxis(noted, 0, 1) for reason, noted in self._decisions.reasons.items()}
+        self._tokens_read = tokens_read(self._full, self.keys_only, dense[:, None, None], filled)
+        self._all_keys_only += self.keys_only
+        self._all_tokens_read += self._tokens_read
+        for reason, noted in self._decisions.reasons.items():
+            counts = self._overruled.setdefault(reason, np.zeros(self._full.shape, dtype=np.int64))
+            counts += np.moveaxis(noted, 0, 1)
         mass, overlap = np.moveaxis(self._measured[-2:], 1, 2)
         needs = self._policy.needs
         self._schedule.advance(
-            self.full,
+            self._full,
             mass if "refresh_mass" in needs else None,
             overlap if "refresh_overlap" in needs else None,
         )

@@ -1,0 +1,89 @@
+"""Who decides: the policy's program, inside a kernel, or the policy itself, on the host."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies import SIGNALS, NotAProgram, StepPolicy, StepSignals, policy_program
+from policies.signals import Tables
+from recycler.cuda.program import DeviceProgram
+from recycler.per_row import PerRow
+
+# What only the query of the step itself makes.
+_QUERY_SIGNALS = frozenset({"query_similarity", "step_similarity", "layer_similarity"})
+
+
+@dataclass(frozen=True)
+class RowProgram:
+    """A program and the rows that it decides for.
+
+    Attributes:
+        program: The policy's.
+        first_row: First row.
+        n_rows: How many.
+    """
+
+    program: DeviceProgram
+    first_row: int
+    n_rows: int
+
+
+def row_programs(policy: StepPolicy, units: tuple[int, int], rows: int, device: torch.device) -> list[RowProgram]:
+    """The programs of all rows: one for all, or one each under a `PerRow`.
+
+    Raises:
+        NotAProgram: If there is a policy that has none.
+    """
+    if not isinstance(policy, PerRow):
+        return [RowProgram(DeviceProgram(policy_program(policy), units, device), 0, rows)]
+    policy.check_rows(rows)
+    return [RowProgram(DeviceProgram(policy_program(one), units, device), i, 1) for i, one in enumerate(policy.rows)]
+
+
+class HostDecisions:
+    """A policy that no kernel can run: called on NumPy, layer by layer, which makes the GPU wait.
+
+    If it reads nothing of the step's query, that happens before the step, which is then one launch as ever. If it does,
+    it happens in the middle of every layer, and the step is no graph.
+
+    Args:
+        policy: The policy.
+        why: What it does that kernels do not.
+
+    Attributes:
+        in_layers: Whether it reads the step's query.
+        overruled: int64 `(layers, rows, kv_heads)` by reason: how often wrappers overruled it so far.
+    """
+
+    def __init__(self, policy: StepPolicy, why: NotAProgram) -> None:
+        self._policy = policy
+        self.in_layers = bool(policy.needs & _QUERY_SIGNALS)
+        self.overruled: dict[str, np.ndarray] = {}
+        self._tables: Tables = {}
+        when = "in the middle of every layer" if self.in_layers else "between steps"
+        warnings.warn(
+            f"the policy {policy.kind} is called on the host {when}, and the GPU waits for it, because it is not made "
+            f"of operators and comparisons on its signals alone ({why}).",
+            stacklevel=2,
+        )
+
+    def decide(self, layer: int, signals: Tensor, given: Tensor) -> None:
+        """Ask for a layer.
+
+        Args:
+            layer: Its index.
+            signals: float64 `(signals, layers, rows, kv_heads)`.
+            given: int8 `(layers, rows, kv_heads)`: gets the decisions at the layer.
+        """
+        of_layer = dict(zip(SIGNALS, signals[:, layer].cpu().numpy(), strict=True))
+        reasons: dict[str, np.ndarray] = {}
+        full = self._policy.decide(StepSignals(**of_layer, layer=layer, reasons=reasons, tables=self._tables))
+        given[layer] = torch.as_tensor(np.asarray(full), device=given.device)
+        for reason, units in reasons.items():
+            counts = self.overruled.setdefault(reason, np.zeros(given.shape, dtype=np.int64))
+            counts[layer] += units

@@ -1,0 +1,227 @@
+"""The decoder on a GPU: kernels in Triton, the decision among them, and a step that is one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
+from recycler.cuda.decisions import HostDecisions, RowProgram, row_programs
+from recycler.cuda.layer import LayerMath, LayerWeights, layer_weights
+from recycler.cuda.machine import Machine
+from recycler.cuda.state import Scratch, Sizes, UnitState
+from recycler.cuda.step_graph import StepGraph
+from recycler.cuda.unit_kernels import UnitKernels
+from recycler.engine import Decoding, Engine, NotCovered, Totals
+from recycler.hook import refuse_full_window
+from recycler.keys_only import keys_only_units
+from recycler.kv_layer import GrowingTokens, KvLayer
+from recycler.model_weights import DecoderParts, decoder_parts
+from recycler.units import LayerUnits
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rotary embeddings that look at positions on the host.
+_CHANGING_ROPES = ("dynamic", "longrope")
+_TOKEN = SIGNALS.index("token")
+
+
+class CudaEngine(Engine):
+    """Runs models in float32, bfloat16 and float16.
+
+    Args:
+        model: The model; its weights are used where they lie.
+        machine: How kernels are launched; None asks the model's GPU. Given, the model may be where Triton's interpreter
+            runs kernels.
+
+    Raises:
+        NotCovered: If it is not on a GPU, in another type, or of another kind.
+    """
+
+    name = "cuda"
+
+    def __init__(self, model: PreTrainedModel, machine: Machine | None = None) -> None:
+        if machine is None:
+            if model.device.type != "cuda":
+                raise NotCovered(f"it runs on cuda, and the model is on {model.device}")
+            machine = Machine.of(model.device)
+        parts = decoder_parts(model)
+        if parts.dtype not in _DTYPES:
+            raise NotCovered(f"it runs {', '.join(map(str, _DTYPES))}, and the model is in {parts.dtype}")
+        head_dim = parts.layers[0].self_attn.head_dim
+        if head_dim < 16 or head_dim & (head_dim - 1):
+            raise NotCovered(f"it runs heads of 16, 32, 64, 128 or 256 numbers, and this model's have {head_dim}")
+        rope = getattr(parts.rotary, "rope_type", "default")
+        if rope in _CHANGING_ROPES:
+            raise NotCovered(f"the model's rotary embedding ({rope}) changes with the positions")
+        self._parts, self._machine = parts, machine
+        self._weights = [layer_weights(layer) for layer in parts.layers]
+        self._math = LayerMath(parts, torch.compile if machine.compiles else lambda function: function)
+
+    def begin(
+        self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
+    ) -> CudaDecoding:
+        if units[0].recycled.selection.group == GroupPooling.LAYER_MEAN:
+            raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
+        # Tensors that both kinds of steps may write to, whatever mode the prompt was read in.
+        with torch.inference_mode(False), torch.no_grad():
+            return CudaDecoding(self._parts, self._weights, self._math, self._machine, layers, units, policy, start)
+
+
+class CudaDecoding(Decoding):
+    """See `Decoding`. Args: those of `Engine.begin`, after the model's parts, weights and functions and the machine."""
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        weights: Sequence[LayerWeights],
+        math: LayerMath,
+        machine: Machine,
+        layers: Sequence[KvLayer],
+        units: Sequence[LayerUnits],
+        policy: StepPolicy,
+        start: np.ndarray,
+    ) -> None:
+        self._parts, self._weights, self._math, self._machine = parts, weights, math, machine
+        self._layers, self._needs, self._selection = layers, policy.needs, units[0].recycled.selection
+        key, _ = _parts_of(layers[0])
+        rows, kv_heads, _, head_dim = key.own.shape
+        device = key.own.device
+        first = parts.layers[0].self_attn
+        self._sizes = Sizes(
+            rows=rows,
+            layers=len(layers),
+            kv_heads=kv_heads,
+            group=first.q_proj.out_features // first.k_proj.out_features,
+            head_dim=head_dim,
+            k=self._selection.widest,
+            n_prompt=key.prompt.shape[2],
+            n_programs=machine.n_programs,
+            chunk_tokens=machine.chunk_tokens,
+        )
+        shape = (len(layers), kv_heads)
+        self._programs: list[RowProgram] = []
+        self._host: HostDecisions | None = None
+        try:
+            self._programs = row_programs(policy, shape, rows, device)
+        except NotAProgram as why:
+            self._host = HostDecisions(policy, why)
+        # Reasons of rows with programs of their own have no common names.
+        self._reasons = self._programs[0].program.reasons if len(self._programs) == 1 else ()
+        self._by_keys = keys_only_units(policy, shape)
+        self._state = UnitState(self._sizes, units, start, self._by_keys, len(self._reasons), device)
+
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._places = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty((rows, parts.head.out_features), dtype=parts.dtype, device=device)
+        captures = machine.captures and not (self._host is not None and self._host.in_layers)
+        self._graph = StepGraph(self._take_step, device) if captures else None
+        self._refer_to_memory()
+
+    @property
+    def full(self) -> np.ndarray:
+        return _by_row(self._state.decided) != 0
+
+    @property
+    def keys_only(self) -> np.ndarray:
+        keys_only: np.ndarray = self.full & self._by_keys
+        return keys_only
+
+    @property
+    def tokens_read(self) -> np.ndarray:
+        return _by_row(self._state.tokens_read)
+
+    def totals(self) -> Totals:
+        state = self._state
+        full_steps = _by_row(state.signals[SIGNALS.index("n_full")]).astype(np.int64)
+        counted = dict(zip(self._reasons, state.overruled.cpu().numpy(), strict=False))
+        overruled = counted if self._host is None else self._host.overruled
+        return Totals(
+            full_steps=full_steps,
+            keys_only_steps=full_steps * self._by_keys,
+            tokens_read=_by_row(state.all_tokens_read),
+            reasons={reason: counts.swapaxes(0, 1).astype(np.int64) for reason, counts in overruled.items()},
+        )
+
+    def step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        n_tokens = self._layers[0].get_seq_length()
+        refuse_full_window(0, n_tokens + 1, self._parts.window)
+        grown = [part.make_room() for layer in self._layers for part in _parts_of(layer)]
+        if any(grown):
+            self._refer_to_memory()
+        self._tokens.copy_(tokens)
+        self._places.copy_(places.expand_as(self._places))
+        host = self._host
+        if host is not None and not host.in_layers:
+            self._tell_token()
+            for layer in range(self._sizes.layers):
+                host.decide(layer, self._state.signals, self._state.given)
+        if self._graph is None:
+            self._take_step()
+        else:
+            self._graph()
+        for layer in self._layers:
+            for part in _parts_of(layer):
+                part.n_own += 1
+        return self._logits.to(torch.float32, copy=True)
+
+    def _take_step(self) -> None:
+        """All that happens on the GPU: what the graph holds."""
+        self._tell_token()
+        x = self._parts.embedding.weight[self._tokens]
+        # Per row, for all heads: `(rows, 1, head_dim)`.
+        cosine, sine = self._parts.rotary(x, self._places[:, None])
+        for layer, (weights, kernels) in enumerate(zip(self._weights, self._kernels, strict=True)):
+            query, key, value = self._math.project(x, weights, cosine, sine)
+            if self._host is not None and self._host.in_layers:
+                kernels.compare(query)
+                self._host.decide(layer, self._state.signals, self._state.given)
+            kernels.prepare(query, key, value, self._programs)
+            x = self._math.feed(x, kernels.attend(query), weights)
+        self._logits.copy_(self._math.predict(x))
+        self._state.n_own += 1
+
+    def _tell_token(self) -> None:
+        self._state.signals[_TOKEN] = self._tokens[:, None]
+
+    def _refer_to_memory(self) -> None:
+        """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
+        sizes, dtype = self._sizes, self._parts.dtype
+        places = sizes.n_prompt + _parts_of(self._layers[0])[0].own.shape[2]
+        device = self._state.start.device
+        with torch.inference_mode(False):
+            measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
+            scratch = Scratch(sizes, places, measures, dtype, device)
+        by_keys = self._by_keys.any(0), (~self._by_keys).any(0)
+        self._kernels = [
+            UnitKernels(
+                layer,
+                sizes,
+                self._state,
+                scratch,
+                *_parts_of(self._layers[layer]),
+                self._selection,
+                self._needs,
+                module.self_attn.scaling,
+                self._machine.tile_tokens(sizes.head_dim, dtype),
+                *(bool(some[layer].any()) for some in by_keys),
+            )
+            for layer, module in enumerate(self._parts.layers)
+        ]
+        if self._graph is not None:
+            self._graph.forget()
+
+
+def _parts_of(layer: KvLayer) -> tuple[GrowingTokens, GrowingTokens]:
+    if layer.key is None or layer.value is None:
+        raise ValueError("the KV cache was emptied between two decode steps.")
+    return layer.key, layer.value
+
+
+def _by_row(state: Tensor) -> np.ndarray:
+    """`(layers, rows, kv_heads)` as `(rows, layers, kv_heads)`, on the host."""
+    array: np.ndarray = state.cpu().numpy().swapaxes(0, 1)
+    return array

@@ -1,0 +1,300 @@
+"""Between the queries of a layer and its attention: signals, the decision, and the new token's place in the sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from policies import SIGNALS
+from recycler.cuda.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
+from recycler.cuda.program import run_program
+
+_STEP, _AGE, _N_FULL, _QUERY, _LAST, _LAYER, _MASS, _OVERLAP = (
+    tl.constexpr(SIGNALS.index(name))
+    for name in (
+        "step",
+        "age",
+        "n_full",
+        "query_similarity",
+        "step_similarity",
+        "layer_similarity",
+        "refresh_mass",
+        "refresh_overlap",
+    )
+)
+
+
+@triton.jit
+def _cosine(a: Any, b: Any) -> Any:
+    """As torch has it, in float64."""
+    lengths = tl.maximum(tl.sqrt(tl.sum(a * a)), 1e-8) * tl.maximum(tl.sqrt(tl.sum(b * b)), 1e-8)
+    return (tl.sum(a * b) / lengths).to(tl.float64)
+
+
+@triton.jit
+def _mean_query(query: Any, unit: Any, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr) -> Any:
+    channel = tl.arange(0, HEAD_DIM)
+    total = tl.zeros((HEAD_DIM,), tl.float32)
+    for member in tl.static_range(GROUP):
+        total += tl.load(query + (unit * GROUP + member) * HEAD_DIM + channel).to(tl.float32)
+    return total / GROUP
+
+
+@triton.jit
+def _compare(
+    unit: Any,
+    query: Any,
+    full_query: Any,
+    last_query: Any,
+    signals: Any,
+    n_all_units: Any,
+    WANTS_QUERY: tl.constexpr,
+    WANTS_LAST: tl.constexpr,
+    WANTS_LAYER: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+) -> None:
+    channel = tl.arange(0, HEAD_DIM)
+    if WANTS_QUERY or WANTS_LAST:
+        now = _mean_query(query, unit, GROUP, HEAD_DIM)
+        if WANTS_QUERY:
+            then = tl.load(full_query + unit * HEAD_DIM + channel)
+            tl.store(signals + _QUERY * n_all_units + unit, _cosine(now, then))
+        if WANTS_LAST:
+            then = tl.load(last_query + unit * HEAD_DIM + channel)
+            tl.store(signals + _LAST * n_all_units + unit, _cosine(now, then))
+    if WANTS_LAYER:
+        # Groups are of one size, so the mean of their means is the mean over all query heads.
+        now = tl.zeros((HEAD_DIM,), tl.float32)
+        then = tl.zeros((HEAD_DIM,), tl.float32)
+        first = unit - unit % KV_HEADS
+        for head in range(KV_HEADS):
+            now += _mean_query(query, first + head, GROUP, HEAD_DIM)
+            then += tl.load(full_query + (first + head) * HEAD_DIM + channel)
+        tl.store(signals + _LAYER * n_all_units + unit, _cosine(now / KV_HEADS, then / KV_HEADS))
+
+
+@triton.jit(do_not_specialize=["n_all_units"])
+def compare(
+    query: Any,
+    full_query: Any,
+    last_query: Any,
+    signals: Any,
+    n_all_units: Any,
+    WANTS_QUERY: tl.constexpr,
+    WANTS_LAST: tl.constexpr,
+    WANTS_LAYER: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+) -> None:
+    """Measure similarities alone, for a policy that is called between the kernels; arguments as in `prepare`."""
+    _compare(
+        tl.program_id(0),
+        query,
+        full_query,
+        last_query,
+        signals,
+        n_all_units,
+        WANTS_QUERY,
+        WANTS_LAST,
+        WANTS_LAYER,
+        KV_HEADS,
+        GROUP,
+        HEAD_DIM,
+    )
+
+
+@triton.jit
+def _admit(
+    place: Any,
+    first: Any,
+    size: Any,
+    n_tokens: Any,
+    positions: Any,
+    scores: Any,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NEWCOMER: tl.constexpr,
+) -> Any:
+    """Take the newest token into a set: `recycler.recycled_set.RecycledSet.admit`. Returns its tokens afterwards."""
+    slot = tl.arange(0, SLOTS)
+    filled = slot < n_tokens
+    held = tl.load(positions + slot, mask=filled, other=0)
+    bits = tl.load(scores + slot, mask=filled, other=0).to(tl.int32, bitcast=True)
+    rank = (bits.to(tl.int64) << 32) | held.to(tl.int64)
+    stays = (held < first + SINKS) | (held > place - WINDOW) | (filled == 0)
+    rank = tl.where(stays, 0x7FFFFFFFFFFFFFFF, rank)
+    lowest = tl.min(tl.where(rank == tl.min(rank), slot, K))
+    to = tl.where(n_tokens < size, n_tokens, lowest)
+    # All threads have read the set before one writes to it.
+    tl.debug_barrier()
+    tl.store(positions + to, place)
+    tl.store(scores + to, NEWCOMER)
+    return tl.minimum(n_tokens + 1, size)
+
+
+@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "n_prompt", "room", "first_unit", "n_reason_units"])
+def prepare(
+    query: Any,
+    key: Any,
+    value: Any,
+    own_key: Any,
+    own_value: Any,
+    full_query: Any,
+    last_query: Any,
+    positions: Any,
+    scores: Any,
+    sizes: Any,
+    filled: Any,
+    start: Any,
+    n_own: Any,
+    signals: Any,
+    constants: Any,
+    tables: Any,
+    given: Any,
+    by_keys: Any,
+    decided: Any,
+    overruled: Any,
+    modes_before: Any,
+    modes: Any,
+    tokens_read: Any,
+    all_tokens_read: Any,
+    n_all_units: Any,
+    n_table_units: Any,
+    n_prompt: Any,
+    room: Any,
+    first_unit: Any,
+    CODE: tl.constexpr,
+    RESULTS: tl.constexpr,
+    WANTS_QUERY: tl.constexpr,
+    WANTS_LAST: tl.constexpr,
+    WANTS_LAYER: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NEWCOMER: tl.constexpr,
+) -> None:
+    """Measure, decide, write down what was decided, and take in the new token; a program per unit.
+
+    Args:
+        query: As stored, `(rows, kv_heads, group, head_dim)`, after rotary embedding.
+        key: As stored, `(rows, kv_heads, head_dim)`: this step's.
+        value: The same.
+        own_key: As stored, `(rows, kv_heads, room, head_dim)`: gets the key.
+        own_value: Gets the value.
+        full_query: float32 `(units, head_dim)`: mean query of the group at the last full step.
+        last_query: float32 `(units, head_dim)`: the same at the step before; brought up to date.
+        positions: int32 `(units, K)`: places of the sets' tokens.
+        scores: float32 `(units, K)`: what they are ranked by.
+        sizes: int32 `(kv_heads,)`: most tokens of each head's sets.
+        filled: int32 `(units,)`: tokens in each set.
+        start: int32 `(rows,)`: place of each row's first token.
+        n_own: int32 `(1,)`: own tokens in the cache without this step's.
+        signals: float64 `(signals, layers, units)`, at this layer, in the order of `SIGNALS`; brought up to date.
+        constants: Of a `DeviceProgram`.
+        tables: The same, at this layer.
+        given: int8 `(units,)`: decisions made elsewhere, for an empty CODE.
+        by_keys: int8 `(units,)`: whether full decisions are keys-only refreshes.
+        decided: int8 `(units,)`: gets the decisions.
+        overruled: int32 `(reasons, layers, units)`, at this layer: counts how often wrappers overruled the policy.
+        modes_before: int8 `(units,)`: gets the modes of the walk before the attention, in which keys-only refreshes
+            score the cache.
+        modes: int8 `(units,)`: gets those of the attention.
+        tokens_read: float64 `(units,)`: gets what the unit reads of the cache at this step, as `Decoding` has it.
+        all_tokens_read: float64 `(units,)`: its sum over steps.
+        n_all_units: Units of all layers.
+        n_table_units: KV heads of all layers.
+        n_prompt: Tokens of the prompt.
+        room: Of the own part.
+        first_unit: Unit of program 0.
+        CODE: Of a `DeviceProgram`; empty to take `given`.
+        RESULTS: The same.
+        WANTS_QUERY: Whether the policy reads the query similarity; like what follows.
+        WANTS_LAST: The step similarity.
+        WANTS_LAYER: The layer similarity.
+        K: Slots of a set.
+        SLOTS: The next power of 2.
+        KV_HEADS: Of a row.
+        GROUP: Query heads of a unit.
+        HEAD_DIM: A power of 2.
+        SINKS: As in the selection.
+        WINDOW: The same.
+        NEWCOMER: Score of a token that arrives.
+    """
+    unit = first_unit + tl.program_id(0)
+    row, head = unit // KV_HEADS, unit % KV_HEADS
+    if len(CODE) > 0:
+        _compare(
+            unit,
+            query,
+            full_query,
+            last_query,
+            signals,
+            n_all_units,
+            WANTS_QUERY,
+            WANTS_LAST,
+            WANTS_LAYER,
+            KV_HEADS,
+            GROUP,
+            HEAD_DIM,
+        )
+        tl.debug_barrier()
+        registers = run_program(signals + unit, constants, tables + head, n_all_units, n_table_units, CODE)
+        full = registers[RESULTS[0]] != 0
+        for i in tl.static_range(1, len(RESULTS)):
+            count = overruled + (i - 1) * n_all_units + unit
+            tl.store(count, tl.load(count) + (registers[RESULTS[i]] != 0).to(tl.int32))
+    else:
+        full = tl.load(given + unit) != 0
+    scores_keys = full & (tl.load(by_keys + unit) != 0)
+    tl.store(decided + unit, full.to(tl.int8))
+    tl.store(modes_before + unit, tl.where(scores_keys, KEYS_ONLY, SKIP).to(tl.int8))
+    tl.store(modes + unit, tl.where(full & (scores_keys == 0), FULL, RECYCLED).to(tl.int8))
+
+    channel = tl.arange(0, HEAD_DIM)
+    tl.store(last_query + unit * HEAD_DIM + channel, _mean_query(query, unit, GROUP, HEAD_DIM))
+    own = tl.load(n_own)
+    to = (unit.to(tl.int64) * room + own) * HEAD_DIM + channel
+    tl.store(own_key + to, tl.load(key + unit * HEAD_DIM + channel))
+    tl.store(own_value + to, tl.load(value + unit * HEAD_DIM + channel))
+
+    place, first, size = n_prompt + own, tl.load(start + row), tl.load(sizes + head)
+    n_tokens = _admit(
+        place,
+        first,
+        size,
+        tl.load(filled + unit),
+        positions + unit * K,
+        scores + unit * K,
+        K,
+        SLOTS,
+        SINKS,
+        WINDOW,
+        NEWCOMER,
+    )
+    tl.store(filled + unit, n_tokens)
+    n_cached = place + 1 - first
+    n_chosen = tl.minimum(size, n_cached)
+    read = tl.where(full, n_cached, n_tokens).to(tl.float64)
+    read = tl.where(scores_keys, (n_chosen + n_cached) * 0.5, read)
+    tl.store(tokens_read + unit, read)
+    tl.store(all_tokens_read + unit, tl.load(all_tokens_read + unit) + read)
+
+    at = signals + unit
+    tl.store(at + _STEP * n_all_units, tl.load(at + _STEP * n_all_units) + 1)
+    tl.store(at + _N_FULL * n_all_units, tl.load(at + _N_FULL * n_all_units) + full.to(tl.float64))
+    tl.store(at + _AGE * n_all_units, tl.where(full, 0.0, tl.load(at + _AGE * n_all_units)) + 1)
+    if full:
+        # Not known, until the new set is measured.
+        tl.store(at + _MASS * n_all_units, float("nan"))
+        tl.store(at + _OVERLAP * n_all_units, float("nan"))

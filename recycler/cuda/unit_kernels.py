@@ -1,0 +1,292 @@
+"""The kernels of one layer's units, with the memory that they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from policies import SIGNALS, GroupPooling, Ranking, Selection
+from recycler.cuda import modes
+from recycler.cuda.choose import finish, pick, rank_anew, score
+from recycler.cuda.decisions import RowProgram
+from recycler.cuda.prepare import compare, prepare
+from recycler.cuda.state import Scratch, Sizes, UnitState
+from recycler.cuda.walk import merge, walk
+from recycler.kv_layer import GrowingTokens
+
+_N_PARTS_AT_ONCE = 32
+_MASS, _OVERLAP = SIGNALS.index("refresh_mass"), SIGNALS.index("refresh_overlap")
+
+
+class UnitKernels:
+    """Launches what a layer's units do at a step.
+
+    Args:
+        layer: Index of the layer.
+        sizes: Of the run.
+        state: Of all units.
+        scratch: Shared by all layers.
+        key: The layer's keys.
+        value: The layer's values.
+        selection: How sets are chosen.
+        needs: Measured signals that the policy reads.
+        scaling: Factor on query x key.
+        tile_tokens: Tokens of a tile of attention.
+        by_keys: Whether any unit of the layer refreshes by its keys alone.
+        by_values: Whether any unit of the layer runs full steps.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        sizes: Sizes,
+        state: UnitState,
+        scratch: Scratch,
+        key: GrowingTokens,
+        value: GrowingTokens,
+        selection: Selection,
+        needs: frozenset[str],
+        scaling: float,
+        tile_tokens: int,
+        by_keys: bool,
+        by_values: bool,
+    ) -> None:
+        self._layer, self._sizes, self._state, self._scratch = layer, sizes, state, scratch
+        self._key, self._value, self._selection, self._scaling = key, value, selection, scaling
+        self._tile, self._by_keys, self._by_values = tile_tokens, by_keys, by_values
+        self._wants = tuple(name in needs for name in ("query_similarity", "step_similarity", "layer_similarity"))
+        self._measures = bool(needs & {"refresh_mass", "refresh_overlap"})
+        self._units_to = _power_of_2(sizes.units)
+        self._shape = {"KV_HEADS": sizes.kv_heads, "GROUP": sizes.group}
+
+    def compare(self, query: Tensor) -> None:
+        """Measure similarities for a policy that is asked next."""
+        state = self._state
+        compare[(self._sizes.units,)](
+            query,
+            state.full_query[self._layer],
+            state.last_query[self._layer],
+            state.signals[:, self._layer],
+            state.decided.numel(),
+            *self._wants,
+            **self._shape,
+            HEAD_DIM=self._sizes.head_dim,
+            num_warps=1,
+        )
+
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor, programs: Sequence[RowProgram]) -> None:
+        """Decide, or take the decisions given if there are no programs, and take in the new token."""
+        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        # Without a program, constants and tables are not looked at.
+        nothing = RowProgram(None, 0, sizes.rows)  # type: ignore[arg-type]
+        for asked in programs or (nothing,):
+            program = asked.program
+            prepare[(asked.n_rows * sizes.kv_heads,)](
+                query,
+                key,
+                value,
+                self._key.own,
+                self._value.own,
+                state.full_query[layer],
+                state.last_query[layer],
+                state.positions[layer],
+                state.scores[layer],
+                state.set_sizes[layer],
+                state.filled[layer],
+                state.start,
+                state.n_own,
+                state.signals[:, layer],
+                state.signals if program is None else program.constants,
+                state.signals if program is None else program.tables[:, layer],
+                state.given[layer],
+                state.by_keys[layer],
+                state.decided[layer],
+                state.overruled[:, layer],
+                scratch.modes_before,
+                scratch.modes,
+                state.tokens_read[layer],
+                state.all_tokens_read[layer],
+                state.decided.numel(),
+                sizes.layers * sizes.kv_heads,
+                sizes.n_prompt,
+                self._key.own.shape[2],
+                asked.first_row * sizes.kv_heads,
+                CODE=() if program is None else program.code,
+                # Reasons of rows with programs of their own have no common names.
+                RESULTS=() if program is None else program.results[: 1 if len(programs) > 1 else None],
+                WANTS_QUERY=self._wants[0],
+                WANTS_LAST=self._wants[1],
+                WANTS_LAYER=self._wants[2],
+                K=sizes.k,
+                SLOTS=_power_of_2(sizes.k),
+                **self._shape,
+                HEAD_DIM=sizes.head_dim,
+                SINKS=self._selection.sinks,
+                WINDOW=self._selection.window,
+                NEWCOMER=0.0 if self._selection.ranking == Ranking.ACCUMULATED else float("inf"),
+                num_warps=4,
+                # A fused sum would round otherwise than replay does.
+                enable_fp_fusion=False,
+            )
+
+    def attend(self, query: Tensor) -> Tensor:
+        """Keys-only refreshes, attention, new sets; as stored, `(rows, query_heads * head_dim)`."""
+        scratch, ranking = self._scratch, self._selection.ranking
+        if self._by_keys:
+            self._walk(query, scratch.modes_before, reads_values=False)
+            self._choose(scratch.modes_before, modes.KEYS_ONLY.value)
+        self._walk(query, scratch.modes, reads_values=True)
+        if self._by_values:
+            self._choose(scratch.modes, modes.FULL.value)
+        if ranking != Ranking.LAST_FULL:
+            rank_anew[(self._sizes.units,)](
+                scratch.modes,
+                scratch.modes_before,
+                self._state.filled[self._layer],
+                scratch.logits,
+                scratch.normaliser,
+                self._state.scores[self._layer],
+                scratch.places,
+                K=self._sizes.k,
+                GROUP=self._sizes.group,
+                MEAN=self._selection.group == GroupPooling.MEAN,
+                ADDS=ranking == Ranking.ACCUMULATED,
+            )
+        return scratch.attended
+
+    def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
+        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        prompt = self._key.prompt
+        how = {
+            **self._shape,
+            "HEAD_DIM": sizes.head_dim,
+            "UNITS": self._units_to,
+            "TILE": self._tile,
+            "READS_VALUES": reads_values,
+        }
+        walk[(sizes.n_programs,)](
+            query,
+            prompt,
+            self._value.prompt,
+            0 if prompt.shape[0] < sizes.rows else prompt.stride(0),
+            self._key.own,
+            self._value.own,
+            state.positions[layer],
+            state.filled[layer],
+            unit_modes,
+            state.start,
+            state.n_own,
+            scratch.logits,
+            scratch.highest,
+            scratch.total,
+            scratch.partial,
+            self._scaling,
+            sizes.units,
+            sizes.n_prompt,
+            self._key.own.shape[2],
+            scratch.places,
+            K=sizes.k,
+            ROWS=max(16, _power_of_2(sizes.group)),
+            KEEPS_SET_LOGITS=self._selection.ranking != Ranking.LAST_FULL,
+            **how,
+            num_warps=4,
+            num_stages=3,
+        )
+        merge[(sizes.units, sizes.group)](
+            scratch.highest,
+            scratch.total,
+            scratch.partial,
+            unit_modes,
+            state.filled[layer],
+            state.start,
+            state.n_own,
+            scratch.normaliser,
+            scratch.attended,
+            state.last_query[layer],
+            state.full_query[layer],
+            sizes.units,
+            sizes.n_prompt,
+            sizes.n_programs,
+            PARTS=_N_PARTS_AT_ONCE,
+            **how,
+            num_warps=4,
+        )
+
+    def _choose(self, unit_modes: Tensor, mode: int) -> None:
+        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        selection = self._selection
+        stays = {"SINKS": selection.sinks, "WINDOW": selection.window}
+        chunks = {"CHUNK": sizes.chunk_tokens, "CHUNKS": scratch.chunks}
+        cached = (state.start, state.n_own)
+        score[(sizes.n_programs,)](
+            unit_modes,
+            mode,
+            *cached,
+            scratch.logits,
+            scratch.normaliser,
+            scratch.token_scores,
+            scratch.counts,
+            sizes.units,
+            sizes.n_prompt,
+            scratch.places,
+            UNITS=self._units_to,
+            CHUNK=sizes.chunk_tokens,
+            BACKWARD=selection.pool_backward,
+            FORWARD=selection.pool_forward,
+            MEAN=selection.group == GroupPooling.MEAN,
+            **self._shape,
+            **stays,
+            num_warps=8,
+        )
+        pick[(sizes.n_programs,)](
+            unit_modes,
+            mode,
+            *cached,
+            state.set_sizes[layer],
+            scratch.token_scores,
+            scratch.counts,
+            scratch.picked,
+            scratch.n_picked,
+            sizes.units,
+            sizes.n_prompt,
+            scratch.places,
+            KV_HEADS=sizes.kv_heads,
+            UNITS=self._units_to,
+            **chunks,
+            **stays,
+            num_warps=8,
+        )
+        finish[(sizes.units,)](
+            unit_modes,
+            mode,
+            *cached,
+            state.set_sizes[layer],
+            scratch.logits,
+            scratch.normaliser,
+            scratch.token_scores,
+            scratch.counts,
+            scratch.picked,
+            scratch.n_picked,
+            scratch.marks,
+            layer,
+            state.positions[layer],
+            state.scores[layer],
+            state.filled[layer],
+            state.signals[_MASS, layer],
+            state.signals[_OVERLAP, layer],
+            sizes.n_prompt,
+            scratch.places,
+            sizes.layers,
+            K=sizes.k,
+            MEASURES=self._measures,
+            **self._shape,
+            **chunks,
+            **stays,
+            num_warps=8,
+        )
+
+
+def _power_of_2(n: int) -> int:
+    """The next one that is not below `n`."""
+    return 1 << (n - 1).bit_length()
