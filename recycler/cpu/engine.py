@@ -79,7 +79,10 @@ class CpuDecoding(Decoding):
         self._units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(self._units)]
         self._full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
         self._tokens_read = np.zeros(self._full.shape)
-        self._all_keys_only, self._all_tokens_read = np.zeros_like(self._full, dtype=np.int64), np.zeros(self._full.shape)
+        self._all_keys_only, self._all_tokens_read = (
+            np.zeros_like(self._full, dtype=np.int64),
+            np.zeros(self._full.shape),
+        )
         self._overruled: dict[str, np.ndarray] = {}
         self._decisions = decisions(policy, (len(layers), rows, kv_heads))
         self._keys_only_units = np.broadcast_to(keys_only_units(policy, (len(layers), kv_heads)), self._full.shape)

@@ -8,8 +8,6 @@ that did not score, none of the three does anything; where no unit did, a launch
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -25,17 +23,17 @@ _AT_ONCE = tl.constexpr(1024)
 
 @triton.jit(do_not_specialize=["n_units", "n_prompt", "places"])
 def score(
-    modes: Any,
-    mode: Any,
-    start: Any,
-    n_own: Any,
-    logits: Any,
-    normaliser: Any,
-    scores: Any,
-    counts: Any,
-    n_units: Any,
-    n_prompt: Any,
-    places: Any,
+    modes,
+    mode,
+    start,
+    n_own,
+    logits,
+    normaliser,
+    scores,
+    counts,
+    n_units,
+    n_prompt,
+    places,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
@@ -45,7 +43,7 @@ def score(
     BACKWARD: tl.constexpr,
     FORWARD: tl.constexpr,
     MEAN: tl.constexpr,
-) -> None:
+):
     """Scores of all tokens, as `recycler.recycled_set.token_scores` has them, and how often their high bits occur.
 
     Args:
@@ -97,7 +95,7 @@ def score(
 
 
 @triton.jit
-def _bin_of(found: Any, wanted: Any, BINS: tl.constexpr) -> tuple[Any, Any]:
+def _bin_of(found, wanted, BINS: tl.constexpr):
     """The bin of the `wanted`-th largest number, and how many of that bin are among the `wanted` largest."""
     at_least = tl.sum(found) - tl.cumsum(found) + found
     digit = tl.sum((at_least >= wanted).to(tl.int32)) - 1
@@ -107,25 +105,25 @@ def _bin_of(found: Any, wanted: Any, BINS: tl.constexpr) -> tuple[Any, Any]:
 
 @triton.jit(do_not_specialize=["n_units", "n_prompt", "places"])
 def pick(
-    modes: Any,
-    mode: Any,
-    start: Any,
-    n_own: Any,
-    sizes: Any,
-    scores: Any,
-    counts: Any,
-    picked: Any,
-    n_picked: Any,
-    n_units: Any,
-    n_prompt: Any,
-    places: Any,
+    modes,
+    mode,
+    start,
+    n_own,
+    sizes,
+    scores,
+    counts,
+    picked,
+    n_picked,
+    n_units,
+    n_prompt,
+    places,
     KV_HEADS: tl.constexpr,
     UNITS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> None:
+):
     """List, in each chunk, the tokens whose high bits are above those of the k-th best, and those that share them.
 
     Args:
@@ -173,9 +171,7 @@ def pick(
 
 
 @triton.jit
-def _nth_picked(
-    upto: Any, picked: Any, n: Any, exists: Any, FROM_END: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
-) -> Any:
+def _nth_picked(upto, picked, n, exists, FROM_END: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Place of the n-th token on a unit's lists, given how many there are up to each chunk."""
     # The first chunk up to which there are more than n, by halving.
     chunk = tl.zeros_like(n)
@@ -191,27 +187,27 @@ def _nth_picked(
 
 @triton.jit(do_not_specialize=["n_prompt", "places", "stamp"])
 def finish(
-    modes: Any,
-    mode: Any,
-    start: Any,
-    n_own: Any,
-    sizes: Any,
-    logits: Any,
-    normaliser: Any,
-    scores: Any,
-    counts: Any,
-    picked: Any,
-    n_picked: Any,
-    marks: Any,
-    stamp: Any,
-    positions: Any,
-    kept: Any,
-    filled: Any,
-    refresh_mass: Any,
-    refresh_overlap: Any,
-    n_prompt: Any,
-    places: Any,
-    n_layers: Any,
+    modes,
+    mode,
+    start,
+    n_own,
+    sizes,
+    logits,
+    normaliser,
+    scores,
+    counts,
+    picked,
+    n_picked,
+    marks,
+    stamp,
+    positions,
+    kept,
+    filled,
+    refresh_mass,
+    refresh_overlap,
+    n_prompt,
+    places,
+    n_layers,
     K: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -220,7 +216,7 @@ def finish(
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     MEASURES: tl.constexpr,
-) -> None:
+):
     """Choose a unit's set: sinks, window and the best of the rest; of two equal scores the later token.
 
     Args:
@@ -309,19 +305,19 @@ def finish(
 
 @triton.jit
 def _choose(
-    first: Any,
-    end: Any,
-    wanted: Any,
-    scores: Any,
-    counts: Any,
-    picked: Any,
-    n_picked: Any,
-    positions: Any,
+    first,
+    end,
+    wanted,
+    scores,
+    counts,
+    picked,
+    n_picked,
+    positions,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> None:
+):
     """The places of a set out of more tokens than it holds."""
     slot = tl.arange(0, _AT_ONCE)
     for low in range(0, SINKS, _AT_ONCE):
@@ -378,18 +374,18 @@ def _choose(
 
 @triton.jit(do_not_specialize=["places"])
 def rank_anew(
-    modes: Any,
-    refreshed: Any,
-    filled: Any,
-    logits: Any,
-    normaliser: Any,
-    kept: Any,
-    places: Any,
+    modes,
+    refreshed,
+    filled,
+    logits,
+    normaliser,
+    kept,
+    places,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     MEAN: tl.constexpr,
     ADDS: tl.constexpr,
-) -> None:
+):
     """Let the attention of a recycled step rank the set that it attended to; program `unit`.
 
     Args:

@@ -159,10 +159,12 @@ class CudaDecoding(Decoding):
             self._tell_token()
             for layer in range(self._sizes.layers):
                 host.decide(layer, self._state.signals, self._state.given)
-        if self._graph is None:
-            self._take_step()
-        else:
-            self._graph()
+        # One mode for all steps: compiled functions and captured graphs belong to a mode.
+        with torch.inference_mode():
+            if self._graph is None:
+                self._take_step()
+            else:
+                self._graph()
         for layer in self._layers:
             for part in _parts_of(layer):
                 part.n_own += 1

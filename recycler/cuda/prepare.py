@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -27,14 +25,14 @@ _STEP, _AGE, _N_FULL, _QUERY, _LAST, _LAYER, _MASS, _OVERLAP = (
 
 
 @triton.jit
-def _cosine(a: Any, b: Any) -> Any:
+def _cosine(a, b):
     """As torch has it, in float64."""
     lengths = tl.maximum(tl.sqrt(tl.sum(a * a)), 1e-8) * tl.maximum(tl.sqrt(tl.sum(b * b)), 1e-8)
     return (tl.sum(a * b) / lengths).to(tl.float64)
 
 
 @triton.jit
-def _mean_query(query: Any, unit: Any, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr) -> Any:
+def _mean_query(query, unit, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
     channel = tl.arange(0, HEAD_DIM)
     total = tl.zeros((HEAD_DIM,), tl.float32)
     for member in tl.static_range(GROUP):
@@ -44,19 +42,19 @@ def _mean_query(query: Any, unit: Any, GROUP: tl.constexpr, HEAD_DIM: tl.constex
 
 @triton.jit
 def _compare(
-    unit: Any,
-    query: Any,
-    full_query: Any,
-    last_query: Any,
-    signals: Any,
-    n_all_units: Any,
+    unit,
+    query,
+    full_query,
+    last_query,
+    signals,
+    n_all_units,
     WANTS_QUERY: tl.constexpr,
     WANTS_LAST: tl.constexpr,
     WANTS_LAYER: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-) -> None:
+):
     channel = tl.arange(0, HEAD_DIM)
     if WANTS_QUERY or WANTS_LAST:
         now = _mean_query(query, unit, GROUP, HEAD_DIM)
@@ -79,18 +77,18 @@ def _compare(
 
 @triton.jit(do_not_specialize=["n_all_units"])
 def compare(
-    query: Any,
-    full_query: Any,
-    last_query: Any,
-    signals: Any,
-    n_all_units: Any,
+    query,
+    full_query,
+    last_query,
+    signals,
+    n_all_units,
     WANTS_QUERY: tl.constexpr,
     WANTS_LAST: tl.constexpr,
     WANTS_LAYER: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-) -> None:
+):
     """Measure similarities alone, for a policy that is called between the kernels; arguments as in `prepare`."""
     _compare(
         tl.program_id(0),
@@ -110,18 +108,18 @@ def compare(
 
 @triton.jit
 def _admit(
-    place: Any,
-    first: Any,
-    size: Any,
-    n_tokens: Any,
-    positions: Any,
-    scores: Any,
+    place,
+    first,
+    size,
+    n_tokens,
+    positions,
+    scores,
     K: tl.constexpr,
     SLOTS: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     NEWCOMER: tl.constexpr,
-) -> Any:
+):
     """Take the newest token into a set: `recycler.recycled_set.RecycledSet.admit`. Returns its tokens afterwards."""
     slot = tl.arange(0, SLOTS)
     filled = slot < n_tokens
@@ -141,35 +139,35 @@ def _admit(
 
 @triton.jit(do_not_specialize=["n_all_units", "n_table_units", "n_prompt", "room", "first_unit", "n_reason_units"])
 def prepare(
-    query: Any,
-    key: Any,
-    value: Any,
-    own_key: Any,
-    own_value: Any,
-    full_query: Any,
-    last_query: Any,
-    positions: Any,
-    scores: Any,
-    sizes: Any,
-    filled: Any,
-    start: Any,
-    n_own: Any,
-    signals: Any,
-    constants: Any,
-    tables: Any,
-    given: Any,
-    by_keys: Any,
-    decided: Any,
-    overruled: Any,
-    modes_before: Any,
-    modes: Any,
-    tokens_read: Any,
-    all_tokens_read: Any,
-    n_all_units: Any,
-    n_table_units: Any,
-    n_prompt: Any,
-    room: Any,
-    first_unit: Any,
+    query,
+    key,
+    value,
+    own_key,
+    own_value,
+    full_query,
+    last_query,
+    positions,
+    scores,
+    sizes,
+    filled,
+    start,
+    n_own,
+    signals,
+    constants,
+    tables,
+    given,
+    by_keys,
+    decided,
+    overruled,
+    modes_before,
+    modes,
+    tokens_read,
+    all_tokens_read,
+    n_all_units,
+    n_table_units,
+    n_prompt,
+    room,
+    first_unit,
     CODE: tl.constexpr,
     RESULTS: tl.constexpr,
     WANTS_QUERY: tl.constexpr,
@@ -183,7 +181,7 @@ def prepare(
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     NEWCOMER: tl.constexpr,
-) -> None:
+):
     """Measure, decide, write down what was decided, and take in the new token; a program per unit.
 
     Args:

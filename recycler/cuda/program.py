@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -88,7 +86,7 @@ def _float64(numbers: np.ndarray, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _exact_product(a: Any, b: Any) -> tuple[Any, Any]:
+def _exact_product(a, b):
     """a x b as a sum of two floats (T. J. Dekker, Numer. Math. 18, 1971)."""
     product = a * b
     a_high = a * 134217729.0
@@ -100,7 +98,7 @@ def _exact_product(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 @triton.jit
-def _floor_divide(a: Any, b: Any) -> tuple[Any, Any]:
+def _floor_divide(a, b):
     """Quotient and remainder, exact where NumPy's are; for quotients below 2^52."""
     quotient = tl.floor(a / b)
     product, rest = _exact_product(quotient, b)
@@ -117,7 +115,7 @@ def _floor_divide(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 @triton.jit
-def _truth(OP: tl.constexpr, a: Any, b: Any) -> Any:
+def _truth(OP: tl.constexpr, a, b):
     if OP == _LESS:
         result = a < b
     elif OP == _LESS_EQUAL:
@@ -142,7 +140,7 @@ def _truth(OP: tl.constexpr, a: Any, b: Any) -> Any:
 
 
 @triton.jit
-def _result(OP: tl.constexpr, a: Any, b: Any, c: Any) -> Any:
+def _result(OP: tl.constexpr, a, b, c):
     """What an operator makes of its operands; truth is 1 and falsehood 0."""
     if OP == _ADD:
         result = a + b
@@ -175,17 +173,17 @@ def _result(OP: tl.constexpr, a: Any, b: Any, c: Any) -> Any:
 
 @triton.jit
 def _step(
-    registers: Any,
-    signals: Any,
-    constants: Any,
-    tables: Any,
-    n_all_units: Any,
-    n_table_units: Any,
+    registers,
+    signals,
+    constants,
+    tables,
+    n_all_units,
+    n_table_units,
     OP: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     C: tl.constexpr,
-) -> Any:
+):
     if OP == _SIGNAL:
         result = tl.load(signals + A * n_all_units)
     elif OP == _CONSTANT:
@@ -199,13 +197,13 @@ def _step(
 
 @triton.jit
 def run_program(
-    signals: Any,
-    constants: Any,
-    tables: Any,
-    n_all_units: Any,
-    n_table_units: Any,
+    signals,
+    constants,
+    tables,
+    n_all_units,
+    n_table_units,
     CODE: tl.constexpr,
-) -> Any:
+):
     """Run a program for one unit: the results of all its instructions, float64.
 
     Sums and products must not be fused (`enable_fp_fusion=False` at the launch), or they round otherwise than NumPy's.

@@ -7,8 +7,6 @@ have, and none waits for a unit with more of it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -16,9 +14,7 @@ from recycler.cuda.modes import RECYCLED, SKIP
 
 
 @triton.jit
-def tiles_of_units(
-    modes: Any, filled: Any, start: Any, end: Any, n_units: Any, KV_HEADS: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr
-) -> Any:
+def tiles_of_units(modes, filled, start, end, n_units, KV_HEADS: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr):
     """Tiles of tokens that each unit walks over, int32 `(UNITS,)`.
 
     Args:
@@ -41,19 +37,19 @@ def tiles_of_units(
 
 
 @triton.jit
-def first_tile(program: Any, n_tiles: Any, n_programs: Any) -> Any:
+def first_tile(program, n_tiles, n_programs):
     """First tile of a program's share; its last is the next one's first. For `n_programs <= n_tiles`."""
     return (program.to(tl.int64) * n_tiles // n_programs).to(tl.int32)
 
 
 @triton.jit
-def program_of(tile: Any, n_tiles: Any, n_programs: Any) -> Any:
+def program_of(tile, n_tiles, n_programs):
     """The program whose share a tile is in."""
     return (((tile + 1).to(tl.int64) * n_programs - 1) // n_tiles).to(tl.int32)
 
 
 @triton.jit
-def units_in(modes: Any, mode: Any, n_units: Any, UNITS: tl.constexpr) -> Any:
+def units_in(modes, mode, n_units, UNITS: tl.constexpr):
     """How many units up to each one are in a mode, int32 `(UNITS,)`; the last number is that of all."""
     unit = tl.arange(0, UNITS)
     return tl.cumsum((tl.load(modes + unit, mask=unit < n_units, other=0) == mode).to(tl.int32))

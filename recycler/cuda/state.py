@@ -148,9 +148,7 @@ class Scratch:
         attended: As stored, `(rows, query_heads * head_dim)`: the attention.
     """
 
-    def __init__(
-        self, sizes: Sizes, places: int, measures: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, sizes: Sizes, places: int, measures: bool, dtype: torch.dtype, device: torch.device) -> None:
         self.places = places
         self.chunks = 1 << (-(-places // sizes.chunk_tokens) - 1).bit_length()
         parts = sizes.n_programs + sizes.units

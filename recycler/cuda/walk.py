@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -16,26 +14,26 @@ NOTHING = tl.constexpr(-1e30)
 
 @triton.jit(do_not_specialize=["n_units", "n_prompt", "room", "places"])
 def walk(
-    query: Any,
-    prompt_key: Any,
-    prompt_value: Any,
-    prompt_row: Any,
-    own_key: Any,
-    own_value: Any,
-    positions: Any,
-    filled: Any,
-    modes: Any,
-    start: Any,
-    n_own: Any,
-    logits: Any,
-    highest: Any,
-    total: Any,
-    partial: Any,
-    scaling: Any,
-    n_units: Any,
-    n_prompt: Any,
-    room: Any,
-    places: Any,
+    query,
+    prompt_key,
+    prompt_value,
+    prompt_row,
+    own_key,
+    own_value,
+    positions,
+    filled,
+    modes,
+    start,
+    n_own,
+    logits,
+    highest,
+    total,
+    partial,
+    scaling,
+    n_units,
+    n_prompt,
+    room,
+    places,
     K: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -45,7 +43,7 @@ def walk(
     TILE: tl.constexpr,
     READS_VALUES: tl.constexpr,
     KEEPS_SET_LOGITS: tl.constexpr,
-) -> None:
+):
     """A program's share of a layer's attention (online softmax, arXiv 1805.02867; split-K as in flash decoding).
 
     Of every unit in its share it leaves one part, in slot `program + unit`: shares and units are laid along the same
@@ -120,10 +118,12 @@ def walk(
         best = tl.full((ROWS,), NOTHING, tl.float32)
         weight_sum = tl.zeros((ROWS,), tl.float32)
         output = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+        # The next tile's places are read a tile ahead: else the copies of keys and values would wait for them.
+        slot = (tile - unit_first) * TILE + in_tile
+        listed = tl.load(positions + unit * K + slot, mask=slot < n_listed, other=0)
         for t in range(tile - unit_first, stop - unit_first):
             slot = t * TILE + in_tile
             seen = slot < n_tokens
-            listed = tl.load(positions + unit * K + slot, mask=slot < n_listed, other=0)
             place = tl.where(recycled, listed, first + slot)
             in_prompt = (place < n_prompt)[:, None]
             offset = place.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]
@@ -143,32 +143,31 @@ def walk(
                 v = tl.load(values, mask=seen[:, None], other=0)
                 output = output * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             best = better
+            listed = tl.load(positions + unit * K + slot + TILE, mask=slot + TILE < n_listed, other=0)
         part = (program + unit) * GROUP + member
         tl.store(highest + part, best, mask=member < GROUP)
         tl.store(total + part, weight_sum, mask=member < GROUP)
         if READS_VALUES:
-            tl.store(
-                partial + part[:, None] * HEAD_DIM + channel[None, :], output, mask=member[:, None] < GROUP
-            )
+            tl.store(partial + part[:, None] * HEAD_DIM + channel[None, :], output, mask=member[:, None] < GROUP)
         tile = stop
 
 
 @triton.jit(do_not_specialize=["n_units", "n_prompt", "n_programs"])
 def merge(
-    highest: Any,
-    total: Any,
-    partial: Any,
-    modes: Any,
-    filled: Any,
-    start: Any,
-    n_own: Any,
-    normaliser: Any,
-    attended: Any,
-    last_query: Any,
-    full_query: Any,
-    n_units: Any,
-    n_prompt: Any,
-    n_programs: Any,
+    highest,
+    total,
+    partial,
+    modes,
+    filled,
+    start,
+    n_own,
+    normaliser,
+    attended,
+    last_query,
+    full_query,
+    n_units,
+    n_prompt,
+    n_programs,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -176,7 +175,7 @@ def merge(
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
     READS_VALUES: tl.constexpr,
-) -> None:
+):
     """Bring the parts of one query head of one unit together; program `(unit, member)`.
 
     Args:
@@ -227,9 +226,7 @@ def merge(
         better = tl.maximum(best, tl.max(top))
         weight = tl.where(exists, tl.exp(top - better), 0)
         shrink = tl.exp(best - better)
-        weight_sum = weight_sum * shrink + tl.sum(
-            weight * tl.load(total + part * GROUP + member, mask=exists, other=0)
-        )
+        weight_sum = weight_sum * shrink + tl.sum(weight * tl.load(total + part * GROUP + member, mask=exists, other=0))
         if READS_VALUES:
             sums = tl.load(
                 partial + (part * GROUP + member)[:, None] * HEAD_DIM + channel[None, :], mask=exists[:, None], other=0
