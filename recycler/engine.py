@@ -26,8 +26,8 @@ class Totals:
     Attributes:
         full_steps: int64: steps that ran full, keys-only refreshes included.
         keys_only_steps: int64: those of them that were keys-only refreshes.
-        tokens_read: float64: what was read of the cache, in tokens: keys and values of one token count 1, keys alone one
-            half.
+        tokens_read: float64: what was read of the cache, in tokens: keys and values of one token count 1, keys alone
+            one half.
         reasons: int64: how often wrappers overruled the policy, by reason.
     """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -165,7 +164,6 @@ class EngineRun:
         revisions = [layer.revision for layer in self._layers]
         if not same or revisions != self._revisions or self._layers[0].get_seq_length() != self._n_tokens:
             raise ValueError(CACHE_CHANGED)
-        mask = call.arguments.get("attention_mask")
         self._note_padding(call.arguments.get("attention_mask"))
         # Looking at a device makes it wait: what it notes is looked at now and then, and before anything is told.
         if self._device.type == "cpu" or self._n_steps % _STEPS_BETWEEN_LOOKS == 0:

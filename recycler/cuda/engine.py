@@ -123,7 +123,8 @@ class CudaDecoding(Decoding):
 
     @property
     def full(self) -> np.ndarray:
-        return _by_row(self._state.decided) != 0
+        full: np.ndarray = _by_row(self._state.decided) != 0
+        return full
 
     @property
     def keys_only(self) -> np.ndarray:
@@ -165,8 +166,8 @@ class CudaDecoding(Decoding):
                 self._take_step()
             else:
                 self._graph()
-        for layer in self._layers:
-            for part in _parts_of(layer):
+        for cached in self._layers:
+            for part in _parts_of(cached):
                 part.n_own += 1
         return self._logits.to(torch.float32, copy=True)
 
@@ -197,7 +198,7 @@ class CudaDecoding(Decoding):
         with torch.inference_mode(False):
             measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
             scratch = Scratch(sizes, places, measures, dtype, device)
-        by_keys = self._by_keys.any(0), (~self._by_keys).any(0)
+        by_keys, by_values = (some.any((0, 2)) for some in (self._by_keys, ~self._by_keys))
         self._kernels = [
             UnitKernels(
                 layer,
@@ -209,7 +210,8 @@ class CudaDecoding(Decoding):
                 self._needs,
                 module.self_attn.scaling,
                 self._machine.tile_tokens(sizes.head_dim, dtype),
-                *(bool(some[layer].any()) for some in by_keys),
+                by_keys=bool(by_keys[layer]),
+                by_values=bool(by_values[layer]),
             )
             for layer, module in enumerate(self._parts.layers)
         ]
@@ -224,6 +226,5 @@ def _parts_of(layer: KvLayer) -> tuple[GrowingTokens, GrowingTokens]:
 
 
 def _by_row(state: Tensor) -> np.ndarray:
-    """`(layers, rows, kv_heads)` as `(rows, layers, kv_heads)`, on the host."""
-    array: np.ndarray = state.cpu().numpy().swapaxes(0, 1)
-    return array
+    """A copy of `(layers, rows, kv_heads)` as `(rows, layers, kv_heads)`, on the host."""
+    return np.array(state.cpu().numpy().swapaxes(0, 1))

@@ -99,19 +99,25 @@ def _exact_product(a, b):
 
 @triton.jit
 def _floor_divide(a, b):
-    """Quotient and remainder, exact where NumPy's are; for quotients below 2^52."""
-    quotient = tl.floor(a / b)
-    product, rest = _exact_product(quotient, b)
+    """Quotient and remainder as NumPy rounds them, for quotients below 2^52."""
+    ratio = a / b
+    product, rest = _exact_product(tl.where(ratio < 0, tl.ceil(ratio), tl.floor(ratio)), b)
     remainder = (a - product) - rest
-    # The rounded quotient may be a whole number that the exact one is a little below or above.
-    too_large = (remainder != 0) & ((remainder < 0) != (b < 0))
-    quotient = tl.where(too_large, quotient - 1, quotient)
-    remainder = tl.where(too_large, remainder + b, remainder)
-    too_small = (b > 0) & (remainder >= b) | (b < 0) & (remainder <= b)
-    quotient = tl.where(too_small, quotient + 1, quotient)
-    remainder = tl.where(too_small, remainder - b, remainder)
+    # The rounded ratio may have reached a whole number that the exact one is a little below: what `fmod` gives has the
+    # sign of `a`, and is smaller than `b`.
+    step = tl.where(a < 0, -tl.abs(b), tl.abs(b))
+    remainder = tl.where((remainder != 0) & ((remainder < 0) != (a < 0)), remainder + step, remainder)
+    remainder = tl.where(tl.abs(remainder) >= tl.abs(b), remainder - step, remainder)
+    quotient = (a - remainder) / b
+    turned = (remainder != 0) & ((remainder < 0) != (b < 0))
+    quotient = tl.where(turned, quotient - 1, quotient)
+    whole = tl.floor(quotient)
+    whole = tl.where(quotient - whole > 0.5, whole + 1, whole)
     unknown = float("nan")
-    return tl.where(b == 0, a / b, quotient), tl.where(b == 0, unknown, remainder)
+    return (
+        tl.where(b == 0, ratio, whole),
+        tl.where(b == 0, unknown, tl.where(turned, remainder + b, remainder)),
+    )
 
 
 @triton.jit
@@ -218,7 +224,7 @@ def run_program(
     """
     registers = ()
     for i in tl.static_range(len(CODE) // 4):
-        registers = registers + (
+        registers = registers + (  # noqa: RUF005 - a kernel has no unpacking.
             _step(
                 registers,
                 signals,

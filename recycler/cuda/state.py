@@ -98,7 +98,8 @@ class UnitState:
         self.signals[SIGNALS.index("refresh_mass")] = torch.stack([layer.schedule.refresh_mass for layer in first])
         self.decided, self.given = zeros(*shape, dtype=torch.int8), zeros(*shape, dtype=torch.int8)
         keys_only = np.broadcast_to(by_keys, (sizes.rows, sizes.layers, sizes.kv_heads)).transpose(1, 0, 2)
-        self.by_keys = torch.tensor(keys_only.astype(np.int8), device=device)
+        # Kernels count units in order of memory, and torch keeps the order that an array has.
+        self.by_keys = torch.tensor(np.ascontiguousarray(keys_only, dtype=np.int8), device=device)
         self.overruled = zeros(max(n_reasons, 1), *shape, dtype=torch.int32)
         self.tokens_read = zeros(*shape, dtype=torch.float64)
         self.all_tokens_read = zeros(*shape, dtype=torch.float64)

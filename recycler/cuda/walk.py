@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recycler.cuda.modes import KEYS_ONLY, RECYCLED
+from recycler.cuda.modes import RECYCLED
 from recycler.cuda.shares import first_tile, program_of, tiles_of_units
 
 # The largest logit of no tokens.
@@ -238,6 +238,5 @@ def merge(
     if READS_VALUES:
         tl.store(attended + at * HEAD_DIM + channel, (output / weight_sum).to(attended.dtype.element_ty))
     mode = tl.load(modes + unit)
-    if member == 0:
-        if mode != RECYCLED:
-            tl.store(full_query + unit * HEAD_DIM + channel, tl.load(last_query + unit * HEAD_DIM + channel))
+    if (member == 0) & (mode != RECYCLED):
+        tl.store(full_query + unit * HEAD_DIM + channel, tl.load(last_query + unit * HEAD_DIM + channel))
