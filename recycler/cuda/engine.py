@@ -198,7 +198,8 @@ class CudaDecoding(Decoding):
         with torch.inference_mode(False):
             measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
             scratch = Scratch(sizes, places, measures, dtype, device)
-        by_keys, by_values = (some.any((0, 2)) for some in (self._by_keys, ~self._by_keys))
+        # Layers have only the kernels that some unit of theirs may need.
+        by_keys, by_values = (np.asarray(some.any(axis=(0, 2))) for some in (self._by_keys, ~self._by_keys))
         self._kernels = [
             UnitKernels(
                 layer,

@@ -224,7 +224,7 @@ def run_program(
     """
     registers = ()
     for i in tl.static_range(len(CODE) // 4):
-        registers = registers + (  # noqa: RUF005 - a kernel has no unpacking.
+        registers = registers + (  # type: ignore[assignment]  # noqa: RUF005 - a kernel has no unpacking.
             _step(
                 registers,
                 signals,
