@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 
 def test_a_model_on_the_cpu_is_left_to_the_cpu_engine(make_model: Make) -> None:
-    with pytest.raises(NotCovered, match="^it runs on cuda, and the model is on cpu$"):
+    with pytest.raises(NotCovered, match=r"^it runs on cuda, and the model is on cpu$"):
         CudaEngine(make_model(head_dim=16, dtype=torch.float32))
     assert engine_for(make_model()).name == "cpu"
 

@@ -1,0 +1,183 @@
+"""Ways to decode, and how long their steps take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
+
+from policies import FixedStride, Selection, StepPolicy
+from recycler import Receipt, Session, recycled
+from recycler.prefill import prefill
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to decode.
+
+    Attributes:
+        name: In the table.
+        policy: None for stock `generate`.
+        static: Whether stock `generate` has a static cache.
+    """
+
+    name: str
+    policy: StepPolicy | None = None
+    static: bool = False
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps of one round.
+
+    Attributes:
+        step_ms: Mean time of a step.
+        engine: What ran them.
+        full_share: Share of unit-steps that ran full, a keys-only refresh counted half.
+        tokens_read: What a unit read of the cache in a step, in tokens, mean.
+        peak_bytes: Most memory in use on a GPU since the cache was there, weights and cache included; 0 elsewhere.
+    """
+
+    step_ms: float
+    engine: str
+    full_share: float
+    tokens_read: float
+    peak_bytes: int = 0
+
+
+class _Clock(LogitsProcessor):
+    """Notes when logits come by, and what was done before the third; a streamer works for one row only."""
+
+    def __init__(self, session: Session | None) -> None:
+        self.times: list[float] = []
+        self.before: Receipt | None = None
+        self._session = session
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        if len(self.times) == 2 and self._session is not None:
+            self.before = self._session.receipt()
+        self.times.append(time.perf_counter())
+        return scores
+
+
+class Bench:
+    """A model and the caches that cases decode after."""
+
+    def __init__(self, model: PreTrainedModel, tokens: torch.Tensor, k: int, steps: int) -> None:
+        self._model, self._tokens, self._k, self._steps = model, tokens, k, steps
+        self._first = prefill(model, tokens)
+
+    def time(self, case: Case, context_tokens: int, batch: int) -> Timed:
+        """Decode after a context; the first two steps, which make room, do not count."""
+        n_prompt = context_tokens - 1
+        cache = self._static(n_prompt, batch) if case.static else self._dynamic(n_prompt, batch)
+        repeats = -(-context_tokens // self._tokens.shape[1])
+        tokens = self._tokens.repeat(batch, repeats)[:, :context_tokens]
+        how = nullcontext() if case.policy is None else self._session(case)
+        n_new = self._steps + 3
+        if tokens.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode(), how as session:
+            clock = _Clock(session)
+            self._model.generate(  # type: ignore[operator]
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                max_new_tokens=n_new,
+                min_new_tokens=n_new,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([clock]),
+                pad_token_id=0,
+            )
+        step_ms = (clock.times[-1] - clock.times[2]) / self._steps * 1e3
+        peak = torch.cuda.max_memory_allocated() if tokens.is_cuda else 0
+        if session is None or clock.before is None:
+            return Timed(step_ms, "transformers", 1.0, context_tokens + self._steps / 2, peak)
+        before, after = clock.before, session.receipt()
+        unit_steps = (after.row_steps - before.row_steps) * after.full_steps.size
+        full_share = (_full_counts(after) - _full_counts(before)) / unit_steps
+        return Timed(
+            step_ms, after.engine, full_share, (after.tokens_read - before.tokens_read).sum() / unit_steps, peak
+        )
+
+    def _session(self, case: Case) -> Any:
+        assert case.policy is not None
+        return recycled(self._model, case.policy, Selection(self._k))
+
+    def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        repeats = -(-n_tokens // self._tokens.shape[1])
+        for layer in self._first.layers:
+            yield tuple(  # type: ignore[misc]
+                part.repeat(batch, 1, repeats, 1)[:, :, :n_tokens].contiguous() for part in (layer.keys, layer.values)
+            )
+
+    def _dynamic(self, n_tokens: int, batch: int) -> DynamicCache:
+        cache = DynamicCache(config=self._model.config)
+        for layer, (key, value) in enumerate(self._parts(n_tokens, batch)):
+            cache.update(key, value, layer)
+        return cache
+
+    def _static(self, n_tokens: int, batch: int) -> StaticCache:
+        cache = StaticCache(config=self._model.config, max_cache_len=n_tokens + self._steps + 8)
+        for layer, (key, value) in enumerate(self._parts(n_tokens, batch)):
+            cache.update(key, value, layer)
+        return cache
+
+
+def _full_counts(receipt: Receipt) -> float:
+    return float(receipt.full_steps.sum() - receipt.keys_only_steps.sum() / 2)
+
+
+def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:
+    """Share of decoding that the CPU engine spends on asking the policy and on writing down what was done."""
+    from recycler.cpu.decisions import DecisionsByProgram
+    from recycler.cpu.engine import CpuDecoding
+
+    seconds = {"books": 0.0, "steps": 0.0}
+
+    def timed(function: Callable[..., Any], of: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments)
+            seconds[of] += time.perf_counter() - began
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for owner, name, of in (
+            (DecisionsByProgram, "begin_step", "books"),
+            (DecisionsByProgram, "decide", "books"),
+            (CpuDecoding, "_end_step", "books"),
+            (CpuDecoding, "step", "steps"),
+        ):
+            patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), of)))
+        bench.time(case, context_tokens, 1)
+    return seconds["books"] / seconds["steps"]
+
+
+def read_gb_per_s(device: torch.device) -> float:
+    """What reading memory reaches: the best of ten sums over 1 GiB, on a GPU over 8."""
+    numbers = torch.ones(1 << (31 if device.type == "cuda" else 28), device=device)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        numbers.sum().item()
+        best = min(best, time.perf_counter() - began)
+    return numbers.numel() * numbers.element_size() / best / 1e9
+
+
+def staggered(layers: int, kv_heads: int, stride: int) -> FixedStride:
+    """The same stride for every unit, each at a time of its own."""
+    phases = tuple(
+        tuple(float((layer * kv_heads + head) * 7 % stride) for head in range(kv_heads)) for layer in range(layers)
+    )
+    return FixedStride(stride, phases)
