@@ -4,7 +4,10 @@ OUT ?= results
 ENV := .venv
 PY := $(ENV)/bin/python
 
-.PHONY: env optimize test lint check clean
+# On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
+GPU_PY ?= $(PY)
+
+.PHONY: env optimize test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
@@ -20,6 +23,10 @@ optimize: env
 
 test: env
 	$(PY) -m pytest
+
+# All of the GPU engine's tests; those that only a GPU can run are listed as skipped where there is none.
+gpu-test: $(if $(filter $(PY),$(GPU_PY)),env)
+	$(GPU_PY) -m pytest tests/recycler/cuda -v -rs
 
 lint: env
 	$(PY) -m ruff format --check .
