@@ -71,7 +71,7 @@ class Decoding(ABC):
             places: int64 `(rows,)` or `(1,)`: their positions, as rotary embedding counts them.
 
         Returns:
-            Logits `(rows, vocabulary)`, a new tensor in float32 or, if that is wider, the model's type.
+            Logits `(rows, vocabulary)`, a new tensor in the model's type or a wider one.
         """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -110,7 +111,6 @@ class EngineRun:
         rows = len(call.tokens)
         self._start = units[0].starts
         self._device = call.tokens.device
-        self._starts = torch.as_tensor(self._start, device=self._device)
         if cache.get_seq_length() != units[0].end or len(self._start) != rows:
             raise ValueError(CACHE_CHANGED)
         try:
@@ -123,7 +123,7 @@ class EngineRun:
         self.engine = engine.name
         self._dtype = self._layers[0].dtype
         self._n_steps = self._tokens_dense = 0
-        self._wrong: Tensor | None = None
+        self._mask: Tensor | None = None
         self.decoding = engine.begin(self._layers, units, policy, self._start)
 
     def add_to(self, tally: Tally) -> None:
@@ -132,8 +132,9 @@ class EngineRun:
         Raises:
             ValueError: If the padding changed where that was not looked at yet.
         """
-        self._refuse_other_padding()
         if self._n_steps:
+            if self._device.type != "cpu":
+                self._refuse_other_padding(self._mask, self._n_tokens)
             tally.add_run(self.engine, self._n_steps, self._tokens_dense, self.decoding.totals())
 
     def step(self, call: ForwardCall) -> CausalLMOutputWithPast:
@@ -151,7 +152,7 @@ class EngineRun:
         self._follow(call)
         places = call.arguments.get("position_ids")
         if places is None:
-            places = torch.tensor([[self._n_tokens]], device=call.tokens.device)
+            places = torch.full((1, 1), self._n_tokens, device=call.tokens.device)
         with torch.no_grad():
             logits = self.decoding.step(call.tokens[:, 0], places[:, -1])
         self._n_tokens += 1
@@ -164,26 +165,24 @@ class EngineRun:
         revisions = [layer.revision for layer in self._layers]
         if not same or revisions != self._revisions or self._layers[0].get_seq_length() != self._n_tokens:
             raise ValueError(CACHE_CHANGED)
-        self._note_padding(call.arguments.get("attention_mask"))
-        # Looking at a device makes it wait: what it notes is looked at now and then, and before anything is told.
+        mask = call.arguments.get("attention_mask")
+        # Looking at a device makes it wait. A mask holds all of its past, so there it is looked at now and then, and
+        # before anything is told.
         if self._device.type == "cpu" or self._n_steps % _STEPS_BETWEEN_LOOKS == 0:
-            self._refuse_other_padding()
+            self._refuse_other_padding(mask, self._n_tokens + 1)
+        self._mask = mask
 
-    def _note_padding(self, mask: Tensor | None) -> None:
-        """Note the rows whose visible tokens are not those from the row's first one on."""
-        rows, n_tokens = len(self._start), self._n_tokens + 1
+    def _refuse_other_padding(self, mask: Tensor | None, n_tokens: int) -> None:
+        """Raise unless the visible tokens of every row, out of so many, are those from the row's first one on."""
+        rows = len(self._start)
         if mask is None:
-            if (self._start > 0).any():
-                raise ValueError(other_padding(int((self._start > 0).argmax())))
-            return
-        if mask.shape != (rows, n_tokens):
-            raise ValueError(other_padding(0))
-        seen = mask != 0
-        start = self._starts
-        # As many visible tokens as there are from the first one on: then none of those is masked.
-        wrong = (seen.sum(-1) != n_tokens - start) | (seen.to(torch.uint8).argmax(-1) != start)
-        self._wrong = wrong if self._wrong is None else self._wrong | wrong
-
-    def _refuse_other_padding(self) -> None:
-        if self._wrong is not None and self._wrong.any():
-            raise ValueError(other_padding(int(self._wrong.to(torch.uint8).argmax())))
+            wrong = self._start > 0
+        elif mask.shape != (rows, n_tokens):
+            wrong = np.ones(rows, dtype=bool)
+        else:
+            seen = mask != 0
+            # As many visible tokens as there are from the first one on: then none of those is masked.
+            first, n_seen = seen.to(torch.uint8).argmax(-1).cpu().numpy(), seen.sum(-1).cpu().numpy()
+            wrong = (n_seen != n_tokens - self._start) | (first != self._start)
+        if wrong.any():
+            raise ValueError(other_padding(int(wrong.argmax())))

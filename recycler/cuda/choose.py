@@ -77,11 +77,12 @@ def score(
         place = (item % n_chunks) * CHUNK + tl.arange(0, CHUNK)
         exists = (place >= first) & (place < end)
         pooled = tl.zeros((CHUNK,), tl.float32)
-        for shift in tl.static_range(-FORWARD, BACKWARD + 1):
+        # Loops of the kernel, not of its compiler: unrolled, they take all registers.
+        for shift in range(-FORWARD, BACKWARD + 1):
             near = place + shift
             there = exists & (near >= first) & (near < end)
             of_group = tl.zeros((CHUNK,), tl.float32)
-            for member in tl.static_range(GROUP):
+            for member in range(GROUP):
                 row = unit * GROUP + member
                 top = tl.load(normaliser + row)
                 logit = tl.load(logits + row.to(tl.int64) * places + near, mask=there, other=float("-inf"))

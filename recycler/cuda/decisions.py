@@ -72,18 +72,23 @@ class HostDecisions:
             stacklevel=2,
         )
 
-    def decide(self, layer: int, signals: Tensor, given: Tensor) -> None:
-        """Ask for a layer.
+    def decide(self, signals: Tensor, given: Tensor, layer: int | None = None) -> None:
+        """Ask for a layer, or for all of them.
 
         Args:
-            layer: Its index.
             signals: float64 `(signals, layers, rows, kv_heads)`.
-            given: int8 `(layers, rows, kv_heads)`: gets the decisions at the layer.
+            given: int8 `(layers, rows, kv_heads)`: gets the decisions.
+            layer: Its index; None for all.
         """
-        of_layer = dict(zip(SIGNALS, signals[:, layer].cpu().numpy(), strict=True))
-        reasons: dict[str, np.ndarray] = {}
-        full = self._policy.decide(StepSignals(**of_layer, layer=layer, reasons=reasons, tables=self._tables))
-        given[layer] = torch.as_tensor(np.asarray(full), device=given.device)
-        for reason, units in reasons.items():
-            counts = self.overruled.setdefault(reason, np.zeros(given.shape, dtype=np.int64))
-            counts[layer] += units
+        layers = range(len(given)) if layer is None else range(layer, layer + 1)
+        asked = slice(layers.start, layers.stop)
+        on_host = signals[:, asked].cpu().numpy()
+        full = np.zeros(given[asked].shape, dtype=np.int8)
+        for i, index in enumerate(layers):
+            of_layer = dict(zip(SIGNALS, on_host[:, i], strict=True))
+            reasons: dict[str, np.ndarray] = {}
+            full[i] = self._policy.decide(StepSignals(**of_layer, layer=index, reasons=reasons, tables=self._tables))
+            for reason, units in reasons.items():
+                counts = self.overruled.setdefault(reason, np.zeros(given.shape, dtype=np.int64))
+                counts[index] += units
+        given[asked] = torch.from_numpy(full).to(given.device)

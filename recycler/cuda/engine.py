@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from recycler.cuda.decisions import HostDecisions, RowProgram, row_programs
 from recycler.cuda.layer import LayerMath, LayerWeights, layer_weights
 from recycler.cuda.machine import Machine
 from recycler.cuda.state import Scratch, Sizes, UnitState
-from recycler.cuda.step_graph import StepGraph
+from recycler.cuda.step_graph import Aside, StepGraph
 from recycler.cuda.unit_kernels import UnitKernels
 from recycler.engine import Decoding, Engine, NotCovered, Totals
 from recycler.hook import refuse_full_window
@@ -59,15 +60,15 @@ class CudaEngine(Engine):
             raise NotCovered(f"the model's rotary embedding ({rope}) changes with the positions")
         self._parts, self._machine = parts, machine
         self._weights = [layer_weights(layer) for layer in parts.layers]
-        self._math = LayerMath(parts, torch.compile if machine.compiles else lambda function: function)
+        self._math = LayerMath(parts, machine.compiles)
 
     def begin(
         self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
     ) -> CudaDecoding:
         if units[0].recycled.selection.group == GroupPooling.LAYER_MEAN:
             raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
-        # Tensors that both kinds of steps may write to, whatever mode the prompt was read in.
-        with torch.inference_mode(False), torch.no_grad():
+        # Tensors that all steps may write to, whatever mode the prompt was read in.
+        with _on(units[0].full_query.device), torch.inference_mode(False), torch.no_grad():
             return CudaDecoding(self._parts, self._weights, self._math, self._machine, layers, units, policy, start)
 
 
@@ -118,7 +119,8 @@ class CudaDecoding(Decoding):
         self._places = torch.zeros(rows, dtype=torch.int64, device=device)
         self._logits = torch.empty((rows, parts.head.out_features), dtype=parts.dtype, device=device)
         captures = machine.captures and not (self._host is not None and self._host.in_layers)
-        self._graph = StepGraph(self._take_step, device) if captures else None
+        self._graph = StepGraph(device) if captures else None
+        self._aside = Aside(device)
         self._refer_to_memory()
 
     @property
@@ -148,28 +150,29 @@ class CudaDecoding(Decoding):
         )
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
-        n_tokens = self._layers[0].get_seq_length()
-        refuse_full_window(0, n_tokens + 1, self._parts.window)
+        with _on(self._tokens.device):
+            return self._step(tokens, places)
+
+    def _step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
         grown = [part.make_room() for layer in self._layers for part in _parts_of(layer)]
         if any(grown):
             self._refer_to_memory()
         self._tokens.copy_(tokens)
         self._places.copy_(places.expand_as(self._places))
-        host = self._host
-        if host is not None and not host.in_layers:
+        if self._host is not None and not self._host.in_layers:
             self._tell_token()
-            for layer in range(self._sizes.layers):
-                host.decide(layer, self._state.signals, self._state.given)
+            self._host.decide(self._state.signals, self._state.given)
         # One mode for all steps: compiled functions and captured graphs belong to a mode.
         with torch.inference_mode():
             if self._graph is None:
                 self._take_step()
             else:
-                self._graph()
+                self._graph(self._take_step)
         for cached in self._layers:
             for part in _parts_of(cached):
                 part.n_own += 1
-        return self._logits.to(torch.float32, copy=True)
+        return self._logits.clone()
 
     def _take_step(self) -> None:
         """All that happens on the GPU: what the graph holds."""
@@ -181,9 +184,15 @@ class CudaDecoding(Decoding):
             query, key, value = self._math.project(x, weights, cosine, sine)
             if self._host is not None and self._host.in_layers:
                 kernels.compare(query)
-                self._host.decide(layer, self._state.signals, self._state.given)
+                self._host.decide(self._state.signals, self._state.given, layer)
+            # New sets are chosen while the layer before feeds and this one projects.
+            self._aside.join()
             kernels.prepare(query, key, value, self._programs)
-            x = self._math.feed(x, kernels.attend(query), weights)
+            attended = kernels.attend(query)
+            with self._aside():
+                kernels.settle()
+            x = self._math.feed(x, attended, weights)
+        self._aside.join()
         self._logits.copy_(self._math.predict(x))
         self._state.n_own += 1
 
@@ -218,6 +227,11 @@ class CudaDecoding(Decoding):
         ]
         if self._graph is not None:
             self._graph.forget()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels and streams are of the current GPU, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _parts_of(layer: KvLayer) -> tuple[GrowingTokens, GrowingTokens]:

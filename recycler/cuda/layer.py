@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import cache
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from recycler.model_weights import DecoderParts
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class LayerWeights(NamedTuple):
@@ -65,7 +65,7 @@ class LayerMath:
 
     Args:
         parts: Of the model.
-        wrap: What becomes of each function: `torch.compile`, or nothing.
+        compiles: Whether torch compiles the functions.
 
     Attributes:
         project: `(x, weights, cosine, sine)` to queries `(rows, query_heads, head_dim)`, keys and values
@@ -74,7 +74,7 @@ class LayerMath:
         predict: `(x)` to logits `(rows, vocabulary)`.
     """
 
-    def __init__(self, parts: DecoderParts, wrap: Wrap) -> None:
+    def __init__(self, parts: DecoderParts, compiles: bool) -> None:
         first = parts.layers[0]
         eps, feed_eps = first.input_layernorm.variance_epsilon, first.post_attention_layernorm.variance_epsilon
         head_dim = first.self_attn.head_dim
@@ -105,7 +105,30 @@ class LayerMath:
         def predict(x: Tensor) -> Tensor:
             return linear(_rms_norm(x, last_norm, last_eps), head, head_bias)
 
-        self.project, self.feed, self.predict = wrap(project), wrap(feed), wrap(predict)
+        shapes = tuple(None if part is None else part.shape for part in (*layer_weights(first), head, head_bias))
+        key = (head.dtype, shapes, eps, feed_eps, head_dim, head_eps, last_eps)
+
+        def ready(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(with_code_of_its_own(function, key)) if compiles else function
+
+        self.project, self.feed, self.predict = ready(project), ready(feed), ready(predict)
+
+
+def with_code_of_its_own(function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
+    """The same function with code that functions of the same key share, and no others.
+
+    torch counts compilations by code, gives up after eight, and takes for variable what differs between them: models of
+    other shapes must not be among them.
+    """
+    code: CodeType = function.__code__
+    return FunctionType(
+        _code_for(code, key), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+
+
+@cache
+def _code_for(code: CodeType, key: Hashable) -> CodeType:
+    return code.replace(co_name=code.co_name)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

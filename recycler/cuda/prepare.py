@@ -137,7 +137,7 @@ def _admit(
     return tl.minimum(n_tokens + 1, size)
 
 
-@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "n_prompt", "room", "first_unit", "n_reason_units"])
+@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "n_prompt", "room", "first_unit"])
 def prepare(
     query,
     key,

@@ -103,6 +103,8 @@ def _floor_divide(a, b):
     ratio = a / b
     product, rest = _exact_product(tl.where(ratio < 0, tl.ceil(ratio), tl.floor(ratio)), b)
     remainder = (a - product) - rest
+    # Products with an infinite or a huge divisor are not finite.
+    remainder = tl.where(tl.abs(a) < tl.abs(b), a, remainder)
     # The rounded ratio may have reached a whole number that the exact one is a little below: what `fmod` gives has the
     # sign of `a`, and is smaller than `b`.
     step = tl.where(a < 0, -tl.abs(b), tl.abs(b))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from policies import SIGNALS, GroupPooling, Ranking, Selection
@@ -80,6 +81,7 @@ class UnitKernels:
         state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
         # Without a program, constants and tables are not looked at.
         nothing = RowProgram(None, 0, sizes.rows)  # type: ignore[arg-type]
+        slots = _power_of_2(sizes.k)
         for asked in programs or (nothing,):
             program = asked.program
             prepare[(asked.n_rows * sizes.kv_heads,)](
@@ -119,24 +121,33 @@ class UnitKernels:
                 WANTS_LAST=self._wants[1],
                 WANTS_LAYER=self._wants[2],
                 K=sizes.k,
-                SLOTS=_power_of_2(sizes.k),
+                SLOTS=slots,
                 **self._shape,
                 HEAD_DIM=sizes.head_dim,
                 SINKS=self._selection.sinks,
                 WINDOW=self._selection.window,
                 NEWCOMER=0.0 if self._selection.ranking == Ranking.ACCUMULATED else float("inf"),
-                num_warps=4,
+                # All slots of a set are looked at together.
+                num_warps=max(4, min(16, slots // 512)),
                 # A fused sum would round otherwise than replay does.
                 enable_fp_fusion=False,
             )
 
     def attend(self, query: Tensor) -> Tensor:
-        """Keys-only refreshes, attention, new sets; as stored, `(rows, query_heads * head_dim)`."""
-        scratch, ranking = self._scratch, self._selection.ranking
+        """Keys-only refreshes and attention; as stored, `(rows, query_heads * head_dim)`."""
+        scratch = self._scratch
         if self._by_keys:
             self._walk(query, scratch.modes_before, reads_values=False)
             self._choose(scratch.modes_before, modes.KEYS_ONLY.value)
         self._walk(query, scratch.modes, reads_values=True)
+        return scratch.attended
+
+    def settle(self) -> None:
+        """New sets for the units that ran full, new ranks for the others where they are kept.
+
+        Nothing else of the step depends on it, but the next layer's `prepare` overwrites what it reads.
+        """
+        scratch, ranking = self._scratch, self._selection.ranking
         if self._by_values:
             self._choose(scratch.modes, modes.FULL.value)
         if ranking != Ranking.LAST_FULL:
@@ -153,11 +164,12 @@ class UnitKernels:
                 MEAN=self._selection.group == GroupPooling.MEAN,
                 ADDS=ranking == Ranking.ACCUMULATED,
             )
-        return scratch.attended
 
     def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
         state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
         prompt = self._key.prompt
+        # Tensor cores take 16 rows; float32 is multiplied without them, and rows of zeros take time.
+        least_rows = 1 if query.dtype == torch.float32 else 16
         how = {
             **self._shape,
             "HEAD_DIM": sizes.head_dim,
@@ -187,7 +199,7 @@ class UnitKernels:
             self._key.own.shape[2],
             scratch.places,
             K=sizes.k,
-            ROWS=max(16, _power_of_2(sizes.group)),
+            ROWS=max(least_rows, _power_of_2(sizes.group)),
             KEEPS_SET_LOGITS=self._selection.ranking != Ranking.LAST_FULL,
             **how,
             num_warps=4,

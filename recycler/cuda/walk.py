@@ -76,7 +76,7 @@ def walk(
         GROUP: Query heads of a unit.
         HEAD_DIM: A power of 2.
         UNITS: Units, to the next power of 2.
-        ROWS: A power of 2 from GROUP and from 16 on, the least that `tl.dot` takes; what is beyond the group is zeros.
+        ROWS: A power of 2 from GROUP on that `tl.dot` takes; what is beyond the group is zeros.
         TILE: Tokens of a tile.
         READS_VALUES: False for a walk of keys-only refreshes.
         KEEPS_SET_LOGITS: Whether sets are ranked anew by them.

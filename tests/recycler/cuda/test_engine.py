@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -289,3 +291,21 @@ def test_a_policy_that_is_no_program_is_called_on_the_host_and_says_so(
     assert 0 < engine.receipt.full_share < 1
     assert engine.receipt.reasons["budget"].any()
     assert_same_run(engine, plain)
+
+
+def test_a_run_that_has_ended_keeps_no_cache_alive(tiny: Make, make_tokens: Make, on_engine: Make) -> None:
+    model, tokens = tiny(), make_tokens(20)
+    on_engine()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), recycled(model, FixedStride(2), SELECTION) as session:
+            cache = model(tokens.to(model.device), use_cache=True).past_key_values
+            model(tokens[:, :1].to(model.device), past_key_values=cache)
+        kept = weakref.ref(cache.layers[0])
+        del cache
+        # No cycles: counting references is enough.
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert session.receipt().n_steps == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,15 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recycler.cuda.layer import LayerMath, layer_weights
+from recycler.cuda.layer import LayerMath, layer_weights, with_code_of_its_own
 from recycler.model_weights import decoder_parts
 
 Make = Callable[..., Any]
-WRAPS: dict[str, Callable[..., Any]] = {
-    "plain": lambda function: function,
-    # What torch.compile makes of it, without a compiler behind; it fails at a graph break.
-    "traced": lambda function: torch.compile(function, backend="aot_eager", fullgraph=True),
-}
 
 
 def stock_parts(model: PreTrainedModel, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,12 +38,16 @@ def stock_parts(model: PreTrainedModel, x: Tensor, places: Tensor) -> tuple[Tens
     return seen["value"][:, 0], seen["attended"][:, 0], output.view(len(x), -1), x
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_a_layer_is_that_of_the_model(make_model: Make, family: str, wrap: str) -> None:
+def test_a_layer_is_that_of_the_model(
+    make_model: Make, family: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What torch.compile makes of it, without a compiler behind; it fails at a graph break.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     model = make_model(family, head_dim=16, dtype=torch.float32)
     parts = decoder_parts(model)
-    math, weights = LayerMath(parts, WRAPS[wrap]), layer_weights(parts.layers[0])
+    math, weights = LayerMath(parts, compiles), layer_weights(parts.layers[0])
     generator = torch.Generator().manual_seed(0)
     x, places = torch.randn((3, 32), generator=generator), torch.tensor([4, 9, 70])
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_a_layer_is_that_of_the_model(make_model: Make, family: str, wrap: str) 
 def test_queries_and_keys_are_rotated_as_in_the_model(make_model: Make, family: str) -> None:
     model = make_model(family, head_dim=16, dtype=torch.float32)
     parts = decoder_parts(model)
-    math, weights = LayerMath(parts, WRAPS["plain"]), layer_weights(parts.layers[0])
+    math, weights = LayerMath(parts, False), layer_weights(parts.layers[0])
     tokens, places = torch.tensor([5, 11]), torch.tensor([7, 40])
     with torch.no_grad():
         x = parts.embedding.weight[tokens]
@@ -74,3 +74,14 @@ def test_queries_and_keys_are_rotated_as_in_the_model(make_model: Make, family: 
         cache = model(tokens[:, None], position_ids=places[:, None], use_cache=True).past_key_values
     torch.testing.assert_close(key, cache.layers[0].keys[:, :, 0])
     torch.testing.assert_close(value, cache.layers[0].values[:, :, 0])
+
+
+def test_models_of_other_shapes_do_not_use_up_each_others_compilations(make_model: Make) -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    one, same, other = (with_code_of_its_own(double, key) for key in ("a", "a", "b"))
+    assert one.__code__ is same.__code__
+    assert one.__code__ is not other.__code__
+    # By identity: Python calls equal code equal, and torch counts by the object.
+    assert other(torch.ones(1)).item() == 2

@@ -163,6 +163,14 @@ def test_division_by_zero_is_that_of_numpy(device: torch.device) -> None:
     assert np.isnan(remainder).all()
 
 
+def test_infinite_and_huge_divisors_divide_as_in_numpy(device: torch.device) -> None:
+    a, b = np.array([3.0, -3.0, 0.0, 7.0, -7.0]), np.array([np.inf, np.inf, np.inf, 1e305, 1e305])
+    with np.errstate(all="ignore"):
+        quotient, remainder = divided(a, b, device)
+        np.testing.assert_array_equal(quotient, a // b)
+        np.testing.assert_array_equal(remainder, a % b)
+
+
 @dataclass(frozen=True)
 class Powers(StepPolicy):
     """A decision by a power of the age."""
