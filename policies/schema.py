@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jsonschema
-
 from policies.registry import BUILT_IN, policy_class
 from policies.selection import GroupPooling, Ranking
 
@@ -110,6 +108,9 @@ def policy_file_problem(values: Any) -> str | None:
             return str(error)
     if isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] != 1:
         return f"it is of format {values['format']}, and this version reads format 1."
+    # Where policies only decide, as in a decoder on somebody else's GPU machine, it need not be installed.
+    import jsonschema
+
     validator = jsonschema.Draft202012Validator(policy_file_schema())
     mismatch = jsonschema.exceptions.best_match(validator.iter_errors(values))
     if mismatch is None:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
 import torch
 import transformers
 
@@ -38,6 +37,9 @@ def default_model_folder() -> Path:
         ValueError: a package that the conversion needs is missing, or the GGUF file is not the one
             this project was measured with.
     """
+    # Decoders of other models do without.
+    import platformdirs
+
     cache = platformdirs.user_cache_path("recycled-attention")
     folder = cache / f"{_MODEL_NAME}-{_GGUF_SHA256[:12]}"
     if not folder.is_dir():

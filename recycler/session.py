@@ -100,6 +100,9 @@ class Session:
     def forward(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The model's forward in this session, given its own."""
 
+        # `generate` compiles the model's call for a static cache on a GPU. What a session remembers between steps is
+        # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         # `generate` reads the signature to know what to pass.
         @wraps(stock)
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -67,3 +67,12 @@ def test_importing_a_package_that_needs_no_torch_does_not_import_it(package: str
         [sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["policies", "traces", "recycler"])
+def test_a_decoder_needs_no_package_that_only_tuning_and_files_need(package: str) -> None:
+    # What a machine with a GPU and its own torch may lack.
+    missing = ("alembic", "gguf", "jinja2", "jsonschema", "optuna", "platformdirs", "scipy", "sklearn")
+    script = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import {package}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

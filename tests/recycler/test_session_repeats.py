@@ -95,3 +95,19 @@ def test_fresh_process_finds_the_same_tokens() -> None:
     there = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=True)
     assert there.stdout == here.getvalue()
     assert "full_share" in there.stdout
+
+
+def test_a_compiled_call_of_the_model_decodes_as_the_model_does(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    # As `generate` calls models on a GPU, if the cache is static.
+    model, tokens = make_model(), make_tokens(20)
+    found = []
+    for call in (model.__call__, torch.compile(model.__call__, backend="eager")):
+        with torch.no_grad(), recycled(model, LOGISTIC, SELECTION) as session:
+            cache, steps = call(tokens, use_cache=True).past_key_values, []
+            for token in (3, 9, 4, 7, 5, 8):
+                steps.append(call(torch.tensor([[token]]), past_key_values=cache).logits)
+        found.append((torch.cat(steps), session.receipt().full_steps.tolist()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=0)
+    assert found[0][1] == found[1][1]
