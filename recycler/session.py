@@ -100,9 +100,6 @@ class Session:
     def forward(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The model's forward in this session, given its own."""
 
-        # `generate` compiles the model's call for a static cache on a GPU. What a session remembers between steps is
-        # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         # `generate` reads the signature to know what to pass.
         @wraps(stock)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +117,10 @@ class Session:
                 return self._plainly(call, stock, args, kwargs)
             return self._run.step(call)
 
-        return forward
+        # `generate` compiles the model's call for a static cache on a GPU. What a session remembers between steps is
+        # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
+        untraced: Callable[..., Any] = torch.compiler.disable(forward)
+        return untraced
 
     def _plainly(self, call: ForwardCall, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the model's own forward, with its tokens known to the attention meanwhile."""
