@@ -41,7 +41,7 @@ class Timed:
         engine: What ran them.
         full_share: Share of unit-steps that ran full, a keys-only refresh counted half.
         tokens_read: What a unit read of the cache in a step, in tokens, mean.
-        peak_bytes: Most memory in use on a GPU since the cache was there, weights and cache included; 0 elsewhere.
+        peak_bytes: Most memory in use on a GPU in these steps, weights and cache included; 0 elsewhere.
     """
 
     step_ms: float
@@ -62,6 +62,9 @@ class _Clock(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.is_cuda:
             torch.cuda.synchronize()
+        if len(self.times) == 2 and scores.is_cuda:
+            # Reading the prompt's last token is stock attention, and takes what it takes.
+            torch.cuda.reset_peak_memory_stats()
         if len(self.times) == 2 and self._session is not None:
             self.before = self._session.receipt()
         self.times.append(time.perf_counter())
@@ -83,8 +86,6 @@ class Bench:
         tokens = self._tokens.repeat(batch, repeats)[:, :context_tokens]
         how = nullcontext() if case.policy is None else self._session(case)
         n_new = self._steps + 3
-        if tokens.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
         with torch.inference_mode(), how as session:
             clock = _Clock(session)
             self._model.generate(  # type: ignore[operator]
