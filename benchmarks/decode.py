@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from decode_bench import Bench, Case, Timed, bookkeeping_share, read_gb_per_s, staggered
+from decode_bench import Bench, Case, Timed, bookkeeping_share, read_gb_per_s, scaled, staggered
 from decode_picture import draw
 from llama import LlamaTimes
 from machine import machine_name, not_measured
@@ -39,6 +39,7 @@ from policies import (
     FixedStride,
     NeverFull,
     PolicyFile,
+    Selection,
     StepPolicy,
 )
 from recycler import default_prompts, load_model, model_shape
@@ -110,6 +111,7 @@ class Subject:
         tokens: int64 `(1, n)`.
         policy: With decisions of its own.
         policy_name: What it is.
+        selection: Of the policy, at its own k; None for the default one.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Subject:
     tokens: torch.Tensor
     policy: StepPolicy
     policy_name: str
+    selection: Selection | None = None
 
 
 def _subject(model: str | None, shape: str | None, dtype: str, device: str | None, policy: Path | None) -> Subject:
@@ -133,7 +136,8 @@ def _subject(model: str | None, shape: str | None, dtype: str, device: str | Non
         loaded.tokenizer, n_per_kind=1, context_tokens=_PROMPT_TOKENS, n_steps=1, kinds=["technical"]
     )[0]
     tokens = torch.as_tensor(prompt.tokens[:_PROMPT_TOKENS].astype("int64"), device=loaded.model.device)[None]
-    return Subject(loaded.id, loaded.model, tokens, PolicyFile.read(policy or _TUNED).policy, "tuned policy")
+    file = PolicyFile.read(policy or _TUNED)
+    return Subject(loaded.id, loaded.model, tokens, file.policy, "tuned policy", file.selection)
 
 
 def main(
@@ -168,15 +172,17 @@ def main(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 176)
     subject = _subject(model, shape, dtype, device, policy)
     units, where = model_shape(subject.model), subject.model.device
+    # A tuned policy has sets that it was tuned with, refreshes by keys and sizes per unit included.
+    own = None if subject.selection is None else scaled(subject.selection, k)
     cases = [
         Case("generate"),
         Case("generate, static cache", static=True),
         Case("engine, every unit full", AlwaysFull()),
         Case("engine, stride 10", FixedStride(10)),
         Case("engine, stride 10, units in turn", staggered(*units.units, 10)),
-        Case(f"engine, {subject.policy_name}", subject.policy),
+        Case(f"engine, {subject.policy_name}", subject.policy, selection=own),
         # What deciding costs: asked like the policy, and never full.
-        Case(f"engine, {subject.policy_name}, never full", BudgetConstrained(subject.policy, 0.0)),
+        Case(f"engine, {subject.policy_name}, never full", BudgetConstrained(subject.policy, 0.0), selection=own),
         Case("engine, never full", NeverFull()),
     ]
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in subject.model.parameters()}.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,11 +25,13 @@ class Case:
         name: In the table.
         policy: None for stock `generate`.
         static: Whether stock `generate` has a static cache.
+        selection: How sets are chosen; None for the default one.
     """
 
     name: str
     policy: StepPolicy | None = None
     static: bool = False
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Bench:
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None
-        return recycled(self._model, case.policy, Selection(self._k))
+        return recycled(self._model, case.policy, case.selection or Selection(self._k))
 
     def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         repeats = -(-n_tokens // self._tokens.shape[1])
@@ -174,6 +176,16 @@ def read_gb_per_s(device: torch.device) -> float:
         numbers.sum().item()
         best = min(best, time.perf_counter() - began)
     return numbers.numel() * numbers.element_size() / best / 1e9
+
+
+def scaled(selection: Selection, k: int) -> Selection:
+    """A selection at another k, with sizes of units in the same proportions; k must not be smaller than its own."""
+    if selection.unit_k is None:
+        return replace(selection, k=k)
+    if k < selection.k:
+        raise ValueError(f"the policy's sets have {selection.k} tokens on average: --k must be at least that, not {k}.")
+    sizes = tuple(tuple(size * k // selection.k for size in row) for row in selection.unit_k)
+    return replace(selection, k=k, unit_k=sizes)
 
 
 def staggered(layers: int, kv_heads: int, stride: int) -> FixedStride:
