@@ -18,8 +18,9 @@ class StepPolicy(ABC):
 
     A policy is a frozen dataclass of numbers, names and other policies. It keeps no state: everything that it may
     remember is a field of `StepSignals`. `decide` uses operators and comparisons only, so that one definition runs on
-    NumPy in replay, on torch in the decoder, and as code inside the engines' kernels (`policy_program`). Conditions are written so that NaN, an unmeasured signal, leads to
-    full attention: `~(similarity >= threshold)`, not `similarity < threshold`.
+    NumPy in replay, on torch in the decoder, and as code inside the engines' kernels (`policy_program`). Conditions
+    are written so that NaN, an unmeasured signal, leads to full attention: `~(similarity >= threshold)`, not
+    `similarity < threshold`.
     """
 
     # Name in policy JSON and, for a plug-in, of its entry point in the group `recycler.policies`.
