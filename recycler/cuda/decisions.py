@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies import SIGNALS, NotAProgram, StepPolicy, StepSignals, policy_program
+from policies import SIGNALS, NotAProgram, PolicyProgram, StepPolicy, StepSignals, policy_program
 from policies.signals import Tables
-from recycler.cuda.program import DeviceProgram
+from recycler.cuda.program import DeviceProgram, kernel_code
 from recycler.per_row import PerRow
 
 # What only the query of the step itself makes.
@@ -19,30 +19,50 @@ _QUERY_SIGNALS = frozenset({"query_similarity", "step_similarity", "layer_simila
 
 
 @dataclass(frozen=True)
-class RowProgram:
-    """A program and the rows that it decides for.
+class RowPrograms:
+    """Rows whose policies have one form.
 
     Attributes:
-        program: The policy's.
-        first_row: First row.
-        n_rows: How many.
+        program: One program for all of these rows, or one for each.
+        rows: int32 `(n,)`: the rows.
+        results: Instructions of which something is written down: the decision, then the reasons that are counted.
     """
 
     program: DeviceProgram
-    first_row: int
-    n_rows: int
+    rows: Tensor
+    results: tuple[int, ...]
 
 
-def row_programs(policy: StepPolicy, units: tuple[int, int], rows: int, device: torch.device) -> list[RowProgram]:
-    """The programs of all rows: one for all, or one each under a `PerRow`.
+def row_programs(policy: StepPolicy, units: tuple[int, int], rows: int, device: torch.device) -> list[RowPrograms]:
+    """The programs of all rows, by form: one for all, or one each under a `PerRow`.
+
+    Reasons of rows with policies of their own have no common names, so they are not counted.
 
     Raises:
         NotAProgram: If there is a policy that has none.
     """
     if not isinstance(policy, PerRow):
-        return [RowProgram(DeviceProgram(policy_program(policy), units, device), 0, rows)]
+        program = DeviceProgram([policy_program(policy)], units, device)
+        return [RowPrograms(program, all_rows(rows, device), (program.full, *program.reasons.values()))]
     policy.check_rows(rows)
-    return [RowProgram(DeviceProgram(policy_program(one), units, device), i, 1) for i, one in enumerate(policy.rows)]
+    forms: dict[object, list[tuple[int, PolicyProgram]]] = {}
+    for row, one in enumerate(policy.rows):
+        written = policy_program(one)
+        forms.setdefault((kernel_code(written), written.full), []).append((row, written))
+    found = []
+    for same in forms.values():
+        program = DeviceProgram([written for _, written in same], units, device)
+        found.append(
+            RowPrograms(
+                program, torch.tensor([row for row, _ in same], dtype=torch.int32, device=device), (program.full,)
+            )
+        )
+    return found
+
+
+def all_rows(rows: int, device: torch.device) -> Tensor:
+    """int32 `(rows,)`: all of them."""
+    return torch.arange(rows, dtype=torch.int32, device=device)
 
 
 class HostDecisions:

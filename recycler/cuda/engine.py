@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
-from recycler.cuda.decisions import HostDecisions, RowProgram, row_programs
+from recycler.cuda.decisions import HostDecisions, RowPrograms, row_programs
 from recycler.cuda.layer import LayerMath, LayerWeights, layer_weights
 from recycler.cuda.machine import Machine
 from recycler.cuda.state import Scratch, Sizes, UnitState
@@ -104,14 +104,14 @@ class CudaDecoding(Decoding):
             chunk_tokens=machine.chunk_tokens,
         )
         shape = (len(layers), kv_heads)
-        self._programs: list[RowProgram] = []
+        self._programs: list[RowPrograms] = []
         self._host: HostDecisions | None = None
         try:
             self._programs = row_programs(policy, shape, rows, device)
         except NotAProgram as why:
             self._host = HostDecisions(policy, why)
-        # Reasons of rows with programs of their own have no common names.
-        self._reasons = self._programs[0].program.reasons if len(self._programs) == 1 else ()
+        counted = self._programs and len(self._programs[0].results) > 1
+        self._reasons = tuple(self._programs[0].program.reasons) if counted else ()
         self._by_keys = keys_only_units(policy, shape)
         self._state = UnitState(self._sizes, units, start, self._by_keys, len(self._reasons), device)
 

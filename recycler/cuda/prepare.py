@@ -137,8 +137,9 @@ def _admit(
     return tl.minimum(n_tokens + 1, size)
 
 
-@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "n_prompt", "room", "first_unit"])
+@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "constants_row", "tables_row", "n_prompt", "room"])
 def prepare(
+    rows,
     query,
     key,
     value,
@@ -165,9 +166,10 @@ def prepare(
     all_tokens_read,
     n_all_units,
     n_table_units,
+    constants_row,
+    tables_row,
     n_prompt,
     room,
-    first_unit,
     CODE: tl.constexpr,
     RESULTS: tl.constexpr,
     WANTS_QUERY: tl.constexpr,
@@ -185,6 +187,7 @@ def prepare(
     """Measure, decide, write down what was decided, and take in the new token; a program per unit.
 
     Args:
+        rows: int32 `(n,)`: the rows of these programs.
         query: As stored, `(rows, kv_heads, group, head_dim)`, after rotary embedding.
         key: As stored, `(rows, kv_heads, head_dim)`: this step's.
         value: The same.
@@ -212,9 +215,10 @@ def prepare(
         all_tokens_read: float64 `(units,)`: its sum over steps.
         n_all_units: Units of all layers.
         n_table_units: KV heads of all layers.
+        constants_row: From the constants of one row to those of the next; 0 if all have the same.
+        tables_row: The same of tables.
         n_prompt: Tokens of the prompt.
         room: Of the own part.
-        first_unit: Unit of program 0.
         CODE: Of a `DeviceProgram`; empty to take `given`.
         RESULTS: The same.
         WANTS_QUERY: Whether the policy reads the query similarity; like what follows.
@@ -229,8 +233,9 @@ def prepare(
         WINDOW: The same.
         NEWCOMER: Score of a token that arrives.
     """
-    unit = first_unit + tl.program_id(0)
-    row, head = unit // KV_HEADS, unit % KV_HEADS
+    nth, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    row = tl.load(rows + nth)
+    unit = row * KV_HEADS + head
     if len(CODE) > 0:
         _compare(
             unit,
@@ -247,7 +252,9 @@ def prepare(
             HEAD_DIM,
         )
         tl.debug_barrier()
-        registers = run_program(signals + unit, constants, tables + head, n_all_units, n_table_units, CODE)
+        constants += nth * constants_row
+        tables += nth * tables_row + head
+        registers = run_program(signals + unit, constants, tables, n_all_units, n_table_units, CODE)
         full = registers[RESULTS[0]] != 0
         for i in tl.static_range(1, len(RESULTS)):
             count = overruled + (i - 1) * n_all_units + unit

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from policies import NotAProgram, PolicyProgram
 from policies.program import Op
@@ -44,45 +45,48 @@ _SQRT, _SQUARE, _INVERSE = tl.constexpr(100), tl.constexpr(101), tl.constexpr(10
 _POWERS = {0.5: _SQRT.value, 2.0: _SQUARE.value, -1.0: _INVERSE.value}
 
 
-class DeviceProgram:
-    """A `PolicyProgram` as kernels take it.
-
-    Args:
-        program: The policy's.
-        units: `(layers, kv_heads)`.
-        device: Where constants and tables go.
-
-    Attributes:
-        code: The instructions, four numbers each: part of the kernel, which is compiled for it.
-        results: Instructions whose results are the decision and the reasons.
-        constants: float64 `(n,)`; not part of the kernel, so that policies of one form share it.
-        tables: float64 `(n, layers, kv_heads)`.
+def kernel_code(program: PolicyProgram) -> tuple[int, ...]:
+    """A program's instructions as a kernel is compiled for them, four numbers each.
 
     Raises:
         NotAProgram: If it takes powers that kernels do not have.
     """
+    code: list[int] = []
+    for op, a, b, c in program.instructions.tolist():
+        if op == Op.POWER:
+            kind, which = program.instructions[b, :2]
+            power = float(program.constants[which]) if kind == Op.CONSTANT else None
+            if power not in _POWERS:
+                raise NotAProgram(f"kernels take the powers 0.5, 2 and -1, not {power or 'those of a signal'}")
+            op = _POWERS[power]
+        code += (op, a, b, c)
+    return tuple(code)
 
-    def __init__(self, program: PolicyProgram, units: tuple[int, int], device: torch.device) -> None:
-        code: list[int] = []
-        for op, a, b, c in program.instructions.tolist():
-            if op == Op.POWER:
-                kind, which = program.instructions[b, :2]
-                power = float(program.constants[which]) if kind == Op.CONSTANT else None
-                if power not in _POWERS:
-                    raise NotAProgram(f"kernels take the powers 0.5, 2 and -1, not {power or 'those of a signal'}")
-                op = _POWERS[power]
-            code += (op, a, b, c)
-        self.code = tuple(code)
-        self.results = (program.full, *program.reasons.values())
-        self.reasons = tuple(program.reasons)
-        tables = np.broadcast_to(program.tables, (len(program.tables), *units))
+
+class DeviceProgram:
+    """Programs of one form as a kernel takes them: the same code, and numbers of their own.
+
+    Args:
+        programs: One or more, of the same `kernel_code` and results.
+        units: `(layers, kv_heads)`.
+        device: Where constants and tables go.
+
+    Attributes:
+        code: The instructions, part of the kernel.
+        full: The instruction whose result is the decision.
+        reasons: Those whose results are the reasons, by name; as the first program names them.
+        constants: float64 `(programs, n)`; not part of the kernel, so that policies of one form share it.
+        tables: float64 `(programs, n, layers, kv_heads)`.
+    """
+
+    def __init__(self, programs: Sequence[PolicyProgram], units: tuple[int, int], device: torch.device) -> None:
+        first = programs[0]
+        self.code, self.full, self.reasons = kernel_code(first), first.full, dict(first.reasons)
+        constants = np.stack([program.constants for program in programs])
+        tables = np.stack([np.broadcast_to(program.tables, (len(first.tables), *units)) for program in programs])
         # A kernel's pointer needs an address, also where there is nothing to read.
-        self.constants = _float64(program.constants if len(program.constants) else np.zeros(1), device)
-        self.tables = _float64(tables if len(tables) else np.zeros((1, *units)), device)
-
-
-def _float64(numbers: np.ndarray, device: torch.device) -> Tensor:
-    return torch.tensor(numbers.tolist(), dtype=torch.float64, device=device)
+        self.constants = torch.tensor(constants if constants.size else np.zeros((1, 1)), device=device)
+        self.tables = torch.tensor(tables if tables.size else np.zeros((1, 1, *units)), device=device)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from policies import SIGNALS, GroupPooling, Ranking, Selection
 from recycler.cuda import modes
 from recycler.cuda.choose import finish, pick, rank_anew, score
-from recycler.cuda.decisions import RowProgram
+from recycler.cuda.decisions import RowPrograms, all_rows
 from recycler.cuda.prepare import compare, prepare
 from recycler.cuda.state import Scratch, Sizes, UnitState
 from recycler.cuda.walk import merge, walk
@@ -76,62 +76,92 @@ class UnitKernels:
             num_warps=1,
         )
 
-    def prepare(self, query: Tensor, key: Tensor, value: Tensor, programs: Sequence[RowProgram]) -> None:
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor, programs: Sequence[RowPrograms]) -> None:
         """Decide, or take the decisions given if there are no programs, and take in the new token."""
-        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
-        # Without a program, constants and tables are not looked at.
-        nothing = RowProgram(None, 0, sizes.rows)  # type: ignore[arg-type]
-        slots = _power_of_2(sizes.k)
-        for asked in programs or (nothing,):
+        if not programs:
+            # Without code, constants and tables are not looked at.
+            nothing = self._state.signals
+            self._prepare(query, key, value, all_rows(self._sizes.rows, query.device), (), (), nothing, nothing, 0, 0)
+        for asked in programs:
             program = asked.program
-            prepare[(asked.n_rows * sizes.kv_heads,)](
+            each = len(program.constants) > 1 or len(program.tables) > 1
+            self._prepare(
                 query,
                 key,
                 value,
-                self._key.own,
-                self._value.own,
-                state.full_query[layer],
-                state.last_query[layer],
-                state.positions[layer],
-                state.scores[layer],
-                state.set_sizes[layer],
-                state.filled[layer],
-                state.start,
-                state.n_own,
-                state.signals[:, layer],
-                state.signals if program is None else program.constants,
-                state.signals if program is None else program.tables[:, layer],
-                state.given[layer],
-                state.by_keys[layer],
-                state.decided[layer],
-                state.overruled[:, layer],
-                scratch.modes_before,
-                scratch.modes,
-                state.tokens_read[layer],
-                state.all_tokens_read[layer],
-                state.decided.numel(),
-                sizes.layers * sizes.kv_heads,
-                sizes.n_prompt,
-                self._key.own.shape[2],
-                asked.first_row * sizes.kv_heads,
-                CODE=() if program is None else program.code,
-                # Reasons of rows with programs of their own have no common names.
-                RESULTS=() if program is None else program.results[: 1 if len(programs) > 1 else None],
-                WANTS_QUERY=self._wants[0],
-                WANTS_LAST=self._wants[1],
-                WANTS_LAYER=self._wants[2],
-                K=sizes.k,
-                SLOTS=slots,
-                **self._shape,
-                HEAD_DIM=sizes.head_dim,
-                SINKS=self._selection.sinks,
-                WINDOW=self._selection.window,
-                NEWCOMER=0.0 if self._selection.ranking == Ranking.ACCUMULATED else float("inf"),
-                # All slots of a set are looked at together.
-                num_warps=max(4, min(16, slots // 512)),
-                # A fused sum would round otherwise than replay does.
-                enable_fp_fusion=False,
+                asked.rows,
+                program.code,
+                asked.results,
+                program.constants,
+                program.tables[:, :, self._layer],
+                program.constants.stride(0) if each else 0,
+                program.tables.stride(0) if each else 0,
             )
+
+    def _prepare(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+        code: tuple[int, ...],
+        results: tuple[int, ...],
+        constants: Tensor,
+        tables: Tensor,
+        constants_row: int,
+        tables_row: int,
+    ) -> None:
+        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        slots = _power_of_2(sizes.k)
+        prepare[(len(rows) * sizes.kv_heads,)](
+            rows,
+            query,
+            key,
+            value,
+            self._key.own,
+            self._value.own,
+            state.full_query[layer],
+            state.last_query[layer],
+            state.positions[layer],
+            state.scores[layer],
+            state.set_sizes[layer],
+            state.filled[layer],
+            state.start,
+            state.n_own,
+            state.signals[:, layer],
+            constants,
+            tables,
+            state.given[layer],
+            state.by_keys[layer],
+            state.decided[layer],
+            state.overruled[:, layer],
+            scratch.modes_before,
+            scratch.modes,
+            state.tokens_read[layer],
+            state.all_tokens_read[layer],
+            state.decided.numel(),
+            sizes.layers * sizes.kv_heads,
+            constants_row,
+            tables_row,
+            sizes.n_prompt,
+            self._key.own.shape[2],
+            CODE=code,
+            RESULTS=results,
+            WANTS_QUERY=self._wants[0],
+            WANTS_LAST=self._wants[1],
+            WANTS_LAYER=self._wants[2],
+            K=sizes.k,
+            SLOTS=slots,
+            **self._shape,
+            HEAD_DIM=sizes.head_dim,
+            SINKS=self._selection.sinks,
+            WINDOW=self._selection.window,
+            NEWCOMER=0.0 if self._selection.ranking == Ranking.ACCUMULATED else float("inf"),
+            # All slots of a set are looked at together.
+            num_warps=max(4, min(16, slots // 512)),
+            # A fused sum would round otherwise than replay does.
+            enable_fp_fusion=False,
+        )
 
     def attend(self, query: Tensor) -> Tensor:
         """Keys-only refreshes and attention; as stored, `(rows, query_heads * head_dim)`."""

@@ -249,12 +249,20 @@ def test_rows_with_policies_of_their_own_do_what_they_do_alone(
     on_engine()
     monkeypatch.setattr(recycler.decode_rows, "engine_for", recycler.session.engine_for)
     model, tokens = tiny(), make_tokens(20)[0].tolist()
-    policies: tuple[StepPolicy, ...] = (AlwaysFull(), BUDGET, RefreshKeys(FixedStride(2)))
+    policies: tuple[StepPolicy, ...] = (
+        AlwaysFull(),
+        BUDGET,
+        RefreshKeys(FixedStride(2)),
+        # Of one form with the one before, and with tables of its own.
+        RefreshKeys(FixedStride(3)),
+        FixedStride(((2, 3), (4, 1)), 1),
+        FixedStride(((1, 2), (3, 5)), 1),
+    )
     done: dict[bool, list[Any]] = {}
     for fast in (True, False):
         prompt = read_prompt(model, torch.tensor(tokens, device=model.device), 5)
         rows = decode_rows(model, prompt, policies, SELECTION, fast=fast)
-        done[fast] = [rows.step(torch.full((3,), token, device=model.device)) for token in (5, 9, 17, 3, 8)]
+        done[fast] = [rows.step(torch.full((6,), token, device=model.device)) for token in (5, 9, 17, 3, 8)]
     for engine, plain in zip(done[True], done[False], strict=True):
         torch.testing.assert_close(engine.logits.cpu(), plain.logits.cpu(), rtol=0, atol=ATOL)
         np.testing.assert_array_equal(engine.tokens_read, plain.tokens_read)

@@ -33,7 +33,7 @@ from policies import (
     known_kinds,
     policy_program,
 )
-from recycler.cuda.program import DeviceProgram, _floor_divide, run_program
+from recycler.cuda.program import DeviceProgram, _floor_divide, kernel_code, run_program
 
 LAYERS, KV_HEADS, ROWS = 2, 3, 4
 TABLE = ((1.0, 2.0, 3.5), (10.0, 5.0, 7.3))
@@ -80,16 +80,15 @@ def some_signals(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 def in_kernel(policy: StepPolicy, signals: dict[str, np.ndarray], layer: int, device: torch.device) -> list[np.ndarray]:
     """The decision and the reasons for a layer, bool `(rows, kv_heads)`."""
-    program = DeviceProgram(policy_program(policy), (LAYERS, KV_HEADS), device)
+    program = DeviceProgram([policy_program(policy)], (LAYERS, KV_HEADS), device)
+    results = (program.full, *program.reasons.values())
     stacked = torch.from_numpy(np.stack([signals[name][:, layer] for name in SIGNALS])).to(device)
-    out = torch.zeros((len(program.results), ROWS, KV_HEADS), dtype=torch.int8, device=device)
+    out = torch.zeros((len(results), ROWS, KV_HEADS), dtype=torch.int8, device=device)
     # Tables of a layer lie `layers * kv_heads` apart, signals `rows * kv_heads`: here both are spread alike.
     n = ROWS * KV_HEADS
-    tables = torch.zeros((len(program.tables), n), dtype=torch.float64, device=device)
-    tables[:, :KV_HEADS] = program.tables[:, layer]
-    _decide[(n,)](
-        stacked, program.constants, tables, out, n, KV_HEADS, program.code, program.results, enable_fp_fusion=False
-    )
+    tables = torch.zeros((program.tables.shape[1], n), dtype=torch.float64, device=device)
+    tables[:, :KV_HEADS] = program.tables[0, :, layer]
+    _decide[(n,)](stacked, program.constants, tables, out, n, KV_HEADS, program.code, results, enable_fp_fusion=False)
     return list((out != 0).cpu().numpy())
 
 
@@ -189,15 +188,14 @@ def test_kernels_take_the_usual_powers(power: float, device: torch.device) -> No
     np.testing.assert_array_equal(decided, signals["age"][:, 0] ** power >= 3)
 
 
-def test_other_powers_are_no_program_for_a_kernel(device: torch.device) -> None:
+def test_other_powers_are_no_program_for_a_kernel() -> None:
     with pytest.raises(NotAProgram, match=r"^kernels take the powers 0\.5, 2 and -1, not 1\.5$"):
-        DeviceProgram(policy_program(Powers(1.5)), (LAYERS, KV_HEADS), device)
+        kernel_code(policy_program(Powers(1.5)))
 
 
-def test_policies_of_one_form_share_their_code(device: torch.device) -> None:
-    programs = [
-        DeviceProgram(policy_program(BudgetConstrained(CosineThreshold(t), b)), (LAYERS, KV_HEADS), device)
-        for t, b in ((0.5, 0.1), (0.9, 0.3))
-    ]
-    assert programs[0].code == programs[1].code
-    assert programs[0].constants.tolist() != programs[1].constants.tolist()
+def test_policies_of_one_form_share_their_code() -> None:
+    one, other = (
+        policy_program(BudgetConstrained(CosineThreshold(t), budget)) for t, budget in ((0.5, 0.1), (0.9, SHARES))
+    )
+    assert kernel_code(one) != kernel_code(other)
+    assert kernel_code(policy_program(BudgetConstrained(CosineThreshold(0.9), 0.3))) == kernel_code(one)
