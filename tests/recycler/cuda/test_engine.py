@@ -31,10 +31,12 @@ from policies import (
     StepPolicy,
     StepSignals,
 )
+from recycler import Prompt, record_trace
 from recycler.decode_rows import decode_rows
 from recycler.read_prompt import read_prompt
 from recycler.receipt import Receipt
 from recycler.session import recycled
+from tuning import replay_policy
 
 Make = Callable[..., Any]
 
@@ -317,3 +319,24 @@ def test_a_run_that_has_ended_keeps_no_cache_alive(tiny: Make, make_tokens: Make
     finally:
         gc.enable()
     assert session.receipt().n_steps == 1
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [FixedStride(((1.1, 2.5), (3, 4)), 0.5), BUDGET, LOGISTIC, RefreshKeys(LOGISTIC)],
+    ids=lambda one: one.kind,
+)
+def test_replay_decides_as_the_engine_does(tiny: Make, make_tokens: Make, on_engine: Make, policy: StepPolicy) -> None:
+    # Sets that hold everything keep the decoder on the recorded path.
+    model, tokens, everything = tiny(), make_tokens(30, seed=2), Selection(40)
+    prompt = Prompt("drawn", "random", tokens[0].numpy(), 20, "drawn", "CC0-1.0")
+    replayed = replay_policy(record_trace(model, prompt, everything, max_age=10), policy).full[:, 0]
+    on_engine()
+    decided, tokens = [], tokens.to(model.device)
+    with torch.no_grad(), recycled(model, policy, everything) as session:
+        cache = model(tokens[:, :20], use_cache=True).past_key_values
+        for token in tokens[:, 20:].split(1, dim=1):
+            model(token, past_key_values=cache)
+            decided.append(session._run.decoding.full[0])  # type: ignore[union-attr]
+    assert 0 < replayed.mean() < 1
+    np.testing.assert_array_equal(np.stack(decided), replayed)
