@@ -25,6 +25,7 @@ import torch
 import typer
 from decode_bench import Bench, Case, Timed, bookkeeping_share, read_gb_per_s, scaled, staggered
 from decode_picture import draw
+from decode_targets import on_h200
 from llama import LlamaTimes
 from machine import machine_name, not_measured
 from rich.console import Console
@@ -48,35 +49,6 @@ from traces.command import run_command
 
 _PROMPT_TOKENS = 2048
 _TUNED = Path(__file__).parents[1] / "docs/results/policy-budget-0.1.json"
-
-
-def on_h200(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The targets for an H200 at a tenth full, and what was reached by the policy that reads queries."""
-    policy = {
-        (row["batch"], row["context_tokens"]): row for row in rows if row["case"] == "engine, cosine under a budget"
-    }
-    recycled_rows = [row for row in rows if row["case"] == "engine, never full"]
-    wanted = (
-        (1, 131072, "vs_best_stock", 1.7),
-        (8, 65536, "vs_best_stock", 3.0),
-        (1, 4096, "vs_best_stock", 0.97),
-    )
-    reached = [
-        _target(
-            f"{least} x the best stock generate at batch {batch} x {context:,}", least, policy[batch, context][name]
-        )
-        for batch, context, name, least in wanted
-        if (batch, context) in policy
-    ]
-    reached.append(_target("0.85 of ideal everywhere", 0.85, min(row["ideal_share"] for row in policy.values())))
-    floor = min(row["floor_share"] for row in recycled_rows)
-    reached.append(_target("a recycled step within 1.3 x its floor everywhere", round(1 / 1.3, 4), floor))
-    peak = max(row["peak_share"] for row in policy.values())
-    return [*reached, {"target": "memory within 1.05 x weights and cache", "reached": peak, "met": peak <= 1.05}]
-
-
-def _target(target: str, least: float, reached: float) -> dict[str, Any]:
-    return {"target": target, "reached": reached, "met": reached >= least}
 
 
 @contextmanager
@@ -231,7 +203,8 @@ def main(
     if llama is not None:
         rows += LlamaTimes.read(llama).rows(rows)
     _print(console, rows)
-    reached = on_h200(rows) if where.type == "cuda" else []
+    # They were set for that shape.
+    reached = on_h200(rows) if where.type == "cuda" and shape == "llama-3.1-8b" else []
     for target in reached:
         console.print(f"{'met' if target['met'] else 'MISSED'}: {target['target']}: {target['reached']}")
     if picture is not None:

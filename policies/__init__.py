@@ -19,11 +19,12 @@ from policies.schedule import Schedule
 from policies.selection import GroupPooling, Ranking, Selection
 from policies.sentence_boundary import SentenceBoundary
 from policies.serialize import policy_from_json, policy_to_json
-from policies.signals import MEASURED_SIGNALS, StepSignals
+from policies.signals import MEASURED_SIGNALS, QUERY_SIGNALS, StepSignals
 
 __all__ = [
     "FEATURES",
     "MEASURED_SIGNALS",
+    "QUERY_SIGNALS",
     "SIGNALS",
     "AlwaysFull",
     "BudgetConstrained",

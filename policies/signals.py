@@ -13,6 +13,9 @@ MEASURED_SIGNALS = frozenset(
     {"query_similarity", "step_similarity", "layer_similarity", "refresh_mass", "refresh_overlap"}
 )
 
+# Those of them that the query of the step itself makes; all else is known before the step.
+QUERY_SIGNALS = ("query_similarity", "step_similarity", "layer_similarity")
+
 # Parameters and their arrays, by what they were made of and for.
 Tables = dict[tuple[Any, ...], tuple[PerUnit, Array]]
 # Arrays kept at most; only a policy that makes its parameters anew at every step gets there.

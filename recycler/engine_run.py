@@ -122,7 +122,7 @@ class EngineRun:
         self._n_tokens = units[0].end
         self.engine = engine.name
         self._dtype = self._layers[0].dtype
-        self._n_steps = self._tokens_dense = 0
+        self._n_prompt = self._n_tokens
         self._mask: Tensor | None = None
         self.decoding = engine.begin(self._layers, units, policy, self._start)
 
@@ -132,10 +132,14 @@ class EngineRun:
         Raises:
             ValueError: If the padding changed where that was not looked at yet.
         """
-        if self._n_steps:
+        n_steps = self._n_tokens - self._n_prompt
+        if n_steps:
             if self._device.type != "cpu":
                 self._refuse_other_padding(self._mask, self._n_tokens)
-            tally.add_run(self.engine, self._n_steps, self._tokens_dense, self.decoding.totals())
+            # Per row, as many as the cache held at each step, less the padding.
+            held = n_steps * (self._n_prompt + self._n_tokens + 1) // 2
+            tokens_dense = int((held - n_steps * self._start).sum())
+            tally.add_run(self.engine, n_steps, tokens_dense, self.decoding.totals())
 
     def step(self, call: ForwardCall) -> CausalLMOutputWithPast:
         """Take a step.
@@ -156,8 +160,6 @@ class EngineRun:
         with torch.no_grad():
             logits = self.decoding.step(call.tokens[:, 0], places[:, -1])
         self._n_tokens += 1
-        self._n_steps += 1
-        self._tokens_dense += int((self._n_tokens - self._start).sum())
         return CausalLMOutputWithPast(logits=logits[:, None].to(self._dtype), past_key_values=self._cache)
 
     def _follow(self, call: ForwardCall) -> None:
@@ -168,7 +170,7 @@ class EngineRun:
         mask = call.arguments.get("attention_mask")
         # Looking at a device makes it wait. A mask holds all of its past, so there it is looked at now and then, and
         # before anything is told.
-        if self._device.type == "cpu" or self._n_steps % _STEPS_BETWEEN_LOOKS == 0:
+        if self._device.type == "cpu" or (self._n_tokens - self._n_prompt) % _STEPS_BETWEEN_LOOKS == 0:
             self._refuse_other_padding(mask, self._n_tokens + 1)
         self._mask = mask
 

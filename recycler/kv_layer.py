@@ -98,6 +98,17 @@ class KvLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.value = _after(tokens)
         self._no_values = tokens if self.value is None else None
 
+    @property
+    def parts(self) -> tuple[GrowingTokens, GrowingTokens]:
+        """Keys and values of a layer that holds some.
+
+        Raises:
+            ValueError: If somebody has emptied it.
+        """
+        if self.key is None or self.value is None:
+            raise ValueError("the KV cache was emptied between two decode steps.")
+        return self.key, self.value
+
     def get_seq_length(self) -> int:
         return 0 if self.key is None else self.key.n_tokens
 

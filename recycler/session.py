@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from policies import ModelShape, Selection, StepPolicy, check_fits
 from recycler.attention import attend_by_index, probabilities, score_by_index
+from recycler.cache_watch import CacheWatch
 from recycler.engine import Engine, NotCovered, engine_for
-from recycler.engine_run import CACHE_CHANGED, EngineRun, ForwardCall, other_padding
+from recycler.engine_run import EngineRun, ForwardCall
 from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.keys_only import keys_only_units, tokens_read
 from recycler.model_shape import model_shape
@@ -77,7 +78,7 @@ class Session:
         self._policy = policy
         self._selection = selection
         self._layers: dict[int, LayerUnits] = {}
-        self._caches: dict[int, _CacheWatch] = {}
+        self._caches: dict[int, CacheWatch] = {}
         self._votes: dict[int, PromptVotes] = {}
         self._keys_only = torch.from_numpy(keys_only_units(policy, shape.units))
         self._tally = Tally(shape.units)
@@ -186,7 +187,7 @@ class Session:
         self._layers[layer] = LayerUnits(
             layer, self._selection, self._policy.needs, grouped, weights, start, end, votes
         )
-        self._caches[layer] = _CacheWatch(key, start)
+        self._caches[layer] = CacheWatch(key, start)
 
     def _step(
         self,
@@ -236,45 +237,6 @@ class Session:
             dense.cpu().numpy(),
             {reason: overruled.cpu().numpy() for reason, overruled in reasons.items()},
         )
-
-
-class _CacheWatch:
-    """Notices when a layer's cache did anything but grow by the token of this step.
-
-    Sets name places in the cache, so rows that move or tokens that vanish would silently turn them into other tokens.
-    """
-
-    def __init__(self, key: Tensor, start: Tensor | int) -> None:
-        self._start = start
-        self._remember(key)
-
-    def check(self, key: Tensor | None) -> None:
-        """Raise unless the keys are those seen last."""
-        same = key is not None and key.shape[0] == self._last_key.shape[0] and key.shape[2] >= self._end > 0
-        if key is None or not same or not torch.equal(key[:, :, self._end - 1], self._last_key):
-            raise ValueError(CACHE_CHANGED)
-
-    def follow(self, key: Tensor, visible: Tensor | None) -> None:
-        """Raise unless the last token seen is still in its place, one more has come, and padding is what it was."""
-        same_shape = key.shape[0] == self._last_key.shape[0] and key.shape[2] == self._end + 1
-        if not same_shape or not torch.equal(key[:, :, -2], self._last_key):
-            raise ValueError(CACHE_CHANGED)
-        if visible is not None or not isinstance(self._start, int):
-            self._refuse_other_padding(
-                torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if visible is None else visible
-            )
-        self._remember(key)
-
-    def _refuse_other_padding(self, visible: Tensor) -> None:
-        start = self._start if isinstance(self._start, int) else self._start[:, 0]
-        expected = torch.arange(visible.shape[1], device=visible.device) >= start
-        wrong = (visible != expected).any(-1)
-        if wrong.any():
-            raise ValueError(other_padding(int(wrong.int().argmax())))
-
-    def _remember(self, key: Tensor) -> None:
-        self._end = key.shape[2]
-        self._last_key = key[:, :, -1].clone()
 
 
 @contextmanager

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies import SIGNALS, PolicyProgram
+from policies import QUERY_SIGNALS, SIGNALS, PolicyProgram
 from policies.compiled.operations import CONSTANT, SIGNAL, TABLE, result
 from recycler.cpu.arrays import Array, Signals
 from recycler.cpu.compiled import kernel
 
-# What the query of the step itself makes, beside each other in `SIGNALS`; the rest is known when a step begins.
-QUERY_SIGNALS = ("query_similarity", "step_similarity", "layer_similarity")
+# Those of the query stand beside each other in `SIGNALS`.
 SCHEDULE_SIGNALS = tuple(name for name in SIGNALS if name not in QUERY_SIGNALS)
 _QUERY_SIMILARITY, _STEP_SIMILARITY, _LAYER_SIMILARITY = (SIGNALS.index(name) for name in QUERY_SIGNALS)
 _N_QUERY_SIGNALS = len(QUERY_SIGNALS)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from policies import NotAProgram, PolicyProgram, Schedule, StepPolicy, StepSignals, policy_program
+from policies import QUERY_SIGNALS, NotAProgram, PolicyProgram, Schedule, StepPolicy, StepSignals, policy_program
 from recycler.cpu.arrays import Array, Signals
-from recycler.cpu.decide import QUERY_SIGNALS, SCHEDULE_SIGNALS, Program, as_program, run_program
+from recycler.cpu.decide import SCHEDULE_SIGNALS, Program, as_program, run_program
 from recycler.per_row import PerRow
 
 

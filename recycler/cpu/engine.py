@@ -79,10 +79,7 @@ class CpuDecoding(Decoding):
         self._units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(self._units)]
         self._full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
         self._tokens_read = np.zeros(self._full.shape)
-        self._all_keys_only, self._all_tokens_read = (
-            np.zeros_like(self._full, dtype=np.int64),
-            np.zeros(self._full.shape),
-        )
+        self._all_tokens_read = np.zeros(self._full.shape)
         self._overruled: dict[str, np.ndarray] = {}
         self._decisions = decisions(policy, (len(layers), rows, kv_heads))
         self._keys_only_units = np.broadcast_to(keys_only_units(policy, (len(layers), kv_heads)), self._full.shape)
@@ -108,22 +105,23 @@ class CpuDecoding(Decoding):
         return self._tokens_read
 
     def totals(self) -> Totals:
+        full_steps = self._schedule.n_full.astype(np.int64)
         return Totals(
-            full_steps=self._schedule.n_full.astype(np.int64),
-            keys_only_steps=self._all_keys_only.copy(),
+            full_steps=full_steps,
+            keys_only_steps=full_steps * self._keys_only_units,
             tokens_read=self._all_tokens_read.copy(),
             reasons={reason: counts.copy() for reason, counts in self._overruled.items()},
         )
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
-        grown = [part.make_room() for layer in self._layers for part in _parts_of(layer)]
+        grown = [part.make_room() for layer in self._layers for part in layer.parts]
         if any(grown):
             self._refer_to_memory()
         n_threads = threads_of_torch()
         hidden = self._parts.embedding.weight[tokens].to(torch.promote_types(self._parts.dtype, torch.float32))
         cosine, sine = (angle[:, 0].contiguous().numpy() for angle in self._parts.rotary(hidden, places[:, None]))
-        x, n_own = hidden.numpy(), _parts_of(self._layers[0])[0].n_own
+        x, n_own = hidden.numpy(), self._layers[0].parts[0].n_own
         scratch, rules, start, asked = self._scratch, self._rules, self._start, self._decisions
         asked.begin_step(self._schedule, tokens.numpy()[:, None, None])
         state = zip(self._weights, self._caches, self._units, self._signals, strict=True)
@@ -146,13 +144,12 @@ class CpuDecoding(Decoding):
     def _end_step(self) -> None:
         """Write down what was done, and let the schedule and the cache go on by one."""
         for layer in self._layers:
-            for part in _parts_of(layer):
+            for part in layer.parts:
                 part.n_own += 1
         self._full = np.moveaxis(self._decisions.full, 0, 1).copy()
         filled = np.moveaxis(self._filled, 0, 1)
         dense = self._layers[0].get_seq_length() - self._start
         self._tokens_read = tokens_read(self._full, self.keys_only, dense[:, None, None], filled)
-        self._all_keys_only += self.keys_only
         self._all_tokens_read += self._tokens_read
         for reason, noted in self._decisions.reasons.items():
             counts = self._overruled.setdefault(reason, np.zeros(self._full.shape, dtype=np.int64))
@@ -167,7 +164,7 @@ class CpuDecoding(Decoding):
 
     def _refer_to_memory(self) -> None:
         """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
-        self._caches = [_cache(*_parts_of(layer)) for layer in self._layers]
+        self._caches = [_cache(*layer.parts) for layer in self._layers]
         places = self._caches[0].prompt_key.shape[2] + self._caches[0].own_key.shape[2]
         self._units = [_with_places(units, places) for units in self._units]
         self._scratch = _scratch(self._weights[0], self._units[0], self._rules, places, self._float)
@@ -177,12 +174,6 @@ def as_array(tensor: Tensor) -> Array:
     """A tensor's memory as an array; bfloat16 as its 16 bits."""
     tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _parts_of(layer: KvLayer) -> tuple[GrowingTokens, GrowingTokens]:
-    if layer.key is None or layer.value is None:
-        raise ValueError("the KV cache was emptied between two decode steps.")
-    return layer.key, layer.value
 
 
 def _cache(key: GrowingTokens, value: GrowingTokens) -> Cache:
@@ -246,7 +237,7 @@ def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type
     order = np.argsort(positions < 0, axis=-1, kind="stable")
     positions = np.take_along_axis(positions, order, axis=-1)
     rows, kv_heads, k = positions.shape
-    stored = as_array(_parts_of(layer)[0].own)
+    stored = as_array(layer.parts[0].own)
     return Units(
         set_key=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),
         set_value=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),

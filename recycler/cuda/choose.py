@@ -11,88 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recycler.cuda.modes import RECYCLED, SKIP
+from recycler.cuda.score import HIGH_BINS
 from recycler.cuda.shares import units_in
 
-# Bits of a float32 of at least 0: eleven, ten and ten, from the top.
-_HIGH_BINS = tl.constexpr(2048)
+# Of ten bits.
 _BINS = tl.constexpr(1024)
 # Slots whose places are looked up in one go.
 _AT_ONCE = tl.constexpr(1024)
-
-
-@triton.jit(do_not_specialize=["n_units", "n_prompt", "places"])
-def score(
-    modes,
-    mode,
-    start,
-    n_own,
-    logits,
-    normaliser,
-    scores,
-    counts,
-    n_units,
-    n_prompt,
-    places,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    UNITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    FORWARD: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """Scores of all tokens, as `recycler.recycled_set.token_scores` has them, and how often their high bits occur.
-
-    Args:
-        modes: int8 `(units,)`.
-        mode: That of the units to be treated.
-        start: int32 `(rows,)`: place of each row's first token.
-        n_own: int32 `(1,)`: own tokens in the cache without this step's.
-        logits: float32 `(units, group, places)`, scaled.
-        normaliser: float32 `(units, group)`: log of the sum of their exponentials.
-        scores: float32 `(units, places)`: gets the scores.
-        counts: int32 `(units, 2048)`, all 0: gets the counts, of tokens that are neither sinks nor in the window.
-        n_units: Units of the layer.
-        n_prompt: Tokens of the prompt.
-        places: Of the logits.
-        KV_HEADS: Of a row.
-        GROUP: Query heads of a unit.
-        UNITS: Units, to the next power of 2.
-        CHUNK: Tokens of a chunk.
-        SINKS: As in the selection, like what follows.
-        WINDOW: Last tokens that stay.
-        BACKWARD: Pooling.
-        FORWARD: Pooling.
-        MEAN: Pool over the group by the mean, not the maximum.
-    """
-    end = n_prompt + tl.load(n_own) + 1
-    order = units_in(modes, mode, n_units, UNITS)
-    n_chunks = tl.cdiv(end, CHUNK)
-    for item in range(tl.program_id(0), tl.max(order) * n_chunks, tl.num_programs(0)):
-        unit = tl.sum((order <= item // n_chunks).to(tl.int32))
-        first = tl.load(start + unit // KV_HEADS)
-        place = (item % n_chunks) * CHUNK + tl.arange(0, CHUNK)
-        exists = (place >= first) & (place < end)
-        pooled = tl.zeros((CHUNK,), tl.float32)
-        # Loops of the kernel, not of its compiler: unrolled, they take all registers.
-        for shift in range(-FORWARD, BACKWARD + 1):
-            near = place + shift
-            there = exists & (near >= first) & (near < end)
-            of_group = tl.zeros((CHUNK,), tl.float32)
-            for member in range(GROUP):
-                row = unit * GROUP + member
-                top = tl.load(normaliser + row)
-                logit = tl.load(logits + row.to(tl.int64) * places + near, mask=there, other=float("-inf"))
-                attention = tl.exp(tl.minimum(logit - top, 0.0))
-                of_group = of_group + attention / GROUP if MEAN else tl.maximum(of_group, attention)
-            pooled = tl.maximum(pooled, of_group)
-        tl.store(scores + unit.to(tl.int64) * places + place, pooled, mask=exists)
-        ranked = (place >= first + SINKS) & (place < end - WINDOW)
-        found = tl.histogram(pooled.to(tl.int32, bitcast=True) >> 20, _HIGH_BINS, mask=ranked)
-        tl.atomic_add(counts + unit * _HIGH_BINS + tl.arange(0, _HIGH_BINS), found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit
@@ -156,9 +81,9 @@ def pick(
         chunk = item % n_chunks
         first = tl.load(start + unit // KV_HEADS)
         wanted = tl.load(sizes + unit % KV_HEADS) - SINKS - WINDOW
-        found = tl.load(counts + unit * _HIGH_BINS + tl.arange(0, _HIGH_BINS))
-        digit, _ = _bin_of(found, wanted, _HIGH_BINS)
-        digit = tl.where(wanted > 0, digit, _HIGH_BINS)
+        found = tl.load(counts + unit * HIGH_BINS + tl.arange(0, HIGH_BINS))
+        digit, _ = _bin_of(found, wanted, HIGH_BINS)
+        digit = tl.where(wanted > 0, digit, HIGH_BINS)
         place = chunk * CHUNK + tl.arange(0, CHUNK)
         ranked = (place >= first + SINKS) & (place < end - WINDOW)
         bits = tl.load(scores + unit.to(tl.int64) * places + place, mask=ranked, other=0).to(tl.int32, bitcast=True)
@@ -260,7 +185,7 @@ def finish(
     positions += unit * K
     kept += unit * K
     scores += unit.to(tl.int64) * places
-    counts += unit * _HIGH_BINS
+    counts += unit * HIGH_BINS
     picked += unit.to(tl.int64) * CHUNKS * CHUNK
     n_picked += unit * 2 * CHUNKS
     marks += unit.to(tl.int64) * places
@@ -283,7 +208,7 @@ def finish(
         _choose(
             first, end, size - SINKS - WINDOW, scores, counts, picked, n_picked, positions, CHUNK, CHUNKS, SINKS, WINDOW
         )
-    tl.store(counts + tl.arange(0, _HIGH_BINS), tl.zeros((_HIGH_BINS,), tl.int32))
+    tl.store(counts + tl.arange(0, HIGH_BINS), tl.zeros((HIGH_BINS,), tl.int32))
     tl.debug_barrier()
 
     mass, n_kept = tl.zeros((), tl.float32), tl.zeros((), tl.int32)
@@ -371,50 +296,3 @@ def _choose(
             tl.store(positions + n_taken + tl.cumsum(taken) - 1, place, mask=taken > 0)
             n_ties += tl.sum(tie)
             n_taken += tl.sum(taken)
-
-
-@triton.jit(do_not_specialize=["places"])
-def rank_anew(
-    modes,
-    refreshed,
-    filled,
-    logits,
-    normaliser,
-    kept,
-    places,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    MEAN: tl.constexpr,
-    ADDS: tl.constexpr,
-):
-    """Let the attention of a recycled step rank the set that it attended to; program `unit`.
-
-    Args:
-        modes: int8 `(units,)` of the walk.
-        refreshed: int8 `(units,)` of the walk before: units with a new set, which keeps the scores that chose it.
-        filled: int32 `(units,)`: tokens in each set.
-        logits: float32 `(units, group, places)`, scaled, by slot.
-        normaliser: float32 `(units, group)`.
-        kept: float32 `(units, K)`: the scores of the sets' tokens.
-        places: Of the logits.
-        K: Slots of a set.
-        GROUP: Query heads of a unit.
-        MEAN: Pool over the group by the mean, not the maximum.
-        ADDS: Add to the scores instead of replacing them.
-    """
-    unit = tl.program_id(0)
-    if (tl.load(modes + unit) == RECYCLED) & (tl.load(refreshed + unit) == SKIP):
-        n_tokens = tl.load(filled + unit)
-        for low in range(0, n_tokens, _AT_ONCE):
-            slot = low + tl.arange(0, _AT_ONCE)
-            there = slot < n_tokens
-            of_group = tl.zeros((_AT_ONCE,), tl.float32)
-            for member in tl.static_range(GROUP):
-                row = unit * GROUP + member
-                logit = tl.load(logits + row.to(tl.int64) * places + slot, mask=there, other=float("-inf"))
-                attention = tl.exp(tl.minimum(logit - tl.load(normaliser + row), 0.0))
-                of_group = of_group + attention / GROUP if MEAN else tl.maximum(of_group, attention)
-            to = kept + unit * K + slot
-            if ADDS:
-                of_group += tl.load(to, mask=there, other=0)
-            tl.store(to, of_group, mask=there)

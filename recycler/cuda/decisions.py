@@ -9,13 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies import SIGNALS, NotAProgram, PolicyProgram, StepPolicy, StepSignals, policy_program
+from policies import QUERY_SIGNALS, SIGNALS, NotAProgram, PolicyProgram, StepPolicy, StepSignals, policy_program
 from policies.signals import Tables
 from recycler.cuda.program import DeviceProgram, kernel_code
 from recycler.per_row import PerRow
-
-# What only the query of the step itself makes.
-_QUERY_SIGNALS = frozenset({"query_similarity", "step_similarity", "layer_similarity"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ def row_programs(policy: StepPolicy, units: tuple[int, int], rows: int, device: 
     """
     if not isinstance(policy, PerRow):
         program = DeviceProgram([policy_program(policy)], units, device)
-        return [RowPrograms(program, all_rows(rows, device), (program.full, *program.reasons.values()))]
+        all_rows = torch.arange(rows, dtype=torch.int32, device=device)
+        return [RowPrograms(program, all_rows, (program.full, *program.reasons.values()))]
     policy.check_rows(rows)
     forms: dict[object, list[tuple[int, PolicyProgram]]] = {}
     for row, one in enumerate(policy.rows):
@@ -58,11 +56,6 @@ def row_programs(policy: StepPolicy, units: tuple[int, int], rows: int, device: 
             )
         )
     return found
-
-
-def all_rows(rows: int, device: torch.device) -> Tensor:
-    """int32 `(rows,)`: all of them."""
-    return torch.arange(rows, dtype=torch.int32, device=device)
 
 
 class HostDecisions:
@@ -82,7 +75,7 @@ class HostDecisions:
 
     def __init__(self, policy: StepPolicy, why: NotAProgram) -> None:
         self._policy = policy
-        self.in_layers = bool(policy.needs & _QUERY_SIGNALS)
+        self.in_layers = not policy.needs.isdisjoint(QUERY_SIGNALS)
         self.overruled: dict[str, np.ndarray] = {}
         self._tables: Tables = {}
         when = "in the middle of every layer" if self.in_layers else "between steps"

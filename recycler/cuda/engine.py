@@ -20,7 +20,7 @@ from recycler.cuda.unit_kernels import UnitKernels
 from recycler.engine import Decoding, Engine, NotCovered, Totals
 from recycler.hook import refuse_full_window
 from recycler.keys_only import keys_only_units
-from recycler.kv_layer import GrowingTokens, KvLayer
+from recycler.kv_layer import KvLayer
 from recycler.model_weights import DecoderParts, decoder_parts
 from recycler.units import LayerUnits
 
@@ -88,7 +88,7 @@ class CudaDecoding(Decoding):
     ) -> None:
         self._parts, self._weights, self._math, self._machine = parts, weights, math, machine
         self._layers, self._needs, self._selection = layers, policy.needs, units[0].recycled.selection
-        key, _ = _parts_of(layers[0])
+        key, _ = layers[0].parts
         rows, kv_heads, _, head_dim = key.own.shape
         device = key.own.device
         first = parts.layers[0].self_attn
@@ -155,8 +155,11 @@ class CudaDecoding(Decoding):
 
     def _step(self, tokens: Tensor, places: Tensor) -> Tensor:
         refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
-        grown = [part.make_room() for layer in self._layers for part in _parts_of(layer)]
-        if any(grown):
+        # All layers grow together: looking at each of them takes longer than launching the step.
+        if self._layers[0].parts[0].make_room():
+            for layer in self._layers:
+                for part in layer.parts:
+                    part.make_room()
             self._refer_to_memory()
         self._tokens.copy_(tokens)
         self._places.copy_(places.expand_as(self._places))
@@ -170,7 +173,7 @@ class CudaDecoding(Decoding):
             else:
                 self._graph(self._take_step)
         for cached in self._layers:
-            for part in _parts_of(cached):
+            for part in cached.parts:
                 part.n_own += 1
         return self._logits.clone()
 
@@ -202,7 +205,7 @@ class CudaDecoding(Decoding):
     def _refer_to_memory(self) -> None:
         """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
         sizes, dtype = self._sizes, self._parts.dtype
-        places = sizes.n_prompt + _parts_of(self._layers[0])[0].own.shape[2]
+        places = sizes.n_prompt + self._layers[0].parts[0].own.shape[2]
         device = self._state.start.device
         with torch.inference_mode(False):
             measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
@@ -215,7 +218,7 @@ class CudaDecoding(Decoding):
                 sizes,
                 self._state,
                 scratch,
-                *_parts_of(self._layers[layer]),
+                *self._layers[layer].parts,
                 self._selection,
                 self._needs,
                 module.self_attn.scaling,
@@ -232,12 +235,6 @@ class CudaDecoding(Decoding):
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Kernels and streams are of the current GPU, which need not be the model's."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _parts_of(layer: KvLayer) -> tuple[GrowingTokens, GrowingTokens]:
-    if layer.key is None or layer.value is None:
-        raise ValueError("the KV cache was emptied between two decode steps.")
-    return layer.key, layer.value
 
 
 def _by_row(state: Tensor) -> np.ndarray:

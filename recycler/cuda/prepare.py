@@ -40,9 +40,9 @@ def _mean_query(query, unit, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
     return total / GROUP
 
 
-@triton.jit
-def _compare(
-    unit,
+@triton.jit(do_not_specialize=["n_all_units"])
+def compare(
+    rows,
     query,
     full_query,
     last_query,
@@ -55,6 +55,11 @@ def _compare(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
+    """Measure similarities: a part of `prepare`, and a kernel for policies that are called between the kernels.
+
+    Arguments are those of `prepare`.
+    """
+    unit = tl.load(rows + tl.program_id(0) // KV_HEADS) * KV_HEADS + tl.program_id(0) % KV_HEADS
     channel = tl.arange(0, HEAD_DIM)
     if WANTS_QUERY or WANTS_LAST:
         now = _mean_query(query, unit, GROUP, HEAD_DIM)
@@ -73,37 +78,6 @@ def _compare(
             now += _mean_query(query, first + head, GROUP, HEAD_DIM)
             then += tl.load(full_query + (first + head) * HEAD_DIM + channel)
         tl.store(signals + _LAYER * n_all_units + unit, _cosine(now / KV_HEADS, then / KV_HEADS))
-
-
-@triton.jit(do_not_specialize=["n_all_units"])
-def compare(
-    query,
-    full_query,
-    last_query,
-    signals,
-    n_all_units,
-    WANTS_QUERY: tl.constexpr,
-    WANTS_LAST: tl.constexpr,
-    WANTS_LAYER: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Measure similarities alone, for a policy that is called between the kernels; arguments as in `prepare`."""
-    _compare(
-        tl.program_id(0),
-        query,
-        full_query,
-        last_query,
-        signals,
-        n_all_units,
-        WANTS_QUERY,
-        WANTS_LAST,
-        WANTS_LAYER,
-        KV_HEADS,
-        GROUP,
-        HEAD_DIM,
-    )
 
 
 @triton.jit
@@ -237,8 +211,8 @@ def prepare(
     row = tl.load(rows + nth)
     unit = row * KV_HEADS + head
     if len(CODE) > 0:
-        _compare(
-            unit,
+        compare(
+            rows,
             query,
             full_query,
             last_query,

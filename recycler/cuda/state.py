@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from policies import SIGNALS
+from recycler.cuda.score import HIGH_BINS
 from recycler.units import LayerUnits
-
-# Of the first eleven bits of a float32 that is not negative.
-_HIGH_BINS = 2048
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class UnitState:
         last_query: The same at the last step.
         start: int32 `(rows,)`: place of each row's first token.
         n_own: int32 `(1,)`: own tokens in the cache.
+        rows: int32 `(rows,)`: all rows.
     """
 
     def __init__(
@@ -119,6 +118,7 @@ class UnitState:
         self.last_query = torch.stack([layer.last_query for layer in first]).to(torch.float32)
         self.start = torch.tensor(start, dtype=torch.int32, device=device)
         self.n_own = zeros(1, dtype=torch.int32)
+        self.rows = torch.arange(sizes.rows, dtype=torch.int32, device=device)
 
 
 class Scratch:
@@ -163,7 +163,7 @@ class Scratch:
         self.partial = zeros(parts, sizes.group, sizes.head_dim)
         self.normaliser = zeros(sizes.units, sizes.group)
         self.token_scores = zeros(sizes.units, places)
-        self.counts = zeros(sizes.units, _HIGH_BINS, dtype=torch.int32)
+        self.counts = zeros(sizes.units, HIGH_BINS.value, dtype=torch.int32)
         self.picked = zeros(sizes.units, self.chunks * sizes.chunk_tokens, dtype=torch.int32)
         self.n_picked = zeros(sizes.units, 2, self.chunks, dtype=torch.int32)
         self.marks = zeros(sizes.units, places if measures else 1, dtype=torch.int32)

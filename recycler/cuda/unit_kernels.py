@@ -9,9 +9,10 @@ from torch import Tensor
 
 from policies import SIGNALS, GroupPooling, Ranking, Selection
 from recycler.cuda import modes
-from recycler.cuda.choose import finish, pick, rank_anew, score
-from recycler.cuda.decisions import RowPrograms, all_rows
+from recycler.cuda.choose import finish, pick
+from recycler.cuda.decisions import RowPrograms
 from recycler.cuda.prepare import compare, prepare
+from recycler.cuda.score import rank_anew, score
 from recycler.cuda.state import Scratch, Sizes, UnitState
 from recycler.cuda.walk import merge, walk
 from recycler.kv_layer import GrowingTokens
@@ -65,6 +66,7 @@ class UnitKernels:
         """Measure similarities for a policy that is asked next."""
         state = self._state
         compare[(self._sizes.units,)](
+            self._state.rows,
             query,
             state.full_query[self._layer],
             state.last_query[self._layer],
@@ -81,7 +83,7 @@ class UnitKernels:
         if not programs:
             # Without code, constants and tables are not looked at.
             nothing = self._state.signals
-            self._prepare(query, key, value, all_rows(self._sizes.rows, query.device), (), (), nothing, nothing, 0, 0)
+            self._prepare(query, key, value, self._state.rows, (), (), nothing, nothing, 0, 0)
         for asked in programs:
             program = asked.program
             each = len(program.constants) > 1 or len(program.tables) > 1

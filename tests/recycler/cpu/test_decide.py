@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from policies import (
     FEATURES,
+    QUERY_SIGNALS,
     SIGNALS,
     AlwaysFull,
     BudgetConstrained,
@@ -31,7 +32,7 @@ from policies import (
     policy_program,
 )
 from recycler.cpu.arrays import Signals
-from recycler.cpu.decide import QUERY_SIGNALS, SCHEDULE_SIGNALS, as_program, run_program
+from recycler.cpu.decide import SCHEDULE_SIGNALS, as_program, run_program
 
 LAYERS, ROWS, KV_HEADS = 2, 4, 3
 TABLE = ((1.0, 2.0, 3.5), (10.0, 5.0, 7.0))

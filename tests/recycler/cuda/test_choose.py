@@ -13,7 +13,8 @@ from torch import Tensor
 
 from policies import Selection
 from recycler.cuda import modes
-from recycler.cuda.choose import finish, pick, score
+from recycler.cuda.choose import finish, pick
+from recycler.cuda.score import score
 from recycler.recycled_set import select, token_scores
 
 CHUNK = 16
