@@ -10,7 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_FIRST_ROOM_TOKENS = 256
+# Room is made for so many tokens, or for this part of those there are: at most a fortieth of a long cache is empty, and
+# the copies that growth takes are at most 40 tokens per step.
+_LEAST_ROOM_TOKENS = 128
+_ROOM_PART = 40
 
 
 @dataclass
@@ -31,19 +34,19 @@ class GrowingTokens:
     def after(cls, prompt: Tensor, rows: int | None = None) -> GrowingTokens:
         """Tokens that grow from a prompt, which `rows` rows share (None: as many rows as it has)."""
         prompt = prompt.contiguous()
-        own_rows = prompt.shape[0] if rows is None else rows
-        return cls(prompt, prompt.new_empty((own_rows, prompt.shape[1], _FIRST_ROOM_TOKENS, prompt.shape[3])))
+        own_rows, (_, kv_heads, n_tokens, head_dim) = prompt.shape[0] if rows is None else rows, prompt.shape
+        return cls(prompt, prompt.new_empty((own_rows, kv_heads, _more_room_tokens(n_tokens), head_dim)))
 
     @property
     def n_tokens(self) -> int:
         return self.prompt.shape[2] + self.n_own
 
     def make_room(self) -> bool:
-        """Double the room if it is used up; the only time that tokens are copied. True if it was."""
+        """Make more room if it is used up; the only time that tokens are copied. True if it was."""
         if self.n_own < self.own.shape[2]:
             return False
         rows, kv_heads, room, head_dim = self.own.shape
-        larger = self.own.new_empty((rows, kv_heads, 2 * room, head_dim))
+        larger = self.own.new_empty((rows, kv_heads, room + _more_room_tokens(self.n_tokens), head_dim))
         larger[:, :, :room] = self.own
         self.own = larger
         return True
@@ -54,6 +57,10 @@ class GrowingTokens:
             return self.prompt
         prompt = self.prompt.expand(self.own.shape[0], -1, -1, -1)
         return torch.cat([prompt, self.own[:, :, : self.n_own]], dim=2)
+
+
+def _more_room_tokens(n_tokens: int) -> int:
+    return max(_LEAST_ROOM_TOKENS, n_tokens // _ROOM_PART)
 
 
 class KvLayer(DynamicLayer):  # type: ignore[no-untyped-call]

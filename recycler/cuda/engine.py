@@ -14,8 +14,9 @@ from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
 from recycler.cuda.decisions import HostDecisions, RowPrograms, row_programs
 from recycler.cuda.layer import LayerMath, LayerWeights, layer_weights
 from recycler.cuda.machine import Machine
+from recycler.cuda.own_tokens import OwnTokens
 from recycler.cuda.state import Scratch, Sizes, UnitState
-from recycler.cuda.step_graph import Aside, StepGraph
+from recycler.cuda.step_graph import Aside, StepGraph, stream_for
 from recycler.cuda.unit_kernels import UnitKernels
 from recycler.engine import Decoding, Engine, NotCovered, Totals
 from recycler.hook import refuse_full_window
@@ -119,9 +120,13 @@ class CudaDecoding(Decoding):
         self._places = torch.zeros(rows, dtype=torch.int64, device=device)
         self._logits = torch.empty((rows, parts.head.out_features), dtype=parts.dtype, device=device)
         captures = machine.captures and not (self._host is not None and self._host.in_layers)
-        self._graph = StepGraph(device) if captures else None
-        self._aside = Aside(device)
-        self._refer_to_memory()
+        stream = stream_for(device, "step") if captures else None
+        self._graph = None if stream is None else StepGraph(stream)
+        self._aside = Aside(stream_for(device, "aside"))
+        self._own = OwnTokens(layers, device)
+        # Own tokens that kernels have room to work on.
+        self._reach_tokens = 2 * machine.chunk_tokens
+        self._make_kernels()
 
     @property
     def full(self) -> np.ndarray:
@@ -160,7 +165,9 @@ class CudaDecoding(Decoding):
             for layer in self._layers:
                 for part in layer.parts:
                     part.make_room()
-            self._refer_to_memory()
+            self._own.look(self._layers)
+            if self._own_room() > self._reach_tokens:
+                self._make_kernels()
         self._tokens.copy_(tokens)
         self._places.copy_(places.expand_as(self._places))
         if self._host is not None and not self._host.in_layers:
@@ -202,10 +209,18 @@ class CudaDecoding(Decoding):
     def _tell_token(self) -> None:
         self._state.signals[_TOKEN] = self._tokens[:, None]
 
-    def _refer_to_memory(self) -> None:
-        """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
+    def _own_room(self) -> int:
+        return self._layers[0].parts[0].own.shape[2]
+
+    def _make_kernels(self) -> None:
+        """Point the kernels at memory, and make their room as large as the cache will be for long.
+
+        It takes a hundredth of what the cache does, so that it grows more rarely, and a captured step lasts.
+        """
         sizes, dtype = self._sizes, self._parts.dtype
-        places = sizes.n_prompt + self._layers[0].parts[0].own.shape[2]
+        while self._reach_tokens < self._own_room():
+            self._reach_tokens *= 2
+        places = sizes.n_prompt + self._reach_tokens
         device = self._state.start.device
         with torch.inference_mode(False):
             measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
@@ -218,7 +233,8 @@ class CudaDecoding(Decoding):
                 sizes,
                 self._state,
                 scratch,
-                *self._layers[layer].parts,
+                tuple(part.prompt for part in self._layers[layer].parts),
+                self._own,
                 self._selection,
                 self._needs,
                 module.self_attn.scaling,

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from policies import SIGNALS
 from recycler.cuda.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
+from recycler.cuda.own_tokens import own_tokens
 from recycler.cuda.program import run_program
 
 _STEP, _AGE, _N_FULL, _QUERY, _LAST, _LAYER, _MASS, _OVERLAP = (
@@ -111,14 +112,14 @@ def _admit(
     return tl.minimum(n_tokens + 1, size)
 
 
-@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "constants_row", "tables_row", "n_prompt", "room"])
+@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "constants_row", "tables_row", "n_prompt"])
 def prepare(
     rows,
     query,
     key,
     value,
-    own_key,
-    own_value,
+    own,
+    room,
     full_query,
     last_query,
     positions,
@@ -143,7 +144,6 @@ def prepare(
     constants_row,
     tables_row,
     n_prompt,
-    room,
     CODE: tl.constexpr,
     RESULTS: tl.constexpr,
     WANTS_QUERY: tl.constexpr,
@@ -165,8 +165,8 @@ def prepare(
         query: As stored, `(rows, kv_heads, group, head_dim)`, after rotary embedding.
         key: As stored, `(rows, kv_heads, head_dim)`: this step's.
         value: The same.
-        own_key: As stored, `(rows, kv_heads, room, head_dim)`: gets the key.
-        own_value: Gets the value.
+        own: int64 `(2,)`: where keys and values since the prompt are, as `walk` has them; gets the new ones.
+        room: int32 `(1,)`: of the own part.
         full_query: float32 `(units, head_dim)`: mean query of the group at the last full step.
         last_query: float32 `(units, head_dim)`: the same at the step before; brought up to date.
         positions: int32 `(units, K)`: places of the sets' tokens.
@@ -192,7 +192,6 @@ def prepare(
         constants_row: From the constants of one row to those of the next; 0 if all have the same.
         tables_row: The same of tables.
         n_prompt: Tokens of the prompt.
-        room: Of the own part.
         CODE: Of a `DeviceProgram`; empty to take `given`.
         RESULTS: The same.
         WANTS_QUERY: Whether the policy reads the query similarity; like what follows.
@@ -242,12 +241,13 @@ def prepare(
 
     channel = tl.arange(0, HEAD_DIM)
     tl.store(last_query + unit * HEAD_DIM + channel, _mean_query(query, unit, GROUP, HEAD_DIM))
-    own = tl.load(n_own)
-    to = (unit.to(tl.int64) * room + own) * HEAD_DIM + channel
+    n_before = tl.load(n_own)
+    own_key, own_value = own_tokens(own, key.dtype.element_ty)
+    to = (unit.to(tl.int64) * tl.load(room) + n_before) * HEAD_DIM + channel
     tl.store(own_key + to, tl.load(key + unit * HEAD_DIM + channel))
     tl.store(own_value + to, tl.load(value + unit * HEAD_DIM + channel))
 
-    place, first, size = n_prompt + own, tl.load(start + row), tl.load(sizes + head)
+    place, first, size = n_prompt + n_before, tl.load(start + row), tl.load(sizes + head)
     n_tokens = _admit(
         place,
         first,

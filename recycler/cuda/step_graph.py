@@ -16,12 +16,11 @@ class StepGraph:
     second one captures it; from then on it is one launch. All three take the step once.
 
     Args:
-        device: The GPU.
+        stream: Of the GPU, where a step is captured.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        # Libraries keep memory for every stream that they have seen, so runs share one.
-        self._stream = _stream(device, "step")
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_ready = False
 
@@ -56,11 +55,12 @@ class Aside:
     """Work that nothing waits for until `join`, on a second stream, which a graph captures as a branch.
 
     Args:
-        device: Where it is done; on anything but a GPU, at once.
+        stream: Where it is done; None where there are no streams, and it is done at once.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = _stream(device, "aside") if device.type == "cuda" else None
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        self._is_under_way = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -69,15 +69,22 @@ class Aside:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
+        self._is_under_way = True
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
-        """Let what follows wait for it."""
-        if self._stream is not None:
+        """Let what follows wait for it, if there is any."""
+        # A capture must not wait for a stream that it has not reached yet.
+        if self._stream is not None and self._is_under_way:
             torch.cuda.current_stream().wait_stream(self._stream)
+            self._is_under_way = False
 
 
 @cache
-def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def stream_for(device: torch.device, purpose: str) -> torch.cuda.Stream | None:
+    """A GPU's stream for a purpose; None on another device.
+
+    Libraries keep memory for every stream that they have seen, so runs share one.
+    """
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

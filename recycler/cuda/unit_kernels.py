@@ -11,11 +11,11 @@ from policies import SIGNALS, GroupPooling, Ranking, Selection
 from recycler.cuda import modes
 from recycler.cuda.choose import finish, pick
 from recycler.cuda.decisions import RowPrograms
+from recycler.cuda.own_tokens import OwnTokens
 from recycler.cuda.prepare import compare, prepare
 from recycler.cuda.score import rank_anew, score
 from recycler.cuda.state import Scratch, Sizes, UnitState
 from recycler.cuda.walk import merge, walk
-from recycler.kv_layer import GrowingTokens
 
 _N_PARTS_AT_ONCE = 32
 _MASS, _OVERLAP = SIGNALS.index("refresh_mass"), SIGNALS.index("refresh_overlap")
@@ -29,8 +29,8 @@ class UnitKernels:
         sizes: Of the run.
         state: Of all units.
         scratch: Shared by all layers.
-        key: The layer's keys.
-        value: The layer's values.
+        prompt: The layer's keys and values of the prompt.
+        own: Where those since are.
         selection: How sets are chosen.
         needs: Measured signals that the policy reads.
         scaling: Factor on query x key.
@@ -45,8 +45,8 @@ class UnitKernels:
         sizes: Sizes,
         state: UnitState,
         scratch: Scratch,
-        key: GrowingTokens,
-        value: GrowingTokens,
+        prompt: tuple[Tensor, ...],
+        own: OwnTokens,
         selection: Selection,
         needs: frozenset[str],
         scaling: float,
@@ -55,7 +55,7 @@ class UnitKernels:
         by_values: bool,
     ) -> None:
         self._layer, self._sizes, self._state, self._scratch = layer, sizes, state, scratch
-        self._key, self._value, self._selection, self._scaling = key, value, selection, scaling
+        self._prompt, self._own, self._selection, self._scaling = prompt, own, selection, scaling
         self._tile, self._by_keys, self._by_values = tile_tokens, by_keys, by_values
         self._wants = tuple(name in needs for name in ("query_similarity", "step_similarity", "layer_similarity"))
         self._measures = bool(needs & {"refresh_mass", "refresh_overlap"})
@@ -120,8 +120,8 @@ class UnitKernels:
             query,
             key,
             value,
-            self._key.own,
-            self._value.own,
+            self._own.addresses[layer],
+            self._own.room,
             state.full_query[layer],
             state.last_query[layer],
             state.positions[layer],
@@ -146,7 +146,6 @@ class UnitKernels:
             constants_row,
             tables_row,
             sizes.n_prompt,
-            self._key.own.shape[2],
             CODE=code,
             RESULTS=results,
             WANTS_QUERY=self._wants[0],
@@ -199,7 +198,7 @@ class UnitKernels:
 
     def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
         state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
-        prompt = self._key.prompt
+        key, value = self._prompt
         # Tensor cores take 16 rows; float32 is multiplied without them, and rows of zeros take time.
         least_rows = 1 if query.dtype == torch.float32 else 16
         how = {
@@ -211,11 +210,11 @@ class UnitKernels:
         }
         walk[(sizes.n_programs,)](
             query,
-            prompt,
-            self._value.prompt,
-            0 if prompt.shape[0] < sizes.rows else prompt.stride(0),
-            self._key.own,
-            self._value.own,
+            key,
+            value,
+            0 if key.shape[0] < sizes.rows else key.stride(0),
+            self._own.addresses[layer],
+            self._own.room,
             state.positions[layer],
             state.filled[layer],
             unit_modes,
@@ -228,7 +227,6 @@ class UnitKernels:
             self._scaling,
             sizes.units,
             sizes.n_prompt,
-            self._key.own.shape[2],
             scratch.places,
             K=sizes.k,
             ROWS=max(least_rows, _power_of_2(sizes.group)),

@@ -6,20 +6,21 @@ import triton
 import triton.language as tl
 
 from recycler.cuda.modes import RECYCLED
+from recycler.cuda.own_tokens import own_tokens
 from recycler.cuda.shares import first_tile, program_of, tiles_of_units
 
 # The largest logit of no tokens.
 NOTHING = tl.constexpr(-1e30)
 
 
-@triton.jit(do_not_specialize=["n_units", "n_prompt", "room", "places"])
+@triton.jit(do_not_specialize=["n_units", "n_prompt", "places"])
 def walk(
     query,
     prompt_key,
     prompt_value,
     prompt_row,
-    own_key,
-    own_value,
+    own,
+    room,
     positions,
     filled,
     modes,
@@ -32,7 +33,6 @@ def walk(
     scaling,
     n_units,
     n_prompt,
-    room,
     places,
     K: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -54,8 +54,8 @@ def walk(
         prompt_key: As stored, `(rows or 1, kv_heads, n_prompt, head_dim)`.
         prompt_value: The same.
         prompt_row: Elements from one row of the prompt's part to the next; 0 if all rows share it.
-        own_key: As stored, `(rows, kv_heads, room, head_dim)`: tokens since the prompt.
-        own_value: The same.
+        own: int64 `(2,)`: where keys and values since the prompt are, as stored, `(rows, kv_heads, room, head_dim)`.
+        room: int32 `(1,)`: of the own part.
         positions: int32 `(units, K)`: places of the sets' tokens.
         filled: int32 `(units,)`: tokens in each set.
         modes: int8 `(units,)`.
@@ -69,7 +69,6 @@ def walk(
         scaling: Factor on query x key.
         n_units: Units of the layer.
         n_prompt: Tokens of the prompt.
-        room: Of the own part.
         places: Of the logits.
         K: Slots of a set.
         KV_HEADS: Of a row.
@@ -82,6 +81,8 @@ def walk(
         KEEPS_SET_LOGITS: Whether sets are ranked anew by them.
     """
     end = n_prompt + tl.load(n_own) + 1
+    own_key, own_value = own_tokens(own, prompt_key.dtype.element_ty)
+    own_room = tl.load(room)
     tiles = tiles_of_units(modes, filled, start, end, n_units, KV_HEADS, UNITS, TILE)
     ends = tl.cumsum(tiles)
     n_tiles = tl.sum(tiles)
@@ -109,7 +110,7 @@ def walk(
         n_tokens = tl.where(recycled, n_listed, end - first)
         n_kept = n_tokens if KEEPS_SET_LOGITS else n_tokens - n_listed
         prompt_base = row * prompt_row + head.to(tl.int64) * n_prompt * HEAD_DIM
-        own_base = (unit.to(tl.int64) * room - n_prompt) * HEAD_DIM
+        own_base = (unit.to(tl.int64) * own_room - n_prompt) * HEAD_DIM
         q = tl.load(
             query + (unit * GROUP + member[:, None]) * HEAD_DIM + channel[None, :],
             mask=member[:, None] < GROUP,

@@ -120,7 +120,7 @@ class TestGrowth:
         append(tokens, tokens_of(600, seed=1))
         assert tokens.prompt.data_ptr() == prompt.data_ptr()
 
-    def test_tokens_stay_when_the_room_doubles(self) -> None:
+    def test_tokens_stay_when_the_room_grows(self) -> None:
         prompt, more = tokens_of(N_PROMPT), tokens_of(600, seed=1)
         tokens, grown = GrowingTokens.after(prompt), []
         room = tokens.own.shape[2]
@@ -129,9 +129,20 @@ class TestGrowth:
                 grown.append(i)
             tokens.own[:, :, tokens.n_own] = more[:, :, i]
             tokens.n_own += 1
-        assert grown == [room, 2 * room] == [256, 512]
+        assert grown == [128, 256, 384, 512]
+        assert room == 128
         assert tokens.n_tokens == N_PROMPT + 600
         assert torch.equal(tokens.joined(), torch.cat([prompt, more], dim=2))
+
+    @pytest.mark.parametrize("n_prompt", [1, 4096, 20_000])
+    def test_little_room_is_empty_and_tokens_are_rarely_copied(self, n_prompt: int) -> None:
+        tokens = GrowingTokens.after(torch.zeros(1, 1, n_prompt, 1))
+        n_copied = 0
+        for _ in range(30_000):
+            n_copied += tokens.n_own * tokens.make_room()
+            tokens.n_own += 1
+            assert tokens.own.shape[2] - tokens.n_own < max(128, tokens.n_tokens / 40)
+        assert n_copied <= 40 * 30_000
 
     def test_rows_may_share_a_prompt(self) -> None:
         prompt, more = tokens_of(N_PROMPT, rows=1), tokens_of(N_OWN, rows=5)

@@ -211,12 +211,12 @@ def test_a_batch_is_its_rows_alone(tiny: Make, make_tokens: Make, on_engine: Mak
 def test_buffers_grow_and_nothing_is_lost(
     tiny: Make, make_tokens: Make, on_engine: Make, policy: StepPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Room for 4 tokens at first: it is doubled twice.
-    monkeypatch.setattr("recycler.kv_layer._FIRST_ROOM_TOKENS", 4)
+    # The cache grows every 3 tokens, and with 9 and 18 more than the kernels have room for.
+    monkeypatch.setattr("recycler.kv_layer._LEAST_ROOM_TOKENS", 3)
     model, tokens = tiny(), make_tokens(14)
-    plain = decode(model, tokens, policy, 14, fast=False)
-    on_engine()
-    assert_same_run(decode(model, tokens, policy, 14), plain)
+    plain = decode(model, tokens, policy, 20, fast=False)
+    on_engine(chunk_tokens=4)
+    assert_same_run(decode(model, tokens, policy, 20), plain)
 
 
 def test_how_the_work_is_shared_changes_nothing_but_rounding(tiny: Make, make_tokens: Make, on_engine: Make) -> None:

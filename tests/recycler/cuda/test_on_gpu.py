@@ -139,9 +139,14 @@ def test_memory_beyond_the_dense_cache_is_a_twentieth_of_it(models: Make, monkey
     assert torch.cuda.max_memory_allocated() - at_begin[0] <= 0.05 * cache_bytes
 
 
-def test_a_graph_is_captured_anew_when_the_cache_grows(models: Make) -> None:
+@pytest.mark.parametrize("chunk_tokens", [64, 2048], ids=["captured anew", "captured once"])
+def test_a_graph_survives_the_growth_of_the_cache(
+    models: Make, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
+) -> None:
     model = models(torch.float32)
-    # Room is for 256 tokens at first.
+    machine = Machine(**(vars(Machine.of(torch.device("cuda"))) | {"chunk_tokens": chunk_tokens}))
+    monkeypatch.setattr("recycler.session.engine_for", lambda model: CudaEngine(model, machine))
+    # The cache grows every 128 tokens.
     found, _ = generate(model, AlwaysFull(), 300, n_new=300)
     assert found == generate(model, None, 300, n_new=300)[0]
 

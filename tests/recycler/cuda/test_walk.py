@@ -72,6 +72,8 @@ def run(case: Case, device: torch.device, *, n_programs: int = 3, tile: int = 16
     partial = empty(n_programs + units, group, head_dim)
     attended = torch.zeros((units, group, head_dim), dtype=case.query.dtype, device=device)
     last_query, full_query = torch.ones((units, head_dim), device=device), torch.zeros((units, head_dim), device=device)
+    addresses = torch.tensor([part.data_ptr() for part in own], device=device)
+    own_room = torch.tensor([room], dtype=torch.int32, device=device)
     query, sets, filled = (x.to(device).contiguous() for x in (case.query, case.sets, case.filled))
     how = {
         "KV_HEADS": kv_heads,
@@ -82,8 +84,8 @@ def run(case: Case, device: torch.device, *, n_programs: int = 3, tile: int = 16
         "READS_VALUES": values,
     }
     walk[(n_programs,)](
-        query, *prompt, 0 if case.shared else prompt[0].stride(0), *own, sets, filled, unit_modes, start,
-         n_own, logits, highest, total, partial, head_dim**-0.5, units, case.n_prompt, room, places,
+        query, *prompt, 0 if case.shared else prompt[0].stride(0), addresses, own_room, sets, filled, unit_modes, start,
+         n_own, logits, highest, total, partial, head_dim**-0.5, units, case.n_prompt, places,
         K=k, ROWS=16, KEEPS_SET_LOGITS=False, **how,
     )  # fmt: skip
     merge[(units, group)](
