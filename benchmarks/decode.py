@@ -191,7 +191,7 @@ def main(
                 f"\ncontext {context:,}, batch {batch}: floor {floors['full']:.1f} ms full, "
                 f"{floors['recycled']:.1f} ms recycled, {ideal:.1f} ms at a tenth full"
             )
-            dense_bytes = weights + batch * context * token_bytes
+            dense_bytes = batch * (context + steps) * token_bytes
             rows += _time_cases(console, bench, cases, context, batch, k, rounds, floor_ms, dense_bytes)
             for row in rows[-len(cases) - 1 :]:
                 row |= {"device": where.type, "dtype": dtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -43,7 +44,7 @@ class Timed:
         engine: What ran them.
         full_share: Share of unit-steps that ran full, a keys-only refresh counted half.
         tokens_read: What a unit read of the cache in a step, in tokens, mean.
-        peak_bytes: Most memory in use on a GPU in these steps, weights and cache included; 0 elsewhere.
+        peak_bytes: Most memory that the cache and decoding took on a GPU in these steps; 0 elsewhere.
     """
 
     step_ms: float
@@ -82,6 +83,9 @@ class Bench:
 
     def time(self, case: Case, context_tokens: int, batch: int) -> Timed:
         """Decode after a context; the first two steps, which make room, do not count."""
+        gc.collect()
+        on_gpu = self._tokens.is_cuda
+        in_use_bytes = torch.cuda.memory_allocated() if on_gpu else 0
         n_prompt = context_tokens - 1
         cache = self._static(n_prompt, batch) if case.static else self._dynamic(n_prompt, batch)
         repeats = -(-context_tokens // self._tokens.shape[1])
@@ -101,7 +105,7 @@ class Bench:
                 pad_token_id=0,
             )
         step_ms = (clock.times[-1] - clock.times[2]) / self._steps * 1e3
-        peak = torch.cuda.max_memory_allocated() if tokens.is_cuda else 0
+        peak = torch.cuda.max_memory_allocated() - in_use_bytes if on_gpu else 0
         if session is None or clock.before is None:
             return Timed(step_ms, "transformers", 1.0, context_tokens + self._steps / 2, peak)
         before, after = clock.before, session.receipt()

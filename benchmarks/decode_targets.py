@@ -27,7 +27,14 @@ def on_h200(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     floor = min(row["floor_share"] for row in recycled_rows)
     reached.append(_target("a recycled step within 1.3 x its floor everywhere", round(1 / 1.3, 4), floor))
     peak = max(row["peak_share"] for row in policy.values())
-    return [*reached, {"target": "memory within 1.05 x weights and cache", "reached": peak, "met": peak <= 1.05}]
+    return [
+        *reached,
+        {
+            "target": "cache and all that decoding takes within 1.05 x the dense cache",
+            "reached": peak,
+            "met": peak <= 1.05,
+        },
+    ]
 
 
 def _target(target: str, least: float, reached: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
 from recycler.cuda.decisions import HostDecisions, RowPrograms, row_programs
-from recycler.cuda.layer import LayerMath, LayerWeights, layer_weights
+from recycler.cuda.layer import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
 from recycler.cuda.machine import Machine
 from recycler.cuda.own_tokens import OwnTokens
 from recycler.cuda.state import Scratch, Sizes, UnitState
@@ -61,7 +61,7 @@ class CudaEngine(Engine):
             raise NotCovered(f"the model's rotary embedding ({rope}) changes with the positions")
         self._parts, self._machine = parts, machine
         self._weights = [layer_weights(layer) for layer in parts.layers]
-        self._math = LayerMath(parts, machine.compiles)
+        self._last = last_weights(parts)
 
     def begin(
         self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
@@ -70,28 +70,29 @@ class CudaEngine(Engine):
             raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
         # Tensors that all steps may write to, whatever mode the prompt was read in.
         with _on(units[0].full_query.device), torch.inference_mode(False), torch.no_grad():
-            return CudaDecoding(self._parts, self._weights, self._math, self._machine, layers, units, policy, start)
+            return CudaDecoding(self._parts, self._weights, self._last, self._machine, layers, units, policy, start)
 
 
 class CudaDecoding(Decoding):
-    """See `Decoding`. Args: those of `Engine.begin`, after the model's parts, weights and functions and the machine."""
+    """See `Decoding`. Args: those of `Engine.begin`, after the model's parts and weights and the machine."""
 
     def __init__(
         self,
         parts: DecoderParts,
         weights: Sequence[LayerWeights],
-        math: LayerMath,
+        last: LastWeights,
         machine: Machine,
         layers: Sequence[KvLayer],
         units: Sequence[LayerUnits],
         policy: StepPolicy,
         start: np.ndarray,
     ) -> None:
-        self._parts, self._weights, self._math, self._machine = parts, weights, math, machine
+        self._parts, self._weights, self._last, self._machine = parts, weights, last, machine
         self._layers, self._needs, self._selection = layers, policy.needs, units[0].recycled.selection
         key, _ = layers[0].parts
         rows, kv_heads, _, head_dim = key.own.shape
         device = key.own.device
+        self._math = LayerMath(parts, rows, machine.compiles)
         first = parts.layers[0].self_attn
         self._sizes = Sizes(
             rows=rows,
@@ -190,20 +191,22 @@ class CudaDecoding(Decoding):
         x = self._parts.embedding.weight[self._tokens]
         # Per row, for all heads: `(rows, 1, head_dim)`.
         cosine, sine = self._parts.rotary(x, self._places[:, None])
+        query, key, value = self._math.enter(x, self._weights[0], cosine, sine)
         for layer, (weights, kernels) in enumerate(zip(self._weights, self._kernels, strict=True)):
-            query, key, value = self._math.project(x, weights, cosine, sine)
             if self._host is not None and self._host.in_layers:
                 kernels.compare(query)
                 self._host.decide(self._state.signals, self._state.given, layer)
-            # New sets are chosen while the layer before feeds and this one projects.
+            # The layer before chooses new sets while torch gets from its attention to here.
             self._aside.join()
             kernels.prepare(query, key, value, self._programs)
             attended = kernels.attend(query)
             with self._aside():
                 kernels.settle()
-            x = self._math.feed(x, attended, weights)
+            if layer + 1 < len(self._weights):
+                following = self._weights[layer + 1]
+                x, query, key, value = self._math.cross(x, attended, weights, following, cosine, sine)
+        self._logits.copy_(self._math.leave(x, attended, weights, self._last))
         self._aside.join()
-        self._logits.copy_(self._math.predict(x))
         self._state.n_own += 1
 
     def _tell_token(self) -> None:

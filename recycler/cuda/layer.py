@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from recycler.engine import NotCovered
 from recycler.model_weights import DecoderParts
 
 
@@ -18,12 +19,8 @@ class LayerWeights(NamedTuple):
     """A decoder layer's weights, where they lie in the model; matrices are `(outputs, inputs)`."""
 
     norm: Tensor
-    query: Tensor
-    query_bias: Tensor | None
-    key: Tensor
-    key_bias: Tensor | None
-    value: Tensor
-    value_bias: Tensor | None
+    projections: Tensor
+    projections_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
     output: Tensor
@@ -37,58 +34,105 @@ class LayerWeights(NamedTuple):
     down_bias: Tensor | None
 
 
+class LastWeights(NamedTuple):
+    """The weights after the last layer."""
+
+    norm: Tensor
+    head: Tensor
+    head_bias: Tensor | None
+
+
 def layer_weights(layer: Any) -> LayerWeights:
-    """The weights of a layer of `DecoderParts`."""
+    """The weights of a layer of `DecoderParts`, those for queries, keys and values brought together."""
     attention, mlp = layer.self_attn, layer.mlp
-
-    def of(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        return module.weight.detach(), None if module.bias is None else module.bias.detach()
-
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return LayerWeights(
         layer.input_layernorm.weight.detach(),
-        *of(attention.q_proj),
-        *of(attention.k_proj),
-        *of(attention.v_proj),
+        *stacked((attention.q_proj, attention.k_proj, attention.v_proj)),
         None if query_norm is None else query_norm.weight.detach(),
         None if key_norm is None else key_norm.weight.detach(),
-        *of(attention.o_proj),
+        *_linear_weights(attention.o_proj),
         layer.post_attention_layernorm.weight.detach(),
-        *of(mlp.gate_proj),
-        *of(mlp.up_proj),
-        *of(mlp.down_proj),
+        *_linear_weights(mlp.gate_proj),
+        *_linear_weights(mlp.up_proj),
+        *_linear_weights(mlp.down_proj),
     )
 
 
+def last_weights(parts: DecoderParts) -> LastWeights:
+    """The weights after the last layer of `DecoderParts`."""
+    return LastWeights(parts.norm.weight.detach(), *_linear_weights(parts.head))
+
+
+def stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of linear layers with the same inputs, one below the other.
+
+    The layers' own become parts of them, so that nothing is there twice.
+
+    Raises:
+        NotCovered: If some of the layers have biases and others have none.
+    """
+    with_bias = [layer for layer in layers if layer.bias is not None]
+    if len(with_bias) not in (0, len(layers)):
+        raise NotCovered("some of the projections to queries, keys and values have biases, and others have none")
+    # The layers may be trained later on, whatever mode they decode in.
+    with torch.inference_mode(False), torch.no_grad():
+        weight = _stacked([layer.weight for layer in layers])
+        return weight, _stacked([layer.bias for layer in layers]) if with_bias else None
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    first, ends = parts[0], [part.storage_offset() + part.numel() for part in parts]
+    if all(
+        after.is_contiguous()
+        and after.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and after.storage_offset() == end
+        for after, end in zip(parts[1:], ends, strict=False)
+    ):
+        n = sum(len(part) for part in parts)
+        return first.detach().as_strided((n, *first.shape[1:]), first.stride())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, of_whole in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = of_whole
+    return whole
+
+
+def _linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+
 class LayerMath:
-    """The functions, with a model's constants in them.
+    """What happens between the attention of one layer and that of the next, with a model's constants in it.
+
+    One function from attention to attention leaves the fewest kernels.
 
     Args:
         parts: Of the model.
+        rows: Of the batch.
         compiles: Whether torch compiles the functions.
 
     Attributes:
-        project: `(x, weights, cosine, sine)` to queries `(rows, query_heads, head_dim)`, keys and values
-            `(rows, kv_heads, head_dim)`, after rotary embedding; `x` is the residual stream `(rows, hidden)`.
-        feed: `(x, attended, weights)` to the residual stream after the layer.
-        predict: `(x)` to logits `(rows, vocabulary)`.
+        enter: `(x, weights, cosine, sine)` to queries `(rows, query_heads, head_dim)`, keys and values
+            `(rows, kv_heads, head_dim)` of the first layer, after rotary embedding; `x` is the residual stream
+            `(rows, hidden)`.
+        cross: `(x, attended, weights, following, cosine, sine)` to the residual stream after a layer, and queries, keys
+            and values of the one that follows.
+        leave: `(x, attended, weights, last)` to logits `(rows, vocabulary)` after the last layer.
     """
 
-    def __init__(self, parts: DecoderParts, compiles: bool) -> None:
+    def __init__(self, parts: DecoderParts, rows: int, compiles: bool) -> None:
         first = parts.layers[0]
         eps, feed_eps = first.input_layernorm.variance_epsilon, first.post_attention_layernorm.variance_epsilon
-        head_dim = first.self_attn.head_dim
-        query_norm = getattr(first.self_attn, "q_norm", None)
+        attention, last_eps = first.self_attn, parts.norm.variance_epsilon
+        query_norm = getattr(attention, "q_norm", None)
         head_eps = 0.0 if query_norm is None else query_norm.variance_epsilon
-        last_norm, last_eps = parts.norm.weight.detach(), parts.norm.variance_epsilon
-        head = parts.head.weight.detach()
-        head_bias = None if parts.head.bias is None else parts.head.bias.detach()
+        head_dim = attention.head_dim
+        n_heads = [module.out_features // head_dim for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
-        def project(x: Tensor, weights: LayerWeights, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def enter(x: Tensor, weights: LayerWeights, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             normed = _rms_norm(x, weights.norm, eps)
-            query = linear(normed, weights.query, weights.query_bias).unflatten(-1, (-1, head_dim))
-            key = linear(normed, weights.key, weights.key_bias).unflatten(-1, (-1, head_dim))
-            value = linear(normed, weights.value, weights.value_bias).unflatten(-1, (-1, head_dim))
+            heads = linear(normed, weights.projections, weights.projections_bias).unflatten(-1, (-1, head_dim))
+            query, key, value = heads.split(n_heads, dim=1)
             if weights.query_norm is not None and weights.key_norm is not None:
                 query = _rms_norm(query, weights.query_norm, head_eps)
                 key = _rms_norm(key, weights.key_norm, head_eps)
@@ -102,16 +146,28 @@ class LayerMath:
             up = linear(normed, weights.up, weights.up_bias)
             return x + linear(gate * up, weights.down, weights.down_bias)
 
-        def predict(x: Tensor) -> Tensor:
-            return linear(_rms_norm(x, last_norm, last_eps), head, head_bias)
+        def cross(
+            x: Tensor, attended: Tensor, weights: LayerWeights, following: LayerWeights, cosine: Tensor, sine: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            x = feed(x, attended, weights)
+            return x, *enter(x, following, cosine, sine)
 
-        shapes = tuple(None if part is None else part.shape for part in (*layer_weights(first), head, head_bias))
-        key = (head.dtype, shapes, eps, feed_eps, head_dim, head_eps, last_eps)
+        def leave(x: Tensor, attended: Tensor, weights: LayerWeights, last: LastWeights) -> Tensor:
+            return linear(_rms_norm(feed(x, attended, weights), last.norm, last_eps), last.head, last.head_bias)
+
+        weights = (*layer_weights(first), *last_weights(parts))
+        shapes = tuple(None if part is None else part.shape for part in weights)
+        key = (parts.dtype, rows, shapes, eps, feed_eps, head_dim, head_eps, last_eps)
 
         def ready(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(with_code_of_its_own(function, key)) if compiles else function
+            if not compiles:
+                return function
+            # For one row torch can write its products of a matrix and a vector itself, together with what is around
+            # them, and says that they reach the memory's bandwidth only when tuned so.
+            options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if rows == 1 else None
+            return torch.compile(with_code_of_its_own(function, key), dynamic=False, options=options)
 
-        self.project, self.feed, self.predict = ready(project), ready(feed), ready(predict)
+        self.enter, self.cross, self.leave = ready(enter), ready(cross), ready(leave)
 
 
 def with_code_of_its_own(function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
