@@ -17,7 +17,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,91 +24,28 @@ import torch
 import typer
 from decode_bench import Bench, Case, Timed, bookkeeping_share, read_gb_per_s, scaled, staggered
 from decode_picture import draw
+from decode_subject import USUAL, subject_of
 from decode_targets import on_h200
 from llama import LlamaTimes
 from machine import machine_name, not_measured
 from rich.console import Console
 from rich.table import Table
-from shapes import random_model
-from transformers import PreTrainedModel
 
 from policies import (
     AlwaysFull,
     BudgetConstrained,
-    CosineThreshold,
     FixedStride,
     NeverFull,
-    PolicyFile,
-    Selection,
-    StepPolicy,
 )
-from recycler import default_prompts, load_model, model_shape
+from recycler import model_shape
 from recycler.recorder import versions
 from traces.command import run_command
-
-_PROMPT_TOKENS = 2048
-_TUNED = Path(__file__).parents[1] / "docs/results/policy-budget-0.1.json"
 
 
 @contextmanager
 def _progress(console: Console, text: str) -> Iterator[None]:
     with console.status(text):
         yield
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured unless options say otherwise."""
-
-    dtype: str
-    contexts: str
-    batches: str
-    k: int
-
-
-_SIZES = {
-    "cpu": Sizes("float32", "2000,8000,32000", "1,4", 512),
-    "cuda": Sizes("bfloat16", "4096,65536,131072", "1,8", 2048),
-}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, some tokens to fill its cache with, and a policy for it.
-
-    Attributes:
-        name: What to call the model.
-        model: The model.
-        tokens: int64 `(1, n)`.
-        policy: With decisions of its own.
-        policy_name: What it is.
-        selection: Of the policy, at its own k; None for the default one.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokens: torch.Tensor
-    policy: StepPolicy
-    policy_name: str
-    selection: Selection | None = None
-
-
-def _subject(model: str | None, shape: str | None, dtype: str, device: str | None, policy: Path | None) -> Subject:
-    if shape is not None:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        made = random_model(shape, dtype, where)
-        tokens = torch.randint(made.config.vocab_size, (1, _PROMPT_TOKENS), device=where)
-        # Reads the query at every step and layer, and is held to a tenth by its accounts alone: random weights turn
-        # queries away at random.
-        asks = BudgetConstrained(CosineThreshold(1.0), 0.1)
-        return Subject(f"random weights in the shape of {shape}", made, tokens, asks, "cosine under a budget")
-    loaded = load_model(model, dtype=dtype, device=device)
-    prompt = default_prompts(
-        loaded.tokenizer, n_per_kind=1, context_tokens=_PROMPT_TOKENS, n_steps=1, kinds=["technical"]
-    )[0]
-    tokens = torch.as_tensor(prompt.tokens[:_PROMPT_TOKENS].astype("int64"), device=loaded.model.device)[None]
-    file = PolicyFile.read(policy or _TUNED)
-    return Subject(loaded.id, loaded.model, tokens, file.policy, "tuned policy", file.selection)
 
 
 def main(
@@ -124,8 +60,13 @@ def main(
     k: Annotated[int | None, typer.Option(help="Tokens of a set: 512 (cpu), 2048 (cuda).", min=40)] = None,
     policy: Annotated[Path | None, typer.Option(help="A tuned policy to time; default: docs/results.")] = None,
     steps: Annotated[int, typer.Option(help="Steps per case and round, a multiple of 10.", min=10)] = 40,
-    rounds: Annotated[int, typer.Option(help="Rounds, each through all cases; medians are reported.", min=1)] = 5,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds through all cases; medians are reported: 5 (cpu), 3 (cuda).", min=1)
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: torch's own choice.", min=1)] = None,
+    tune: Annotated[
+        bool, typer.Option(help="Let torch search for its fastest kernels on a GPU: minutes, once.")
+    ] = False,
     llama: Annotated[Path | None, typer.Option(help="JSON of benchmarks/llama.py, for the same table.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Where to draw tokens/s against context, a PNG file.")] = None,
 ) -> dict[str, Any]:
@@ -134,15 +75,17 @@ def main(
         raise ValueError(f"--steps must be a multiple of 10, so that strides of 10 come out even, not {steps}.")
     if (nothing := not_measured(device)) is not None:
         return nothing
+    if tune:
+        torch._inductor.config.coordinate_descent_tuning = True
     if threads is not None:
         torch.set_num_threads(threads)
     kind = "cuda" if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else "cpu"
-    sizes = _SIZES[kind]
-    dtype, k = dtype or sizes.dtype, k or sizes.k
+    usual = USUAL[kind]
+    dtype, k, rounds = dtype or usual.dtype, k or usual.k, rounds or usual.rounds
     if kind == "cuda" and model is None:
         shape = shape or "llama-3.1-8b"
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 176)
-    subject = _subject(model, shape, dtype, device, policy)
+    subject = subject_of(model, shape, dtype, device, policy)
     units, where = model_shape(subject.model), subject.model.device
     # A tuned policy has sets that it was tuned with, refreshes by keys and sizes per unit included.
     own = None if subject.selection is None else scaled(subject.selection, k)
@@ -181,20 +124,19 @@ def main(
         return weights + 1.1 * batch * context * token_bytes < torch.cuda.get_device_properties(where).total_memory
 
     rows: list[dict[str, Any]] = []
-    for batch in _numbers(batches or sizes.batches, "--batches"):
-        for context in _numbers(contexts or sizes.contexts, "--contexts"):
-            if not fits(context, batch):
-                continue
-            floors = {name: floor_ms(n, batch) for name, n in (("full", context), ("recycled", min(k, context)))}
-            ideal = 0.1 * floors["full"] + 0.9 * floors["recycled"]
-            console.print(
-                f"\ncontext {context:,}, batch {batch}: floor {floors['full']:.1f} ms full, "
-                f"{floors['recycled']:.1f} ms recycled, {ideal:.1f} ms at a tenth full"
-            )
-            dense_bytes = batch * (context + steps) * token_bytes
-            rows += _time_cases(console, bench, cases, context, batch, k, rounds, floor_ms, dense_bytes)
-            for row in rows[-len(cases) - 1 :]:
-                row |= {"device": where.type, "dtype": dtype}
+    for batch, context in usual.pairs(batches, contexts):
+        if not fits(context, batch):
+            continue
+        floors = {name: floor_ms(n, batch) for name, n in (("full", context), ("recycled", min(k, context)))}
+        ideal = 0.1 * floors["full"] + 0.9 * floors["recycled"]
+        console.print(
+            f"\ncontext {context:,}, batch {batch}: floor {floors['full']:.1f} ms full, "
+            f"{floors['recycled']:.1f} ms recycled, {ideal:.1f} ms at a tenth full"
+        )
+        dense_bytes = batch * (context + steps) * token_bytes
+        rows += _time_cases(console, bench, cases, context, batch, k, rounds, floor_ms, dense_bytes)
+        for row in rows[-len(cases) - 1 :]:
+            row |= {"device": where.type, "dtype": dtype}
     books = None
     if where.type == "cpu":
         never_full = next(case for case in cases if case.name == f"engine, {subject.policy_name}, never full")
@@ -218,6 +160,7 @@ def main(
         "weight_bytes": weights,
         "cache_bytes_per_token": token_bytes,
         "bookkeeping_share": books,
+        "tuned_kernels": tune,
         "steps": steps,
         "rounds": rounds,
         "targets": reached,
@@ -292,16 +235,6 @@ def _print(console: Console, rows: list[dict[str, Any]]) -> None:
         shares = [row.get(name) for name in of_row]
         table.add_row(*(str(row[name]) for name in names), *("-" if x is None else f"{x:.2f}" for x in shares))
     console.print(table)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{option} takes whole numbers by commas, such as 2000,8000, not {text!r}.") from error
-    if min(numbers) < 1:
-        raise ValueError(f"{option} takes numbers from 1 on, not {min(numbers)}.")
-    return numbers
 
 
 if __name__ == "__main__":

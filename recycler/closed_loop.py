@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from policies import AlwaysFull, Selection, StepPolicy, check_fits
 from recycler.decode_rows import decode_rows
 from recycler.model_shape import check_positions, model_shape
-from recycler.prefill import PREFILL_CHUNK_TOKENS
 from recycler.read_prompt import read_prompt
 
 
@@ -49,7 +48,7 @@ def run_closed_loop(
     policies: Sequence[StepPolicy],
     selection: Selection,
     *,
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     fast: bool = True,
 ) -> ClosedLoop:
     """Decode a text under several policies at once, one row each, and compare with full attention.
@@ -63,7 +62,7 @@ def run_closed_loop(
         n_prompt_tokens: Where decoding begins, at least 1.
         policies: Policies to compare.
         selection: How sets are chosen, by all of them.
-        chunk_tokens: Prompt tokens per forward.
+        chunk_tokens: Prompt tokens per forward; None for what `prefill` takes.
         fast: False keeps to the plain path where an engine would do.
 
     Raises:

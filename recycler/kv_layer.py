@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 # Room is made for so many tokens, or for this part of those there are: at most a fortieth of a long cache is empty, and
 # the copies that growth takes are at most 40 tokens per step.
-_LEAST_ROOM_TOKENS = 128
+_LEAST_ROOM_TOKENS = 64
 _ROOM_PART = 40
 
 

@@ -44,10 +44,13 @@ class PromptVotes:
         self._end = end
         if self._n_queries is not None:
             # Who votes is known at the end only: the last queries are kept, and vote anew after each chunk.
-            earlier = [self._queries] if follows and self._queries is not None else []
-            self._queries = torch.cat([*earlier, query], dim=3)[..., -self._n_queries :, :]
+            last = query[..., -self._n_queries :, :]
+            if follows and self._queries is not None:
+                last = torch.cat([self._queries, last], dim=3)[..., -self._n_queries :, :]
+            # A copy: a part of the prompt's queries would keep all of them alive, twice the size of the KV cache.
+            self._queries = last.clone()
             return _summed(self._queries, key, visible, scaling)
-        self._queries = query[..., :0, :]
+        self._queries = query[..., :0, :].clone()
         votes = _summed(query, key, visible, scaling)
         if follows and self._votes is not None:
             votes = votes + pad(self._votes, (0, end - self._votes.shape[-1]))

@@ -14,7 +14,7 @@ from policies import Selection
 from recycler.attention import probabilities
 from recycler.hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model_shape import check_positions
-from recycler.prefill import PREFILL_CHUNK_TOKENS, prefill
+from recycler.prefill import prefill
 from recycler.prompt_votes import PromptVotes
 from recycler.units import LayerUnits
 
@@ -76,7 +76,7 @@ def read_prompt(
     n_steps: int,
     *,
     prompt_queries: Iterable[int | None] = (1,),
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> ReadPrompt:
     """Read a prompt with full attention.
 
@@ -85,7 +85,7 @@ def read_prompt(
         tokens: int64 `(n_prompt_tokens,)`, at least one token.
         n_steps: Decode steps that are to follow.
         prompt_queries: What the selections of the decodings have as `Selection.prompt_queries`.
-        chunk_tokens: Prompt tokens per forward.
+        chunk_tokens: Prompt tokens per forward; None for what `prefill` takes.
 
     Raises:
         ValueError: If prompt and steps are longer than the model's positions or reach a sliding window.

@@ -25,6 +25,7 @@ _ARRAYS_PER_HEAD = 9
 
 # Most memory of a block on CPU: beyond it every temporary is mapped and cleared by the system anew.
 _CPU_BLOCK_MIB = 256
+_CPU_CHUNK_TOKENS = 4096
 
 
 def record_trace(
@@ -35,7 +36,7 @@ def record_trace(
     max_age: int,
     model_id: str | None = None,
     memory_mib: int = 1024,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int | None = None,
 ) -> Trace:
     """Record what every schedule would meet on one prompt.
 
@@ -50,7 +51,7 @@ def record_trace(
         model_id: Name of the model in the header; None takes its own.
         memory_mib: Most memory that recording may take beside the model, its cache and its activations, in MiB. KV
             heads are recorded together as far as it reaches.
-        chunk_tokens: Prompt tokens per forward.
+        chunk_tokens: Prompt tokens per forward; None for 4,096, and on a GPU for what `prefill` takes.
 
     Raises:
         ValueError: If the text is longer than the model's positions or reaches a sliding window, or one KV head does
@@ -59,6 +60,8 @@ def record_trace(
     header = trace_header(model, prompt, selection, max_age=max_age, model_id=model_id)
     shape = model_shape(model, model_id)
     n_steps = prompt.n_steps
+    if chunk_tokens is None and model.device.type == "cpu":
+        chunk_tokens = _CPU_CHUNK_TOKENS
     arrays = {
         name: np.empty((n_steps, max_age, *shape.units), dtype=np.float32)
         for name in ("recovered_mass", "query_similarity", "overlap")

@@ -98,7 +98,7 @@ Watch = Callable[[int, slice, StepAttention], None]
 
 
 def watch_steps(
-    model: PreTrainedModel, prompt: Prompt, watch: Watch, *, n_voters: int, n_heads: int, chunk_tokens: int
+    model: PreTrainedModel, prompt: Prompt, watch: Watch, *, n_voters: int, n_heads: int, chunk_tokens: int | None
 ) -> Tensor:
     """Run a prompt and its decode steps, which are fed as they are, and show the attention of all steps at once.
 
@@ -108,7 +108,7 @@ def watch_steps(
         watch: Called for every layer and `n_heads` of its KV heads at a time.
         n_voters: Queries of the prompt that choose the first set.
         n_heads: KV heads at once.
-        chunk_tokens: Prompt tokens per forward.
+        chunk_tokens: Prompt tokens per forward; None for what `prefill` takes.
 
     Returns:
         `(steps, vocabulary)`: logits after each step.

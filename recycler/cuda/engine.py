@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
+from policies import SIGNALS, AlwaysFull, GroupPooling, NotAProgram, StepPolicy
 from recycler.cuda.decisions import HostDecisions, RowPrograms, row_programs
 from recycler.cuda.layer import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
 from recycler.cuda.machine import Machine
@@ -88,6 +88,7 @@ class CudaDecoding(Decoding):
         start: np.ndarray,
     ) -> None:
         self._parts, self._weights, self._last, self._machine = parts, weights, last, machine
+        self._never_recycles = isinstance(policy, AlwaysFull)
         self._layers, self._needs, self._selection = layers, policy.needs, units[0].recycled.selection
         key, _ = layers[0].parts
         rows, kv_heads, _, head_dim = key.own.shape
@@ -230,6 +231,8 @@ class CudaDecoding(Decoding):
             scratch = Scratch(sizes, places, measures, dtype, device)
         # Layers have only the kernels that some unit of theirs may need.
         by_keys, by_values = (np.asarray(some.any(axis=(0, 2))) for some in (self._by_keys, ~self._by_keys))
+        if self._never_recycles:
+            by_values[:] = False
         self._kernels = [
             UnitKernels(
                 layer,
@@ -243,7 +246,7 @@ class CudaDecoding(Decoding):
                 module.self_attn.scaling,
                 self._machine.tile_tokens(sizes.head_dim, dtype),
                 by_keys=bool(by_keys[layer]),
-                by_values=bool(by_values[layer]),
+                chooses=bool(by_values[layer]),
             )
             for layer, module in enumerate(self._parts.layers)
         ]

@@ -162,10 +162,7 @@ class LayerMath:
         def ready(function: Callable[..., Any]) -> Callable[..., Any]:
             if not compiles:
                 return function
-            # For one row torch can write its products of a matrix and a vector itself, together with what is around
-            # them, and says that they reach the memory's bandwidth only when tuned so.
-            options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if rows == 1 else None
-            return torch.compile(with_code_of_its_own(function, key), dynamic=False, options=options)
+            return torch.compile(with_code_of_its_own(function, key), dynamic=False)
 
         self.enter, self.cross, self.leave = ready(enter), ready(cross), ready(leave)
 

@@ -36,7 +36,7 @@ class UnitKernels:
         scaling: Factor on query x key.
         tile_tokens: Tokens of a tile of attention.
         by_keys: Whether any unit of the layer refreshes by its keys alone.
-        by_values: Whether any unit of the layer runs full steps.
+        chooses: Whether new sets are wanted of units that run full.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class UnitKernels:
         scaling: float,
         tile_tokens: int,
         by_keys: bool,
-        by_values: bool,
+        chooses: bool,
     ) -> None:
         self._layer, self._sizes, self._state, self._scratch = layer, sizes, state, scratch
         self._prompt, self._own, self._selection, self._scaling = prompt, own, selection, scaling
-        self._tile, self._by_keys, self._by_values = tile_tokens, by_keys, by_values
+        self._tile, self._by_keys, self._chooses = tile_tokens, by_keys, chooses
         self._wants = tuple(name in needs for name in ("query_similarity", "step_similarity", "layer_similarity"))
         self._measures = bool(needs & {"refresh_mass", "refresh_overlap"})
         self._units_to = _power_of_2(sizes.units)
@@ -179,7 +179,7 @@ class UnitKernels:
         Nothing else of the step depends on it, but the next layer's `prepare` overwrites what it reads.
         """
         scratch, ranking = self._scratch, self._selection.ranking
-        if self._by_values:
+        if self._chooses:
             self._choose(scratch.modes, modes.FULL.value)
         if ranking != Ranking.LAST_FULL:
             rank_anew[(self._sizes.units,)](

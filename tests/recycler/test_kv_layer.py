@@ -129,8 +129,8 @@ class TestGrowth:
                 grown.append(i)
             tokens.own[:, :, tokens.n_own] = more[:, :, i]
             tokens.n_own += 1
-        assert grown == [128, 256, 384, 512]
-        assert room == 128
+        assert grown == [64 * n for n in range(1, 10)]
+        assert room == 64
         assert tokens.n_tokens == N_PROMPT + 600
         assert torch.equal(tokens.joined(), torch.cat([prompt, more], dim=2))
 
@@ -141,7 +141,7 @@ class TestGrowth:
         for _ in range(30_000):
             n_copied += tokens.n_own * tokens.make_room()
             tokens.n_own += 1
-            assert tokens.own.shape[2] - tokens.n_own < max(128, tokens.n_tokens / 40)
+            assert tokens.own.shape[2] - tokens.n_own < max(64, tokens.n_tokens / 40)
         assert n_copied <= 40 * 30_000
 
     def test_rows_may_share_a_prompt(self) -> None:

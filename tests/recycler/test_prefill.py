@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recycler.prefill import prefill
+from recycler.prefill import chunk_sizes, prefill
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
@@ -23,6 +23,25 @@ def test_chunks_leave_the_cache_of_the_whole_prompt(
     for found, whole in zip(cache.layers, expected.layers, strict=True):
         torch.testing.assert_close(found.keys, whole.keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(found.values, whole.values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "chunk_tokens", "on_gpu", "sizes"),
+    [
+        (1, None, False, [1]),
+        (5000, None, False, [2048, 2048, 904]),
+        (4096, None, False, [2048, 2048]),
+        (32_768, None, True, [32_768]),
+        (35_000, None, True, [32_768, 2048, 184]),
+        (100, None, True, [100]),
+        (5000, 4000, True, [4000, 1000]),
+        (5000, 4000, False, [4000, 1000]),
+    ],
+)
+def test_only_the_first_chunk_on_a_gpu_is_larger_and_only_where_no_size_is_asked_for(
+    n_tokens: int, chunk_tokens: int | None, on_gpu: bool, sizes: list[int]
+) -> None:
+    assert chunk_sizes(n_tokens, chunk_tokens, on_gpu) == sizes
 
 
 def test_decoding_goes_on_from_the_cache(

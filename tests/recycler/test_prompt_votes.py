@@ -166,3 +166,13 @@ def test_votes_are_summed_in_float32_at_least(dtype: torch.dtype, sums: torch.dt
     votes = PromptVotes(None).see(query.to(dtype), key.to(dtype), None, SCALING)
     assert votes.dtype == sums
     np.testing.assert_allclose(votes, written_out(query, key, None), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(("n_queries", "kept"), [(1, 1), (9, 9), (40, 30), (None, 0)])
+def test_no_more_queries_are_kept_than_vote(n_queries: int | None, kept: int) -> None:
+    query, key = drawn(30)
+    voting = PromptVotes(n_queries)
+    see_in_chunks(voting, query, key, (18, 24, 30))
+    assert voting._queries is not None
+    numbers = voting._queries.untyped_storage().nbytes() // query.itemsize
+    assert numbers == kept * ROWS * KV_HEADS * GROUP * HEAD_DIM

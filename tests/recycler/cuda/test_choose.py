@@ -18,6 +18,8 @@ from recycler.cuda.score import score
 from recycler.recycled_set import select, token_scores
 
 CHUNK = 16
+# Scores go down to 1e-30: an exponential with the exponent rounded to float32 is off by 7e-6, a GPU's own by 4e-6 more.
+RTOL = 3e-5 if torch.cuda.is_available() else 1e-5
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def assert_as_reference(case: Case, chosen: Chosen) -> None:
         places = sorted(expected.positions[expected.filled].tolist())
         found = chosen.positions[unit, : chosen.filled[unit]].tolist()
         assert sorted(found) == places
-        np.testing.assert_allclose(chosen.scores[unit, : chosen.filled[unit]], scores[found], rtol=1e-5, atol=1e-30)
-        assert chosen.mass[unit] == pytest.approx(weights[:, places].sum().item() / group, rel=1e-5)
+        np.testing.assert_allclose(chosen.scores[unit, : chosen.filled[unit]], scores[found], rtol=RTOL, atol=1e-30)
+        assert chosen.mass[unit] == pytest.approx(weights[:, places].sum().item() / group, rel=RTOL)
         assert chosen.overlap[unit] == (0 in places) / len(places)
 
 

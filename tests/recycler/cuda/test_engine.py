@@ -36,7 +36,6 @@ from recycler.decode_rows import decode_rows
 from recycler.read_prompt import read_prompt
 from recycler.receipt import Receipt
 from recycler.session import recycled
-from tuning import replay_policy
 
 Make = Callable[..., Any]
 
@@ -327,6 +326,10 @@ def test_a_run_that_has_ended_keeps_no_cache_alive(tiny: Make, make_tokens: Make
     ids=lambda one: one.kind,
 )
 def test_replay_decides_as_the_engine_does(tiny: Make, make_tokens: Make, on_engine: Make, policy: StepPolicy) -> None:
+    # A machine that is lent for its GPU has no optuna.
+    pytest.importorskip("optuna")
+    from tuning import replay_policy
+
     # Sets that hold everything keep the decoder on the recorded path.
     model, tokens, everything = tiny(), make_tokens(30, seed=2), Selection(40)
     prompt = Prompt("drawn", "random", tokens[0].numpy(), 20, "drawn", "CC0-1.0")

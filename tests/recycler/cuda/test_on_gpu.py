@@ -134,6 +134,8 @@ def test_memory_beyond_the_dense_cache_is_a_twentieth_of_it(models: Make, monkey
         at_begin.append(torch.cuda.memory_allocated())
         stock(self, *args)
 
+    # Compilers and libraries take memory of their own, once.
+    generate(model, LOGISTIC, n_tokens, rows)
     monkeypatch.setattr(EngineRun, "__init__", begin)
     generate(model, LOGISTIC, n_tokens, rows)
     assert torch.cuda.max_memory_allocated() - at_begin[0] <= 0.05 * cache_bytes
@@ -146,16 +148,17 @@ def test_a_graph_survives_the_growth_of_the_cache(
     model = models(torch.float32)
     machine = Machine(**(vars(Machine.of(torch.device("cuda"))) | {"chunk_tokens": chunk_tokens}))
     monkeypatch.setattr("recycler.session.engine_for", lambda model: CudaEngine(model, machine))
-    # The cache grows every 128 tokens.
+    # The cache grows every 64 tokens.
     found, _ = generate(model, AlwaysFull(), 300, n_new=300)
     assert found == generate(model, None, 300, n_new=300)[0]
 
 
 def test_long_sets_of_long_caches_are_those_of_the_plain_path(models: Make) -> None:
-    model = models(torch.float32)
-    found, receipt = generate(model, FixedStride(3), 20_000, 1, n_new=8)
-    tokens = torch.randint(0, 8192, (1, 20_000), generator=torch.Generator().manual_seed(1)).cuda()
+    # In float32 stock attention computes all logits of the prompt at once: 60 GB.
+    model, n_tokens = models(torch.float32), 12_000
+    found, receipt = generate(model, FixedStride(3), n_tokens, 1, n_new=8)
+    tokens = torch.randint(0, 8192, (1, n_tokens), generator=torch.Generator().manual_seed(1)).cuda()
     with recycled(model, FixedStride(3), SELECTION, fast=False) as session:
         plain = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False)
-    assert found == plain[:, 20_000:].tolist()
+    assert found == plain[:, n_tokens:].tolist()
     assert receipt.tokens_read.tolist() == session.receipt().tokens_read.tolist()
