@@ -49,9 +49,16 @@ class StepPolicy(ABC):
         """Return a boolean array of the signals' shape: True where the unit runs full, in the way of `keys_only`."""
 
     def unit_shapes(self) -> frozenset[tuple[int, int]]:
-        """The `(layers, kv_heads)` of the per-unit parameters, also of inner policies; empty if it fits every model."""
+        """The `(layers, kv_heads)` of the per-unit parameters, also of inner policies; empty if it fits every model.
+
+        Raises:
+            TypeError: If the policy is no dataclass.
+        """
+        if not dataclasses.is_dataclass(self):
+            name = type(self).__name__
+            raise TypeError(f"{name} must be a frozen dataclass: write @dataclass(frozen=True) above class {name}.")
         shapes: set[tuple[int, int]] = set()
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             values = getattr(self, field.name)
             for value in (values, *values) if isinstance(values, tuple) else (values,):
                 if isinstance(value, StepPolicy):

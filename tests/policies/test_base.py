@@ -31,6 +31,15 @@ def test_without_decide_there_is_no_policy() -> None:
         StepPolicy()  # type: ignore[abstract]
 
 
+def test_a_policy_that_is_no_dataclass_is_told_what_is_missing(model: ModelShape) -> None:
+    class Undecorated(StepPolicy):
+        def decide(self, signals: StepSignals) -> Array:
+            return signals.age >= 3
+
+    with pytest.raises(TypeError, match=r"^Undecorated must be a frozen dataclass: write @dataclass"):
+        check_fits(Undecorated(), model)
+
+
 def test_a_policy_needs_no_measurement_unless_it_says_so() -> None:
     assert AnyOf(()).needs == frozenset()
 
