@@ -35,7 +35,8 @@ class CudaEngine(Engine):
     """Runs models in float32, bfloat16 and float16.
 
     Args:
-        model: The model; its weights are used where they lie.
+        model: The model; its weights are used where they lie, but that those for queries, keys and values are brought
+            together (`recycler.cuda.layer.stacked`).
         machine: How kernels are launched; None asks the model's GPU. Given, the model may be where Triton's interpreter
             runs kernels.
 
