@@ -18,6 +18,8 @@ SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the script says of each kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Where this package is not installed, it is on the path.
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
