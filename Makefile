@@ -21,8 +21,9 @@ $(ENV)/.ready: pyproject.toml constraints.txt
 optimize: env
 	$(PY) -m tuning.optimize --budget 0.1 --out $(OUT)
 
+# Tests use one thread each. Files stay together: fixtures of a file are made once.
 test: env
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # All of the GPU engine's tests; those that only a GPU can run are listed as skipped where there is none. Another torch
 # than ours may warn.

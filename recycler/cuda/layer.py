@@ -82,11 +82,10 @@ def stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    first, ends = parts[0], [part.storage_offset() + part.numel() for part in parts]
-    if all(
-        after.is_contiguous()
-        and after.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and after.storage_offset() == end
+    first = parts[0]
+    ends = [part.storage_offset() + part.numel() for part in parts]
+    if all(part.is_contiguous() for part in parts) and all(
+        after.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and after.storage_offset() == end
         for after, end in zip(parts[1:], ends, strict=False)
     ):
         n = sum(len(part) for part in parts)

@@ -238,7 +238,7 @@ def test_policies_side_by_side_do_what_they_do_on_the_cpu(
     model: PreTrainedModel, make_tokens: Make, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     monkeypatch.setattr(recycler.decode_rows, "engine_for", recycler.session.engine_for)
-    text, policies = make_tokens(30)[0].numpy(), (FixedStride(3), BUDGET, RefreshKeys(BUDGET))
+    text, policies = make_tokens(26)[0].numpy(), (FixedStride(3), BUDGET, RefreshKeys(BUDGET))
     selection = Selection(12, 2, 4, prompt_queries=4)
     here = run_closed_loop(model, text, 20, policies, selection, fast=False)
     there = run_closed_loop(moved(model), text, 20, policies, selection, fast=fast)
