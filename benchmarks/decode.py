@@ -146,7 +146,7 @@ def main(
         rows += LlamaTimes.read(llama).rows(rows)
     _print(console, rows)
     # They were set for that shape.
-    reached = on_h200(rows) if where.type == "cuda" and shape == "llama-3.1-8b" else []
+    reached = on_h200(rows) if rows and where.type == "cuda" and shape == "llama-3.1-8b" else []
     for target in reached:
         console.print(f"{'met' if target['met'] else 'MISSED'}: {target['target']}: {target['reached']}")
     if picture is not None:

@@ -18,7 +18,15 @@ _TUNED = Path(__file__).parents[1] / "docs/results/policy-budget-0.1.json"
 
 @dataclass(frozen=True)
 class Usual:
-    """What is measured unless options say otherwise."""
+    """What is measured unless options say otherwise.
+
+    Attributes:
+        dtype: Of the model.
+        batches: Rows, one number per measurement.
+        contexts: Tokens of context, likewise.
+        k: Tokens of a set.
+        rounds: Through all cases.
+    """
 
     dtype: str
     batches: tuple[int, ...]

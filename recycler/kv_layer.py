@@ -34,8 +34,9 @@ class GrowingTokens:
     def after(cls, prompt: Tensor, rows: int | None = None) -> GrowingTokens:
         """Tokens that grow from a prompt, which `rows` rows share (None: as many rows as it has)."""
         prompt = prompt.contiguous()
-        own_rows, (_, kv_heads, n_tokens, head_dim) = prompt.shape[0] if rows is None else rows, prompt.shape
-        return cls(prompt, prompt.new_empty((own_rows, kv_heads, _more_room_tokens(n_tokens), head_dim)))
+        own_rows = prompt.shape[0] if rows is None else rows
+        room = _more_room_tokens(prompt.shape[2])
+        return cls(prompt, prompt.new_empty((own_rows, prompt.shape[1], room, prompt.shape[3])))
 
     @property
     def n_tokens(self) -> int:

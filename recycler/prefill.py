@@ -23,6 +23,9 @@ def prefill(model: PreTrainedModel, tokens: Tensor, chunk_tokens: int | None = N
 
     Returns:
         The cache with all tokens.
+
+    Raises:
+        ValueError: If `chunk_tokens` is below 1.
     """
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
@@ -32,8 +35,10 @@ def prefill(model: PreTrainedModel, tokens: Tensor, chunk_tokens: int | None = N
 
 
 def chunk_sizes(n_tokens: int, chunk_tokens: int | None, on_gpu: bool) -> list[int]:
-    """Tokens of each forward, as `prefill` takes them."""
-    size = chunk_tokens or PREFILL_CHUNK_TOKENS
+    """Tokens of each forward, as `prefill` takes them; `n_tokens` in all, at least 1."""
+    size = PREFILL_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+    if size < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, not {size}.")
     first = min(n_tokens, _FIRST_ON_GPU_TOKENS if on_gpu and chunk_tokens is None else size)
     n_whole, rest = divmod(n_tokens - first, size)
     return [first, *[size] * n_whole, *([rest] if rest else [])]

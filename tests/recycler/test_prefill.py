@@ -44,6 +44,14 @@ def test_only_the_first_chunk_on_a_gpu_is_larger_and_only_where_no_size_is_asked
     assert chunk_sizes(n_tokens, chunk_tokens, on_gpu) == sizes
 
 
+@pytest.mark.parametrize("chunk_tokens", [0, -3])
+def test_chunks_of_no_tokens_are_refused(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], chunk_tokens: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"^chunk_tokens must be at least 1, not {chunk_tokens}\.$"):
+        prefill(make_model(), make_tokens(5), chunk_tokens)
+
+
 def test_decoding_goes_on_from_the_cache(
     make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
 ) -> None:

@@ -179,11 +179,12 @@ class AsksForTheStep(StepPolicy):
     ("policy", "selection"),
     [
         (FixedStride(3), SELECTION),
+        (CosineThreshold(0.9), SELECTION),
         (BUDGET, Selection(12, 2, 4, pool_forward=0, prompt_queries=8)),
         (RefreshKeys(BUDGET), Selection(12, 2, 4, ranking="accumulated")),
         (LOGISTIC, Selection(12, 2, 4, unit_k=((8, 16), (10, 14)), ranking="updated")),
     ],
-    ids=["stride", "budget", "by keys", "sizes"],
+    ids=["stride", "cosine", "budget", "by keys", "sizes"],
 )
 def test_tokens_and_receipts_are_those_of_the_cpu(
     model: PreTrainedModel, make_tokens: Make, policy: StepPolicy, selection: Selection, fast: bool
@@ -259,8 +260,3 @@ def test_the_stand_in_refuses_what_a_gpu_refuses_and_notes_what_it_waits_for() -
     assert there.cpu().tolist() == [0, 1, 2]
     there[0] = torch.ones(1, device="cuda")[0]
     assert Held.waits == ["aten._local_scalar_dense", "aten._to_copy"]
-
-
-def test_a_cosine_policy_needs_no_tensor_of_the_host(model: PreTrainedModel, make_tokens: Make) -> None:
-    tokens, policy = make_tokens(20, rows=2), CosineThreshold(0.9)
-    assert generate(moved(model), Held(tokens), policy, fast=True)[0] == generate(model, tokens, policy, fast=False)[0]
