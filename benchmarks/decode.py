@@ -38,8 +38,8 @@ from policies import (
     NeverFull,
 )
 from recycler import model_shape
-from recycler.recorder import versions
-from traces.command import run_command
+from recycler.record.one_prompt import versions
+from traces.reporting.command import run_command
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 
 from policies import FixedStride, Selection, StepPolicy
 from recycler import Receipt, Session, recycled
-from recycler.prefill import prefill
+from recycler.model.prefill import prefill
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def _full_counts(receipt: Receipt) -> float:
 
 def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:
     """Share of decoding that the CPU engine spends on asking the policy and on writing down what was done."""
-    from recycler.cpu.decisions import DecisionsByProgram
-    from recycler.cpu.engine import CpuDecoding
+    from recycler.decode.cpu.decisions import DecisionsByProgram
+    from recycler.decode.cpu.engine import CpuDecoding
 
     seconds = {"books": 0.0, "steps": 0.0}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from traces.picture_style import looks, new_figure
+from traces.reporting.picture_style import looks, new_figure
 
 _LEFT_OUT = ("engine, tuned policy, never full", "engine, never full", "engine, every unit full, context k")
 

@@ -21,17 +21,17 @@ from machine import machine_name
 from replay_validity import Validity, draw_validity, measure_validity, spread_of_policies
 
 from policies import PolicyFile
-from recycler import evaluate
-from recycler.closed_loop_store import ClosedLoopStore
-from recycler.models import LoadedModel, load_model
-from recycler.sentence_ends import sentence_end_tokens
+from recycler.evaluate import __main__ as evaluate
+from recycler.evaluate.sentence_ends import sentence_end_tokens
+from recycler.measure.store import ClosedLoopStore
+from recycler.model.loading import LoadedModel, load_model
 from traces import TraceFolder
-from traces.command import run_command
+from traces.reporting.command import run_command
 from traces.sensitivity import Sensitivity
 from tuning import optimize
-from tuning.split import split_by_prompt
-from tuning.trace_batch import TraceBatch
-from tuning.tuning_data import TuningData, unit_cost
+from tuning.divide.tuning_data import TuningData, unit_cost
+from tuning.replay.trace_batch import TraceBatch
+from tuning.search.split import split_by_prompt
 
 _ROOT = Path(__file__).parents[1]
 # What people made of the numbers; it goes above them.
@@ -167,7 +167,7 @@ def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption:
             "# Results",
             "",
             f"Written by `python benchmarks/fidelity.py`: {caption}. What the methods are, and where they differ from "
-            "their papers, is in `recycler/fidelity/baselines.py`; what was learnt, in [LOG.md](LOG.md).",
+            "their papers, is in `recycler/evaluate/baselines.py`; what was learnt, in [LOG.md](LOG.md).",
             "",
             *([_NOTES.read_text(encoding="utf-8")] if _NOTES.exists() else []),
             "## Methods at equal k",

@@ -22,8 +22,8 @@ from shapes import random_model
 from policies import Selection
 from recycler import default_prompts, load_model, record_trace
 from recycler.prompts import Prompt
-from recycler.recorder import versions
-from traces.command import run_command
+from recycler.record.one_prompt import versions
+from traces.reporting.command import run_command
 
 
 def main(

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from policies import BudgetConstrained, CosineThreshold, FixedStride, LearnedLogistic, StepPolicy
 from traces import Trace, TraceHeader, write_trace
-from traces.command import run_command
-from tuning.replay import replay_policy
-from tuning.trace_batch import TraceBatch
+from traces.reporting.command import run_command
+from tuning.replay.run import replay_policy
+from tuning.replay.trace_batch import TraceBatch
 
 _LINE_BYTES = 64
 _PROMPT_TOKENS = 16

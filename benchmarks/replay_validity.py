@@ -14,14 +14,14 @@ from scipy import stats
 from tqdm import tqdm
 
 from policies import CosineThreshold, FixedStride, MaxAge, NeverFull, RandomRefresh, SentenceBoundary, StepPolicy
-from recycler.closed_loop_store import ClosedLoopStore
-from recycler.models import LoadedModel
+from recycler.measure.store import ClosedLoopStore
+from recycler.model.loading import LoadedModel
 from traces import TraceFile
-from traces import picture_style as style
+from traces.reporting import picture_style as style
+from tuning.divide.tuning_data import TuningData
 from tuning.families import FAMILIES
-from tuning.replay import replay_policy
-from tuning.trace_batch import TraceBatch
-from tuning.tuning_data import TuningData
+from tuning.replay.run import replay_policy
+from tuning.replay.trace_batch import TraceBatch
 
 BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.3)
 # A point in the middle of each search space.

@@ -29,28 +29,28 @@ from tqdm import tqdm
 
 from policies import FixedStride, Selection, StepPolicy, StepSignals
 from policies.arrays import Array, like
-from recycler.closed_loop import ClosedLoop
-from recycler.closed_loop_store import ClosedLoopStore
-from recycler.fidelity.baselines import refreshkv_set
-from recycler.fidelity.fresh_top_k import FreshTopK
-from recycler.fidelity.method import EveryStep, Method, Scheduled
-from recycler.fidelity.outcome import PromptOutcome
-from recycler.fidelity.store import FidelityStore
-from recycler.models import LoadedModel, load_model
+from recycler.evaluate.baselines import refreshkv_set
+from recycler.evaluate.fresh_top_k import FreshTopK
+from recycler.evaluate.method import EveryStep, Method, Scheduled
+from recycler.evaluate.outcome import PromptOutcome
+from recycler.evaluate.store import FidelityStore
+from recycler.measure.closed_loop import ClosedLoop
+from recycler.measure.store import ClosedLoopStore
+from recycler.model.loading import LoadedModel, load_model
 from recycler.prompts import Prompt, default_prompts
-from recycler.recording import record_prompts
+from recycler.record.folder import record_prompts
 from recycler.tasks import TaskPrompt
 from traces import TraceFile
-from traces.command import run_command
+from traces.reporting.command import run_command
+from tuning.confirm.winners import Winner, choose_winners
+from tuning.divide.hindsight import hindsight
+from tuning.divide.set_sizes import SizedSets
+from tuning.divide.tuning_data import TuningData
 from tuning.families import FAMILIES
-from tuning.hindsight import hindsight
 from tuning.optimize import sized_sets
-from tuning.set_sizes import SizedSets
-from tuning.split import Split, split_by_prompt
-from tuning.study import search_family
-from tuning.trace_batch import TraceBatch
-from tuning.tuning_data import TuningData
-from tuning.winners import Winner, choose_winners
+from tuning.replay.trace_batch import TraceBatch
+from tuning.search.split import Split, split_by_prompt
+from tuning.search.study import search_family
 
 _ROOT = Path(__file__).parents[1]
 _SETTINGS = {
@@ -62,7 +62,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Foreseen(StepPolicy):
-    """Full steps that were fixed beforehand, as by `tuning.hindsight`.
+    """Full steps that were fixed beforehand, as by `tuning.divide.hindsight`.
 
     Attributes:
         full: Numbers 0 or 1, `(steps, layers, kv_heads)`.

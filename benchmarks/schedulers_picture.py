@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
 
-from traces import picture_style as style
+from traces.reporting import picture_style as style
 
 _BLUE, _GREEN = "#0072B2", "#009E73"
 # Names of methods by how they are drawn: prefix, colour, marker, whether points are joined.

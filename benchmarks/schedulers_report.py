@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from recycler.fidelity.outcome import PromptOutcome
-from traces.estimate import bootstrap, bootstrap_ratio
+from recycler.evaluate.outcome import PromptOutcome
+from traces.reporting.estimate import bootstrap, bootstrap_ratio
 
 _ROOT = Path(__file__).parents[1]
 # What people made of the numbers; it goes above them.

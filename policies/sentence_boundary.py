@@ -29,7 +29,7 @@ class SentenceBoundary(StepPolicy):
 
     Attributes:
         tokens: Ids of the tokens that end a sentence, 1 to 256 of them, in any order, kept sorted;
-            `recycler.sentence_ends.sentence_end_tokens` finds those of a tokenizer.
+            `recycler.evaluate.sentence_ends.sentence_end_tokens` finds those of a tokenizer.
         max_age: Steps, at least 1, as of the policy `MaxAge`. 1 means always full.
     """
 

@@ -1,15 +1,15 @@
 """Decoding with a policy, recording of traces, and what policies do to a model in closed loop."""
 
-from recycler.closed_loop import ClosedLoop, run_closed_loop
-from recycler.closed_loop_store import ClosedLoopStore
-from recycler.model_shape import model_shape
-from recycler.models import LoadedModel, load_model
-from recycler.per_row import PerRow
+from recycler.decode.per_row import PerRow
+from recycler.decode.receipt import Receipt
+from recycler.decode.session import Session, recycled
+from recycler.measure.closed_loop import ClosedLoop, run_closed_loop
+from recycler.measure.store import ClosedLoopStore
+from recycler.model.loading import LoadedModel, load_model
+from recycler.model.shape import model_shape
 from recycler.prompts import Prompt, default_prompts, prompts_from_files
-from recycler.receipt import Receipt
-from recycler.recorder import record_trace
-from recycler.recording import record_prompts
-from recycler.session import Session, recycled
+from recycler.record.folder import record_prompts
+from recycler.record.one_prompt import record_trace
 
 __all__ = [
     "ClosedLoop",

@@ -11,12 +11,12 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from policies import PolicyFile
-from recycler.generation import Generation, generate_tokens
-from recycler.model_shape import model_shape
-from recycler.models import LoadedModel, load_model
+from recycler.decode.session import recycled
+from recycler.model.generation import Generation, generate_tokens
+from recycler.model.loading import LoadedModel, load_model
+from recycler.model.shape import model_shape
 from recycler.prompts.texts import leading_tokens, text_tokens
-from recycler.session import recycled
-from traces.command import run_command
+from traces.reporting.command import run_command
 
 
 def main(

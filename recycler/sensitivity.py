@@ -13,14 +13,14 @@ import typer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import FixedStride, Selection
-from recycler.closed_loop import run_closed_loop
-from recycler.differences import differences
-from recycler.model_shape import model_shape
-from recycler.models import LoadedModel, load_model
+from recycler.measure.closed_loop import run_closed_loop
+from recycler.model.loading import LoadedModel, load_model
+from recycler.model.shape import model_shape
 from recycler.prompts import Prompt
-from recycler.recorder import trace_header
+from recycler.record.differences import differences
+from recycler.record.one_prompt import trace_header
 from traces import TraceFile, TraceFolder
-from traces.command import run_command
+from traces.reporting.command import run_command
 from traces.sensitivity import FILE_NAME, Sensitivity
 
 _NEVER = 1e9

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from traces import picture_style as style
+from traces.reporting import picture_style as style
 from traces.summary import MASS_EDGES, SIMILARITY_EDGES, Summary, quantiles_by_similarity, quantiles_over_units
 
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from traces.command import run_command
 from traces.pictures import draw_overlap, draw_recovered_mass, draw_similarity, write_picture
+from traces.reporting.command import run_command
 from traces.summary import Summary, doubling_ages, summarise
 from traces.trace_file import TraceFolder
 

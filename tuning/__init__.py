@@ -1,17 +1,17 @@
 """Learning and tuning policies from traces."""
 
-from traces.estimate import Estimate
-from tuning.allocation import allocate
-from tuning.calibration import calibrate
-from tuning.certificate import Certificate, KlLimit, certify
+from traces.reporting.estimate import Estimate
+from tuning.certify.certificate import Certificate, KlLimit, certify
+from tuning.confirm.results import TuningResult
+from tuning.divide.allocation import allocate
+from tuning.divide.calibration import calibrate
+from tuning.divide.tuning_data import TuningData
 from tuning.families import FAMILIES, families_named
-from tuning.family import Family
-from tuning.fit import fit_logistic
-from tuning.replay import Replay, replay_full_share, replay_policy
-from tuning.results import TuningResult
-from tuning.study import search_family
-from tuning.trace_batch import TraceBatch
-from tuning.tuning_data import TuningData
+from tuning.families.family import Family
+from tuning.families.fit import fit_logistic
+from tuning.replay.run import Replay, replay_full_share, replay_policy
+from tuning.replay.trace_batch import TraceBatch
+from tuning.search.study import search_family
 
 __all__ = [
     "FAMILIES",

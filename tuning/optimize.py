@@ -22,32 +22,32 @@ from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import FixedStride, ModelShape, Selection, StepPolicy
-from recycler.closed_loop_store import ClosedLoopStore
-from recycler.model_shape import check_positions, model_shape
-from recycler.models import LoadedModel, load_model
+from recycler.measure.store import ClosedLoopStore
+from recycler.model.loading import LoadedModel, load_model
+from recycler.model.shape import check_positions, model_shape
 from recycler.prompts import KINDS, Prompt, default_prompts
-from recycler.recorder import versions
-from recycler.recording import record_prompts
+from recycler.record.folder import record_prompts
+from recycler.record.one_prompt import versions
+from recycler.record.size_losses import measure_size_losses
 from recycler.sensitivity import measure_prompt_sensitivity, measure_sensitivity
-from recycler.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
-from traces.command import run_command
-from tuning.certificate import KlLimit, check_n_prompts
-from tuning.comparison import Compared, compare_ladder, compare_winners
-from tuning.confirmation import measured
+from traces.reporting.command import run_command
+from tuning.certify.certificate import KlLimit, check_n_prompts
+from tuning.certify.ladder import ladder_budgets
+from tuning.confirm.comparison import Compared, compare_ladder, compare_winners
+from tuning.confirm.measured import measured
+from tuning.confirm.results import Measured, TuningResult
+from tuning.confirm.winners import choose_winners
+from tuning.divide.set_sizes import SizedSets, size_sets
+from tuning.divide.tuning_data import TuningData, check_budget, unit_cost
 from tuning.families import FAMILIES, families_named
-from tuning.ladder import ladder_budgets
-from tuning.policy_export import policy_file
-from tuning.report import write_report, write_results
-from tuning.result_rows import kl_share
-from tuning.results import Measured, TuningResult
-from tuning.set_sizes import SizedSets, size_sets
-from tuning.split import Split, split_by_prompt
-from tuning.study import search_family
-from tuning.table import print_table
-from tuning.trace_batch import TraceBatch
-from tuning.tuning_data import TuningData, check_budget, unit_cost
-from tuning.winners import choose_winners
+from tuning.replay.trace_batch import TraceBatch
+from tuning.report.files import write_report, write_results
+from tuning.report.policy_export import policy_file
+from tuning.report.result_rows import kl_share
+from tuning.report.table import print_table
+from tuning.search.split import Split, split_by_prompt
+from tuning.search.study import search_family
 
 # Share of unit-steps that families are searched at, unless another is given.
 _BUDGET = 0.1

@@ -6,8 +6,8 @@ from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
+from recycler.prompts.kinds import PromptGenerator, PromptRequest, copying, key_values, natural, needles
 from recycler.prompts.prompt import Prompt
-from recycler.prompts.tasks import PromptGenerator, PromptRequest, copying, key_values, natural, needles
 from recycler.prompts.texts import TextSource, TokenisedCorpus, library_code, prose_text, technical_text
 
 KINDS: Mapping[str, PromptGenerator] = MappingProxyType(

@@ -238,8 +238,8 @@ class _PlainUnit:
 class PlainDecoder:
     """Recycled attention, unit by unit, over a cache without empty places.
 
-    Give `attention` to `recycler.hook.attention_replaced`. `seen[layer]` has, per step, the signals of the units
-    `(rows, kv_heads)`, the decisions as `"full"`, and the sets as `"places"`.
+    Give `attention` to `attention_replaced`. `seen[layer]` has, per step, the signals of the units `(rows, kv_heads)`,
+    the decisions as `"full"`, and the sets as `"places"`.
     """
 
     def __init__(self, policy: StepPolicy, selection: Selection, starts: list[int]) -> None:

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from policies import AlwaysFull, BudgetConstrained, FixedStride, MaxAge, ModelShape, PolicyFile, Selection, StepPolicy
+from recycler.decode.session import recycled
 from recycler.generate import main
-from recycler.generation import generate_tokens
-from recycler.model_shape import model_shape
-from recycler.models import LoadedModel, load_model
-from recycler.session import recycled
-from traces.command import run_command
+from recycler.model.generation import generate_tokens
+from recycler.model.loading import LoadedModel, load_model
+from recycler.model.shape import model_shape
+from traces.reporting.command import run_command
 
 Run = Callable[..., tuple[int, str, str]]
 WritePolicy = Callable[..., Path]

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from policies import Selection, StepPolicy, StepSignals
 from recycler import sensitivity
-from recycler.closed_loop import run_closed_loop
-from recycler.models import LoadedModel
+from recycler.measure.closed_loop import run_closed_loop
+from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
-from recycler.recording import record_prompts
+from recycler.record.folder import record_prompts
 from recycler.sensitivity import main, measure_sensitivity, unit_sensitivity
 from traces import TraceFile
-from traces.command import run_command
+from traces.reporting.command import run_command
 from traces.sensitivity import FILE_NAME, Sensitivity
 
 N_PROMPT, N_STEPS = 40, 8

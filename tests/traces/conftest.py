@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from traces import Trace, TraceHeader
-from traces.command import run_command
+from traces.reporting.command import run_command
 
 
 def _make_trace(

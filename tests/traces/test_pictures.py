@@ -12,8 +12,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from traces import Trace
-from traces.picture_style import index_ticks, looks
 from traces.pictures import draw_overlap, draw_recovered_mass, draw_similarity, write_picture
+from traces.reporting.picture_style import index_ticks, looks
 from traces.summary import summarise
 
 MakeTrace = Callable[..., Trace]

@@ -21,10 +21,10 @@ from policies import (
     StepPolicy,
 )
 from traces import Trace, TraceHeader
-from tuning.certificate import KlLimit
-from tuning.ladder import fixed_sequence
-from tuning.report import write_report, write_results
-from tuning.results import FamilyResult, Measured, TuningResult
+from tuning.certify.certificate import KlLimit
+from tuning.certify.ladder import fixed_sequence
+from tuning.confirm.results import FamilyResult, Measured, TuningResult
+from tuning.report.files import write_report, write_results
 
 # KL per kind of text at a fixed stride of 10.
 _REPORT_KINDS = {

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from tuning.families.cosine import CosineProfile, SharedCosine
+from tuning.families.family import Family
 from tuning.families.logistic import LogisticProfile, SharedLogistic
 from tuning.families.stride import SharedStride, StrideProfile
-from tuning.family import Family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {

@@ -8,9 +8,9 @@ import numpy as np
 import optuna
 
 from policies import CosineThreshold, StepPolicy
-from tuning.calibration import calibrate
-from tuning.family import Family, divided, own_rates, within_division, within_rates
-from tuning.tuning_data import TuningData
+from tuning.divide.calibration import calibrate
+from tuning.divide.tuning_data import TuningData
+from tuning.families.family import Family, divided, own_rates, within_division, within_rates
 
 
 class SharedCosine(Family):

@@ -9,10 +9,10 @@ import numpy as np
 import optuna
 
 from policies import LearnedLogistic, StepPolicy
-from tuning.calibration import calibrate
-from tuning.family import Family, divided, own_rates, within_division, within_rates
-from tuning.fit import DEFAULT_FEATURES, fit_logistic
-from tuning.tuning_data import TuningData
+from tuning.divide.calibration import calibrate
+from tuning.divide.tuning_data import TuningData
+from tuning.families.family import Family, divided, own_rates, within_division, within_rates
+from tuning.families.fit import DEFAULT_FEATURES, fit_logistic
 
 # Log-odds far beyond any that a fit produces.
 _FAR = 100.0

@@ -9,8 +9,8 @@ import numpy as np
 import optuna
 
 from policies import BudgetConstrained, FixedStride, StepPolicy
-from tuning.family import Family, divided, staggered, within_division
-from tuning.tuning_data import TuningData
+from tuning.divide.tuning_data import TuningData
+from tuning.families.family import Family, divided, staggered, within_division
 
 
 class SharedStride(Family):

@@ -11,7 +11,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recycler.default_model import default_model_folder
+from recycler.model.default_model import default_model_folder
 from recycler.prompts import KINDS, Prompt, default_prompts, prompts_from_files
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recycler.default_model import default_model_folder
+from recycler.model.default_model import default_model_folder
 from recycler.tasks import TaskPrompt, task_prompts
 
 

@@ -7,8 +7,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recycler.default_model import default_model_folder
-from recycler.prompts.tasks import PromptRequest
+from recycler.model.default_model import default_model_folder
+from recycler.prompts.kinds import PromptRequest
 from recycler.prompts.texts import TokenisedCorpus
 from recycler.tasks import TASKS, TaskPrompt, task_prompts
 

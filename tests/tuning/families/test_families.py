@@ -17,7 +17,7 @@ from optuna.trial import FixedTrial
 from policies import BudgetConstrained, ModelShape, NeverFull, PolicyFile, Selection
 from traces import Trace
 from tuning import FAMILIES, TraceBatch, TuningData, families_named, replay_policy
-from tuning.allocation import STRIDES
+from tuning.divide.allocation import STRIDES
 
 MakeTrace = Callable[..., Trace]
 

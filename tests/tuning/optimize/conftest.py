@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from traces.command import run_command
+from traces.reporting.command import run_command
 from tuning.optimize import main
 
 SIZES = ("--per-kind", "2", "--context-tokens", "160", "--steps", "12", "--k", "48", "--trials", "2")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from policies import BudgetConstrained, PolicyFile
-from tuning.certificate import KlLimit, certify
+from tuning.certify.certificate import KlLimit, certify
 
 # A `Run` of the conftest, which a test module cannot import.
 Run = Any

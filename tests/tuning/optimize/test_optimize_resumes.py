@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-import recycler.closed_loop_store
-import recycler.recording
+import recycler.measure.store
+import recycler.record.folder
+import recycler.record.size_losses
 import recycler.sensitivity
-import recycler.size_losses
 import tuning.optimize
 from policies import PolicyFile
 from traces import TraceFolder
-from tuning.allocation import STRIDES
+from tuning.divide.allocation import STRIDES
 
 # A `Run` of the conftest, which a test module cannot import.
 Run = Any
@@ -36,9 +36,9 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *functions: str) -> None:
         monkeypatch.setattr(function, computed)
 
 
-RECORDING = "recycler.recording.record_trace"
+RECORDING = "recycler.record.folder.record_trace"
 ABLATING = "recycler.sensitivity.run_closed_loop"
-COMPARING = "recycler.closed_loop_store.run_closed_loop"
+COMPARING = "recycler.measure.store.run_closed_loop"
 
 
 def trials(folder: Path) -> dict[str, int]:
@@ -86,12 +86,12 @@ def test_a_run_that_is_interrupted_at_every_stage_ends_as_if_uninterrupted(
     arguments = ("--model", model, "--out", tmp_path / "again", "--budget", 0.2, *sizes)
     stages = [
         (recycler.sensitivity, "unit_sensitivity", 3),
-        (recycler.size_losses, "_lost_by_size", 2),
-        (recycler.recording, "record_trace", 7),
+        (recycler.record.size_losses, "_lost_by_size", 2),
+        (recycler.record.folder, "record_trace", 7),
         (tuning.optimize, "search_family", 4),
         # Six runs choose winners; the six after these confirm them.
-        (recycler.closed_loop_store, "run_closed_loop", 4),
-        (recycler.closed_loop_store, "run_closed_loop", 4),
+        (recycler.measure.store, "run_closed_loop", 4),
+        (recycler.measure.store, "run_closed_loop", 4),
         (tuning.optimize, "write_report", 0),
     ]
     for module, function, n_calls in stages:

@@ -1,0 +1,47 @@
+"""What must not happen to a cache between two decode steps, watched on the plain path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recycler.decode.engine_run import CACHE_CHANGED, other_padding
+
+
+class CacheWatch:
+    """Notices when a layer's cache did anything but grow by the token of this step.
+
+    Sets name places in the cache, so rows that move or tokens that vanish would silently turn them into other tokens.
+    """
+
+    def __init__(self, key: Tensor, start: Tensor | int) -> None:
+        self._start = start
+        self._remember(key)
+
+    def check(self, key: Tensor | None) -> None:
+        """Raise unless the keys are those seen last."""
+        same = key is not None and key.shape[0] == self._last_key.shape[0] and key.shape[2] >= self._end > 0
+        if key is None or not same or not torch.equal(key[:, :, self._end - 1], self._last_key):
+            raise ValueError(CACHE_CHANGED)
+
+    def follow(self, key: Tensor, visible: Tensor | None) -> None:
+        """Raise unless the last token seen is still in its place, one more has come, and padding is what it was."""
+        same_shape = key.shape[0] == self._last_key.shape[0] and key.shape[2] == self._end + 1
+        if not same_shape or not torch.equal(key[:, :, -2], self._last_key):
+            raise ValueError(CACHE_CHANGED)
+        if visible is not None or not isinstance(self._start, int):
+            self._refuse_other_padding(
+                torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if visible is None else visible
+            )
+        self._remember(key)
+
+    def _refuse_other_padding(self, visible: Tensor) -> None:
+        start = self._start if isinstance(self._start, int) else self._start[:, 0]
+        expected = torch.arange(visible.shape[1], device=visible.device) >= start
+        wrong = (visible != expected).any(-1)
+        if wrong.any():
+            raise ValueError(other_padding(int(wrong.int().argmax())))
+
+    def _remember(self, key: Tensor) -> None:
+        self._end = key.shape[2]
+        self._last_key = key[:, :, -1].clone()

@@ -1,0 +1,208 @@
+"""Attention of one query token per row, every unit over its own tokens, split evenly over the threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from recycler.decode.cpu.scalars import exp, prefetch, widen
+
+# Tokens whose logits are computed before their values are read; keys and values of a block stay in the first cache.
+BLOCK_TOKENS = 32
+_LINE_BYTES = 64
+# The largest logit of no tokens.
+NOTHING = -1e30
+
+
+@njit(error_model="numpy", fastmath=True)
+def attend_tokens(
+    query: Any,
+    keys: Any,
+    values: Any,
+    begin: int,
+    end: int,
+    scaling: float,
+    block: Any,
+    highest: Any,
+    total: Any,
+    output: Any,
+    logits: Any,
+    first_logit: int,
+    keep_logits: bool,
+) -> None:
+    """Go on with one unit's attention over some of its tokens (online softmax, arXiv 1805.02867).
+
+    Args:
+        query: Float `(group, head_dim)`.
+        keys: `(tokens, head_dim)` as stored.
+        values: `(tokens, head_dim)` as stored.
+        begin: First token.
+        end: One past the last.
+        scaling: Factor on query x key.
+        block: Float `(group, BLOCK_TOKENS)`, for intermediate results.
+        highest: Float `(group,)`: the largest logit so far, `NOTHING` at first.
+        total: Float `(group,)`: sum of exp(logit - highest) so far.
+        output: Float `(group, head_dim)`: sum of exp(logit - highest) x value so far.
+        logits: Float `(group, places)`: where logits are kept.
+        first_logit: Place of the logit of token 0.
+        keep_logits: Whether to keep them.
+    """
+    group = query.shape[0]
+    scale = query.dtype.type(scaling)
+    for low in range(begin, end, BLOCK_TOKENS):
+        n = min(BLOCK_TOKENS, end - low)
+        _logits(query, keys, values, low, n, scale, block)
+        for head in range(group):
+            if keep_logits:
+                _copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
+            _weigh(block[head, :n], head, highest, total, output)
+        _add_values(block, values, keys, low, n, output)
+
+
+@njit(error_model="numpy", fastmath=True)
+def score_tokens(
+    query: Any,
+    keys: Any,
+    begin: int,
+    end: int,
+    scaling: float,
+    block: Any,
+    highest: Any,
+    total: Any,
+    logits: Any,
+    first_logit: int,
+) -> None:
+    """The same without values: logits and the sum of their exponentials.
+
+    Args:
+        query: As above, like all others.
+        keys: Of all that the cache holds, this alone is read.
+        begin: First token.
+        end: One past the last.
+        scaling: Factor on query x key.
+        block: For intermediate results.
+        highest: The largest logit so far.
+        total: Sum of exp(logit - highest) so far.
+        logits: Gets the logits.
+        first_logit: Place of the logit of token 0.
+    """
+    scale = query.dtype.type(scaling)
+    no_values = query[:, :0]
+    for low in range(begin, end, BLOCK_TOKENS):
+        n = min(BLOCK_TOKENS, end - low)
+        _logits(query, keys, keys[BLOCK_TOKENS:], low, n, scale, block)
+        for head in range(query.shape[0]):
+            _copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
+            _weigh(block[head, :n], head, highest, total, no_values)
+
+
+# Loops over slices in functions of their own: written out above, they do not vectorise.
+@njit(error_model="numpy", fastmath=True)
+def _copy(source: Any, target: Any) -> None:
+    for j in range(source.shape[0]):
+        target[j] = source[j]
+
+
+@njit(error_model="numpy", fastmath=True)
+def _weigh(row: Any, head: int, highest: Any, total: Any, output: Any) -> None:
+    """Turn a head's logits into weights relative to the highest so far."""
+    best = row[0]
+    for j in range(row.shape[0]):
+        best = max(best, row[j])
+    if best > highest[head]:
+        shrink = exp(highest[head] - best)
+        total[head] *= shrink
+        for d in range(output.shape[1]):
+            output[head, d] *= shrink
+        highest[head] = best
+    top, added = highest[head], row.dtype.type(0)
+    for j in range(row.shape[0]):
+        weight = exp(row[j] - top)
+        row[j] = weight
+        added += weight
+    total[head] += added
+
+
+@njit(error_model="numpy", fastmath=True)
+def _logits(query: Any, keys: Any, next_read: Any, low: int, n: int, scale: Any, block: Any) -> None:
+    group, head_dim = query.shape
+    zero = query.dtype.type(0)
+    line = _LINE_BYTES // keys.itemsize
+    for j in range(0, n - 3, 4):
+        token = low + j
+        # Memory works meanwhile on what is read next: the values of the block, or the keys of the next one.
+        for column in range(0, 4 * head_dim, line):
+            prefetch(next_read, token, column)
+        for head in range(group):
+            a, b, c, e = zero, zero, zero, zero
+            for d in range(head_dim):
+                q = query[head, d]
+                a += q * widen(keys[token, d])
+                b += q * widen(keys[token + 1, d])
+                c += q * widen(keys[token + 2, d])
+                e += q * widen(keys[token + 3, d])
+            block[head, j] = a * scale
+            block[head, j + 1] = b * scale
+            block[head, j + 2] = c * scale
+            block[head, j + 3] = e * scale
+    for j in range(n - n % 4, n):
+        for head in range(group):
+            a = zero
+            for d in range(head_dim):
+                a += query[head, d] * widen(keys[low + j, d])
+            block[head, j] = a * scale
+
+
+@njit(error_model="numpy", fastmath=True)
+def _add_values(weights: Any, values: Any, keys: Any, low: int, n: int, output: Any) -> None:
+    group, head_dim = output.shape
+    line = _LINE_BYTES // keys.itemsize
+    for j in range(0, n - 3, 4):
+        token = low + j
+        # And on the keys of the next block, which lie one behind the other.
+        for column in range(0, 4 * head_dim, line):
+            prefetch(keys, token + BLOCK_TOKENS, column)
+        for head in range(group):
+            a, b, c, e = weights[head, j], weights[head, j + 1], weights[head, j + 2], weights[head, j + 3]
+            for d in range(head_dim):
+                output[head, d] += (
+                    a * widen(values[token, d])
+                    + b * widen(values[token + 1, d])
+                    + c * widen(values[token + 2, d])
+                    + e * widen(values[token + 3, d])
+                )
+    for j in range(n - n % 4, n):
+        for head in range(group):
+            a = weights[head, j]
+            for d in range(head_dim):
+                output[head, d] += a * widen(values[low + j, d])
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def merge(highest: Any, total: Any, output: Any, out: Any, normaliser: Any) -> None:
+    """Bring the parts of one unit's attention together.
+
+    Args:
+        highest: Float `(parts, group)`, `NOTHING` where a part saw no tokens.
+        total: Float `(parts, group)`.
+        output: Float `(parts, group, head_dim)`.
+        out: Float `(group, head_dim)`: the attention.
+        normaliser: Float `(group,)`: log of the sum of exp(logit) over all tokens.
+    """
+    parts, group, head_dim = output.shape
+    for head in range(group):
+        top = highest[0, head]
+        for part in range(1, parts):
+            top = max(top, highest[part, head])
+        out[head] = 0
+        whole = highest.dtype.type(0)
+        for part in range(parts):
+            weight = exp(highest[part, head] - top)
+            whole += weight * total[part, head]
+            for d in range(head_dim):
+                out[head, d] += weight * output[part, head, d]
+        for d in range(head_dim):
+            out[head, d] /= whole
+        normaliser[head] = top + np.log(whole)

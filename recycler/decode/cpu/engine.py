@@ -1,0 +1,293 @@
+"""The decoder on CPU: kernels compiled by numba, decisions on NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
+from recycler.decode.cache import GrowingTokens, KvLayer
+from recycler.decode.counts import keys_only_units, tokens_read
+from recycler.decode.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Signals, Units
+from recycler.decode.cpu.attention import BLOCK_TOKENS
+from recycler.decode.cpu.decisions import decisions
+from recycler.decode.cpu.layer import attend, feed, predict, project
+from recycler.decode.cpu.refresh_keys import refresh_keys
+from recycler.decode.cpu.threads import threads_of_torch
+from recycler.decode.engine import Decoding, Engine, NotCovered, Totals
+from recycler.decode.plain.units import LayerUnits
+from recycler.model.attention_hook import refuse_full_window
+from recycler.model.decoder_parts import DecoderParts, bias_of, decoder_parts
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class CpuEngine(Engine):
+    """Runs models in float32, bfloat16 (activations in float32) and float64.
+
+    Args:
+        model: The model; its weights are used where they lie.
+
+    Raises:
+        NotCovered: If it is not on the CPU, in another type, or of another kind.
+    """
+
+    name = "cpu"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if model.device.type != "cpu":
+            raise NotCovered(f"it runs on the cpu, and the model is on {model.device}")
+        self._parts = decoder_parts(model)
+        if self._parts.dtype not in _DTYPES:
+            raise NotCovered(f"it runs {', '.join(map(str, _DTYPES))}, and the model is in {self._parts.dtype}")
+        self._weights = [_layer_weights(layer) for layer in self._parts.layers]
+
+    def begin(
+        self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
+    ) -> CpuDecoding:
+        return CpuDecoding(self._parts, self._weights, layers, units, policy, start)
+
+
+class CpuDecoding(Decoding):
+    """See `Decoding`. Args: those of `Engine.begin`, after the model's parts and weights."""
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        weights: Sequence[LayerWeights],
+        layers: Sequence[KvLayer],
+        units: Sequence[LayerUnits],
+        policy: StepPolicy,
+        start: np.ndarray,
+    ) -> None:
+        self._parts, self._weights, self._layers, self._policy, self._start = parts, weights, layers, policy, start
+        self._norm, self._head = as_array(parts.norm.weight), as_array(parts.head.weight)
+        self._head_bias = as_array(bias_of(parts.head))
+        self._float = np.float64 if parts.dtype == torch.float64 else np.float32
+        group = weights[0].query.shape[0] // weights[0].key.shape[0]
+        self._rules = _rules(units[0].recycled.selection, policy.needs)
+        self._units = [_first_units(*pair, group, self._float) for pair in zip(layers, units, strict=True)]
+        rows, kv_heads = self._units[0].filled.shape
+        # Layers come first in memory, so that a kernel gets its layer's numbers in one piece.
+        self._filled = np.stack([layer.filled for layer in self._units])
+        self._units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(self._units)]
+        self._full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
+        self._tokens_read = np.zeros(self._full.shape)
+        self._all_tokens_read = np.zeros(self._full.shape)
+        self._overruled: dict[str, np.ndarray] = {}
+        self._decisions = decisions(policy, (len(layers), rows, kv_heads))
+        self._keys_only_units = np.broadcast_to(keys_only_units(policy, (len(layers), kv_heads)), self._full.shape)
+        # Per layer, the units that refresh by their keys alone; None in a layer without.
+        self._by_keys = [of.copy() if of.any() else None for of in np.moveaxis(self._keys_only_units, 1, 0)]
+        self._measured = np.full((len(Signals._fields), len(layers), rows, kv_heads), np.nan)
+        self._signals = [Signals(*self._measured[:, layer]) for layer in range(len(layers))]
+        masses = np.stack([layer.schedule.refresh_mass.detach().numpy() for layer in units], axis=1)
+        self._schedule = Schedule(np.zeros(self._full.shape), masses)
+        self._refer_to_memory()
+
+    @property
+    def full(self) -> np.ndarray:
+        return self._full
+
+    @property
+    def keys_only(self) -> np.ndarray:
+        keys_only: np.ndarray = self._full & self._keys_only_units
+        return keys_only
+
+    @property
+    def tokens_read(self) -> np.ndarray:
+        return self._tokens_read
+
+    def totals(self) -> Totals:
+        full_steps = self._schedule.n_full.astype(np.int64)
+        return Totals(
+            full_steps=full_steps,
+            keys_only_steps=full_steps * self._keys_only_units,
+            tokens_read=self._all_tokens_read.copy(),
+            reasons={reason: counts.copy() for reason, counts in self._overruled.items()},
+        )
+
+    def step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
+        grown = [part.make_room() for layer in self._layers for part in layer.parts]
+        if any(grown):
+            self._refer_to_memory()
+        n_threads = threads_of_torch()
+        hidden = self._parts.embedding.weight[tokens].to(torch.promote_types(self._parts.dtype, torch.float32))
+        cosine, sine = (angle[:, 0].contiguous().numpy() for angle in self._parts.rotary(hidden, places[:, None]))
+        x, n_own = hidden.numpy(), self._layers[0].parts[0].n_own
+        scratch, rules, start, asked = self._scratch, self._rules, self._start, self._decisions
+        asked.begin_step(self._schedule, tokens.numpy()[:, None, None])
+        state = zip(self._weights, self._caches, self._units, self._signals, strict=True)
+        for layer, (weights, cache, units, signals) in enumerate(state):
+            project(x, weights, cosine, sine, cache, n_own, units, signals, rules, scratch, n_threads)
+            asked.decide(layer, signals)
+            full, by_keys = asked.full[layer], self._by_keys[layer]
+            how = (weights.scaling, start, cache, n_own + 1, units, signals, rules, scratch, n_threads)
+            if by_keys is not None and (refreshed := full & by_keys).any():
+                refresh_keys(refreshed, *how)
+                full = full & ~refreshed
+            attend(full, *how)
+            feed(x, weights, scratch, n_threads)
+        logits = torch.empty((len(tokens), self._head.shape[0]), dtype=hidden.dtype)
+        eps = self._parts.norm.variance_epsilon
+        predict(x, self._norm, eps, self._head, self._head_bias, scratch, logits.numpy(), n_threads)
+        self._end_step()
+        return logits
+
+    def _end_step(self) -> None:
+        """Write down what was done, and let the schedule and the cache go on by one."""
+        for layer in self._layers:
+            for part in layer.parts:
+                part.n_own += 1
+        self._full = np.moveaxis(self._decisions.full, 0, 1).copy()
+        filled = np.moveaxis(self._filled, 0, 1)
+        dense = self._layers[0].get_seq_length() - self._start
+        self._tokens_read = tokens_read(self._full, self.keys_only, dense[:, None, None], filled)
+        self._all_tokens_read += self._tokens_read
+        for reason, noted in self._decisions.reasons.items():
+            counts = self._overruled.setdefault(reason, np.zeros(self._full.shape, dtype=np.int64))
+            counts += np.moveaxis(noted, 0, 1)
+        mass, overlap = np.moveaxis(self._measured[-2:], 1, 2)
+        needs = self._policy.needs
+        self._schedule.advance(
+            self._full,
+            mass if "refresh_mass" in needs else None,
+            overlap if "refresh_overlap" in needs else None,
+        )
+
+    def _refer_to_memory(self) -> None:
+        """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
+        self._caches = [_cache(*layer.parts) for layer in self._layers]
+        places = self._caches[0].prompt_key.shape[2] + self._caches[0].own_key.shape[2]
+        self._units = [_with_places(units, places) for units in self._units]
+        self._scratch = _scratch(self._weights[0], self._units[0], self._rules, places, self._float)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """A tensor's memory as an array; bfloat16 as its 16 bits."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _cache(key: GrowingTokens, value: GrowingTokens) -> Cache:
+    return Cache(
+        prompt_key=as_array(key.prompt),
+        prompt_value=as_array(value.prompt),
+        own_key=as_array(key.own),
+        own_value=as_array(value.own),
+    )
+
+
+def _layer_weights(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    nothing = as_array(attention.q_proj.weight.new_empty(0))
+    query_norm = getattr(attention, "q_norm", None)
+
+    def linear(module: nn.Linear) -> tuple[Array, Array]:
+        return as_array(module.weight), as_array(bias_of(module))
+
+    return LayerWeights(
+        as_array(layer.input_layernorm.weight),
+        layer.input_layernorm.variance_epsilon,
+        *linear(attention.q_proj),
+        *linear(attention.k_proj),
+        *linear(attention.v_proj),
+        nothing if query_norm is None else as_array(query_norm.weight),
+        nothing if query_norm is None else as_array(attention.k_norm.weight),
+        0.0 if query_norm is None else query_norm.variance_epsilon,
+        attention.scaling,
+        *linear(attention.o_proj),
+        as_array(layer.post_attention_layernorm.weight),
+        layer.post_attention_layernorm.variance_epsilon,
+        *linear(mlp.gate_proj),
+        *linear(mlp.up_proj),
+        *linear(mlp.down_proj),
+    )
+
+
+def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
+    if selection.group == GroupPooling.LAYER_MEAN:
+        raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
+    return Rules(
+        sinks=selection.sinks,
+        window=selection.window,
+        pool_backward=selection.pool_backward,
+        pool_forward=selection.pool_forward,
+        group_mean=selection.group == GroupPooling.MEAN,
+        updated_ranking=selection.ranking == Ranking.UPDATED,
+        accumulated_ranking=selection.ranking == Ranking.ACCUMULATED,
+        wants_query_similarity="query_similarity" in needs,
+        wants_step_similarity="step_similarity" in needs,
+        wants_layer_similarity="layer_similarity" in needs,
+        wants_refresh=bool(needs & {"refresh_mass", "refresh_overlap"}),
+    )
+
+
+def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type) -> Units:
+    """The state that prefill left, as the kernels keep it: no empty slots before filled ones, nothing copied yet."""
+    positions, scores = first.recycled.positions.numpy(), first.recycled.scores.detach().numpy()
+    sizes = first.recycled.sizes
+    order = np.argsort(positions < 0, axis=-1, kind="stable")
+    positions = np.take_along_axis(positions, order, axis=-1)
+    rows, kv_heads, k = positions.shape
+    stored = as_array(layer.parts[0].own)
+    return Units(
+        set_key=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),
+        set_value=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),
+        positions=positions,
+        scores=np.take_along_axis(scores, order, axis=-1),
+        sizes=np.full(kv_heads, k) if sizes is None else sizes.numpy().reshape(-1),
+        filled=(positions >= 0).sum(-1),
+        stale=np.ones((rows, kv_heads), dtype=bool),
+        fresh=np.zeros((rows, kv_heads), dtype=bool),
+        pending=np.zeros((rows, kv_heads), dtype=np.int64),
+        logits=np.empty((rows, kv_heads, group, 0), dtype=float_type),
+        normaliser=np.zeros((rows, kv_heads, group), dtype=float_type),
+        full_query=first.full_query.detach().numpy().astype(float_type),
+        last_query=first.last_query.detach().numpy().astype(float_type),
+    )
+
+
+def _with_places(units: Units, places: int) -> Units:
+    """The same state with room for logits of more tokens. Only units that run full ever touch theirs."""
+    logits = np.empty((*units.logits.shape[:3], places), dtype=units.logits.dtype)
+    for row, head in np.argwhere(units.pending > 0):
+        end = units.pending[row, head]
+        logits[row, head, :, :end] = units.logits[row, head, :, :end]
+    return units._replace(logits=logits)
+
+
+def _scratch(weights: LayerWeights, units: Units, rules: Rules, places: int, float_type: type) -> Scratch:
+    rows, kv_heads, group, _ = units.logits.shape
+    head_dim, k = units.set_key.shape[-1], units.positions.shape[-1]
+    hidden, intermediate = weights.norm.shape[0], weights.gate.shape[0]
+    n_units, n_threads = rows * kv_heads, numba.config.NUMBA_NUM_THREADS
+
+    def empty(*shape: int) -> Array:
+        return np.empty(shape, dtype=float_type)
+
+    return Scratch(
+        normed=empty(rows, hidden),
+        projected=empty(rows, kv_heads * (group + 2) * head_dim),
+        query=empty(rows, kv_heads, group, head_dim),
+        unit_query=empty(rows, kv_heads, head_dim),
+        block=empty(n_threads, group, BLOCK_TOKENS),
+        highest=empty(n_threads, n_units, group),
+        total=empty(n_threads, n_units, group),
+        partial=empty(n_threads, n_units, group, head_dim),
+        set_logits=empty(n_units, group, k if rules.updated_ranking or rules.accumulated_ranking else 0),
+        token_score=np.empty((n_threads, max(places, k)), dtype=np.float32),
+        pooled=np.empty((n_threads, max(places, k)), dtype=np.float32),
+        found=np.empty((n_threads, places), dtype=np.int64),
+        was_in=np.zeros((n_threads, places), dtype=bool),
+        attended=empty(rows, kv_heads, group, head_dim),
+        gate=empty(rows, intermediate),
+        up=empty(rows, intermediate),
+    )

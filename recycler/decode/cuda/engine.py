@@ -1,0 +1,265 @@
+"""The decoder on a GPU: kernels in Triton, the decision among them, and a step that is one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies import SIGNALS, AlwaysFull, GroupPooling, NotAProgram, StepPolicy
+from recycler.decode.cache import KvLayer
+from recycler.decode.counts import keys_only_units
+from recycler.decode.cuda.decisions import HostDecisions, RowPrograms, row_programs
+from recycler.decode.cuda.dense import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
+from recycler.decode.cuda.machine import Machine
+from recycler.decode.cuda.own_tokens import OwnTokens
+from recycler.decode.cuda.state import Scratch, Sizes, UnitState
+from recycler.decode.cuda.step_graph import Aside, StepGraph, stream_for
+from recycler.decode.cuda.unit_kernels import UnitKernels
+from recycler.decode.engine import Decoding, Engine, NotCovered, Totals
+from recycler.decode.plain.units import LayerUnits
+from recycler.model.attention_hook import refuse_full_window
+from recycler.model.decoder_parts import DecoderParts, decoder_parts
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rotary embeddings that look at positions on the host.
+_CHANGING_ROPES = ("dynamic", "longrope")
+_TOKEN = SIGNALS.index("token")
+
+
+class CudaEngine(Engine):
+    """Runs models in float32, bfloat16 and float16.
+
+    Args:
+        model: The model; its weights are used where they lie, but that those for queries, keys and values are brought
+            together (`recycler.decode.cuda.dense.stacked`).
+        machine: How kernels are launched; None asks the model's GPU. Given, the model may be where Triton's interpreter
+            runs kernels.
+
+    Raises:
+        NotCovered: If it is not on a GPU, in another type, or of another kind.
+    """
+
+    name = "cuda"
+
+    def __init__(self, model: PreTrainedModel, machine: Machine | None = None) -> None:
+        if machine is None:
+            if model.device.type != "cuda":
+                raise NotCovered(f"it runs on cuda, and the model is on {model.device}")
+            machine = Machine.of(model.device)
+        parts = decoder_parts(model)
+        if parts.dtype not in _DTYPES:
+            raise NotCovered(f"it runs {', '.join(map(str, _DTYPES))}, and the model is in {parts.dtype}")
+        head_dim = parts.layers[0].self_attn.head_dim
+        if head_dim < 16 or head_dim & (head_dim - 1):
+            raise NotCovered(f"it runs heads of 16, 32, 64, 128 or 256 numbers, and this model's have {head_dim}")
+        rope = getattr(parts.rotary, "rope_type", "default")
+        if rope in _CHANGING_ROPES:
+            raise NotCovered(f"the model's rotary embedding ({rope}) changes with the positions")
+        self._parts, self._machine = parts, machine
+        self._weights = [layer_weights(layer) for layer in parts.layers]
+        self._last = last_weights(parts)
+
+    def begin(
+        self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
+    ) -> CudaDecoding:
+        if units[0].recycled.selection.group == GroupPooling.LAYER_MEAN:
+            raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
+        # Tensors that all steps may write to, whatever mode the prompt was read in.
+        with _on(units[0].full_query.device), torch.inference_mode(False), torch.no_grad():
+            return CudaDecoding(self._parts, self._weights, self._last, self._machine, layers, units, policy, start)
+
+
+class CudaDecoding(Decoding):
+    """See `Decoding`. Args: those of `Engine.begin`, after the model's parts and weights and the machine."""
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        weights: Sequence[LayerWeights],
+        last: LastWeights,
+        machine: Machine,
+        layers: Sequence[KvLayer],
+        units: Sequence[LayerUnits],
+        policy: StepPolicy,
+        start: np.ndarray,
+    ) -> None:
+        self._parts, self._weights, self._last, self._machine = parts, weights, last, machine
+        self._never_recycles = isinstance(policy, AlwaysFull)
+        self._layers, self._needs, self._selection = layers, policy.needs, units[0].recycled.selection
+        key, _ = layers[0].parts
+        rows, kv_heads, _, head_dim = key.own.shape
+        device = key.own.device
+        self._math = LayerMath(parts, rows, machine.compiles)
+        first = parts.layers[0].self_attn
+        self._sizes = Sizes(
+            rows=rows,
+            layers=len(layers),
+            kv_heads=kv_heads,
+            group=first.q_proj.out_features // first.k_proj.out_features,
+            head_dim=head_dim,
+            k=self._selection.widest,
+            n_prompt=key.prompt.shape[2],
+            n_programs=machine.n_programs,
+            chunk_tokens=machine.chunk_tokens,
+        )
+        shape = (len(layers), kv_heads)
+        self._programs: list[RowPrograms] = []
+        self._host: HostDecisions | None = None
+        try:
+            self._programs = row_programs(policy, shape, rows, device)
+        except NotAProgram as why:
+            self._host = HostDecisions(policy, why)
+        counted = self._programs and len(self._programs[0].results) > 1
+        self._reasons = tuple(self._programs[0].program.reasons) if counted else ()
+        self._by_keys = keys_only_units(policy, shape)
+        self._state = UnitState(self._sizes, units, start, self._by_keys, len(self._reasons), device)
+
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._places = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty((rows, parts.head.out_features), dtype=parts.dtype, device=device)
+        captures = machine.captures and not (self._host is not None and self._host.in_layers)
+        stream = stream_for(device, "step") if captures else None
+        self._graph = None if stream is None else StepGraph(stream)
+        self._aside = Aside(stream_for(device, "aside"))
+        self._own = OwnTokens(layers, device)
+        # Own tokens that kernels have room to work on.
+        self._reach_tokens = 2 * machine.chunk_tokens
+        self._make_kernels()
+
+    @property
+    def full(self) -> np.ndarray:
+        full: np.ndarray = _by_row(self._state.decided) != 0
+        return full
+
+    @property
+    def keys_only(self) -> np.ndarray:
+        keys_only: np.ndarray = self.full & self._by_keys
+        return keys_only
+
+    @property
+    def tokens_read(self) -> np.ndarray:
+        return _by_row(self._state.tokens_read)
+
+    def totals(self) -> Totals:
+        state = self._state
+        full_steps = _by_row(state.signals[SIGNALS.index("n_full")]).astype(np.int64)
+        counted = dict(zip(self._reasons, state.overruled.cpu().numpy(), strict=False))
+        overruled = counted if self._host is None else self._host.overruled
+        return Totals(
+            full_steps=full_steps,
+            keys_only_steps=full_steps * self._by_keys,
+            tokens_read=_by_row(state.all_tokens_read),
+            reasons={reason: counts.swapaxes(0, 1).astype(np.int64) for reason, counts in overruled.items()},
+        )
+
+    def step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        with _on(self._tokens.device):
+            return self._step(tokens, places)
+
+    def _step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
+        # All layers grow together: looking at each of them takes longer than launching the step.
+        if self._layers[0].parts[0].make_room():
+            for layer in self._layers:
+                for part in layer.parts:
+                    part.make_room()
+            self._own.look(self._layers)
+            if self._own_room() > self._reach_tokens:
+                self._make_kernels()
+        self._tokens.copy_(tokens)
+        self._places.copy_(places.expand_as(self._places))
+        if self._host is not None and not self._host.in_layers:
+            self._tell_token()
+            self._host.decide(self._state.signals, self._state.given)
+        # One mode for all steps: compiled functions and captured graphs belong to a mode.
+        with torch.inference_mode():
+            if self._graph is None:
+                self._take_step()
+            else:
+                self._graph(self._take_step)
+        for cached in self._layers:
+            for part in cached.parts:
+                part.n_own += 1
+        return self._logits.clone()
+
+    def _take_step(self) -> None:
+        """All that happens on the GPU: what the graph holds."""
+        self._tell_token()
+        x = self._parts.embedding.weight[self._tokens]
+        # Per row, for all heads: `(rows, 1, head_dim)`.
+        cosine, sine = self._parts.rotary(x, self._places[:, None])
+        query, key, value = self._math.enter(x, self._weights[0], cosine, sine)
+        for layer, (weights, kernels) in enumerate(zip(self._weights, self._kernels, strict=True)):
+            if self._host is not None and self._host.in_layers:
+                kernels.compare(query)
+                self._host.decide(self._state.signals, self._state.given, layer)
+            # The layer before chooses new sets while torch gets from its attention to here.
+            self._aside.join()
+            kernels.prepare(query, key, value, self._programs)
+            attended = kernels.attend(query)
+            with self._aside():
+                kernels.settle()
+            if layer + 1 < len(self._weights):
+                following = self._weights[layer + 1]
+                x, query, key, value = self._math.cross(x, attended, weights, following, cosine, sine)
+        self._logits.copy_(self._math.leave(x, attended, weights, self._last))
+        self._aside.join()
+        self._state.n_own += 1
+
+    def _tell_token(self) -> None:
+        self._state.signals[_TOKEN] = self._tokens[:, None]
+
+    def _own_room(self) -> int:
+        return self._layers[0].parts[0].own.shape[2]
+
+    def _make_kernels(self) -> None:
+        """Point the kernels at memory, and make their room as large as the cache will be for long.
+
+        It takes a hundredth of what the cache does, so that it grows more rarely, and a captured step lasts.
+        """
+        sizes, dtype = self._sizes, self._parts.dtype
+        while self._reach_tokens < self._own_room():
+            self._reach_tokens *= 2
+        places = sizes.n_prompt + self._reach_tokens
+        device = self._state.start.device
+        with torch.inference_mode(False):
+            measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
+            scratch = Scratch(sizes, places, measures, dtype, device)
+        # Layers have only the kernels that some unit of theirs may need.
+        by_keys, by_values = (np.asarray(some.any(axis=(0, 2))) for some in (self._by_keys, ~self._by_keys))
+        if self._never_recycles:
+            by_values[:] = False
+        self._kernels = [
+            UnitKernels(
+                layer,
+                sizes,
+                self._state,
+                scratch,
+                tuple(part.prompt for part in self._layers[layer].parts),
+                self._own,
+                self._selection,
+                self._needs,
+                module.self_attn.scaling,
+                self._machine.tile_tokens(sizes.head_dim, dtype),
+                by_keys=bool(by_keys[layer]),
+                chooses=bool(by_values[layer]),
+            )
+            for layer, module in enumerate(self._parts.layers)
+        ]
+        if self._graph is not None:
+            self._graph.forget()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels and streams are of the current GPU, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _by_row(state: Tensor) -> np.ndarray:
+    """A copy of `(layers, rows, kv_heads)` as `(rows, layers, kv_heads)`, on the host."""
+    return np.array(state.cpu().numpy().swapaxes(0, 1))

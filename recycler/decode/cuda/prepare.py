@@ -1,0 +1,279 @@
+"""Between the queries of a layer and its attention: signals, the decision, and the new token's place in the sets."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from policies import SIGNALS
+from recycler.decode.cuda.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
+from recycler.decode.cuda.own_tokens import own_tokens
+from recycler.decode.cuda.program import run_program
+
+_STEP, _AGE, _N_FULL, _QUERY, _LAST, _LAYER, _MASS, _OVERLAP = (
+    tl.constexpr(SIGNALS.index(name))
+    for name in (
+        "step",
+        "age",
+        "n_full",
+        "query_similarity",
+        "step_similarity",
+        "layer_similarity",
+        "refresh_mass",
+        "refresh_overlap",
+    )
+)
+
+
+@triton.jit
+def _cosine(a, b):
+    """As torch has it, in float64."""
+    lengths = tl.maximum(tl.sqrt(tl.sum(a * a)), 1e-8) * tl.maximum(tl.sqrt(tl.sum(b * b)), 1e-8)
+    return (tl.sum(a * b) / lengths).to(tl.float64)
+
+
+@triton.jit
+def _mean_query(query, unit, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    channel = tl.arange(0, HEAD_DIM)
+    total = tl.zeros((HEAD_DIM,), tl.float32)
+    for member in tl.static_range(GROUP):
+        total += tl.load(query + (unit * GROUP + member) * HEAD_DIM + channel).to(tl.float32)
+    return total / GROUP
+
+
+@triton.jit(do_not_specialize=["n_all_units"])
+def compare(
+    rows,
+    query,
+    full_query,
+    last_query,
+    signals,
+    n_all_units,
+    WANTS_QUERY: tl.constexpr,
+    WANTS_LAST: tl.constexpr,
+    WANTS_LAYER: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Measure similarities: a part of `prepare`, and a kernel for policies that are called between the kernels.
+
+    Arguments are those of `prepare`.
+    """
+    unit = tl.load(rows + tl.program_id(0) // KV_HEADS) * KV_HEADS + tl.program_id(0) % KV_HEADS
+    channel = tl.arange(0, HEAD_DIM)
+    if WANTS_QUERY or WANTS_LAST:
+        now = _mean_query(query, unit, GROUP, HEAD_DIM)
+        if WANTS_QUERY:
+            then = tl.load(full_query + unit * HEAD_DIM + channel)
+            tl.store(signals + _QUERY * n_all_units + unit, _cosine(now, then))
+        if WANTS_LAST:
+            then = tl.load(last_query + unit * HEAD_DIM + channel)
+            tl.store(signals + _LAST * n_all_units + unit, _cosine(now, then))
+    if WANTS_LAYER:
+        # Groups are of one size, so the mean of their means is the mean over all query heads.
+        now = tl.zeros((HEAD_DIM,), tl.float32)
+        then = tl.zeros((HEAD_DIM,), tl.float32)
+        first = unit - unit % KV_HEADS
+        for head in range(KV_HEADS):
+            now += _mean_query(query, first + head, GROUP, HEAD_DIM)
+            then += tl.load(full_query + (first + head) * HEAD_DIM + channel)
+        tl.store(signals + _LAYER * n_all_units + unit, _cosine(now / KV_HEADS, then / KV_HEADS))
+
+
+@triton.jit
+def _admit(
+    place,
+    first,
+    size,
+    n_tokens,
+    positions,
+    scores,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NEWCOMER: tl.constexpr,
+):
+    """Take the newest token into a set, as `RecycledSet.admit` does. Returns its tokens afterwards."""
+    slot = tl.arange(0, SLOTS)
+    filled = slot < n_tokens
+    held = tl.load(positions + slot, mask=filled, other=0)
+    bits = tl.load(scores + slot, mask=filled, other=0).to(tl.int32, bitcast=True)
+    rank = (bits.to(tl.int64) << 32) | held.to(tl.int64)
+    stays = (held < first + SINKS) | (held > place - WINDOW) | (filled == 0)
+    rank = tl.where(stays, 0x7FFFFFFFFFFFFFFF, rank)
+    lowest = tl.min(tl.where(rank == tl.min(rank), slot, K))
+    to = tl.where(n_tokens < size, n_tokens, lowest)
+    # All threads have read the set before one writes to it.
+    tl.debug_barrier()
+    tl.store(positions + to, place)
+    tl.store(scores + to, NEWCOMER)
+    return tl.minimum(n_tokens + 1, size)
+
+
+@triton.jit(do_not_specialize=["n_all_units", "n_table_units", "constants_row", "tables_row", "n_prompt"])
+def prepare(
+    rows,
+    query,
+    key,
+    value,
+    own,
+    room,
+    full_query,
+    last_query,
+    positions,
+    scores,
+    sizes,
+    filled,
+    start,
+    n_own,
+    signals,
+    constants,
+    tables,
+    given,
+    by_keys,
+    decided,
+    overruled,
+    modes_before,
+    modes,
+    tokens_read,
+    all_tokens_read,
+    n_all_units,
+    n_table_units,
+    constants_row,
+    tables_row,
+    n_prompt,
+    CODE: tl.constexpr,
+    RESULTS: tl.constexpr,
+    WANTS_QUERY: tl.constexpr,
+    WANTS_LAST: tl.constexpr,
+    WANTS_LAYER: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NEWCOMER: tl.constexpr,
+):
+    """Measure, decide, write down what was decided, and take in the new token; a program per unit.
+
+    Args:
+        rows: int32 `(n,)`: the rows of these programs.
+        query: As stored, `(rows, kv_heads, group, head_dim)`, after rotary embedding.
+        key: As stored, `(rows, kv_heads, head_dim)`: this step's.
+        value: The same.
+        own: int64 `(2,)`: where keys and values since the prompt are, as `walk` has them; gets the new ones.
+        room: int32 `(1,)`: of the own part.
+        full_query: float32 `(units, head_dim)`: mean query of the group at the last full step.
+        last_query: float32 `(units, head_dim)`: the same at the step before; brought up to date.
+        positions: int32 `(units, K)`: places of the sets' tokens.
+        scores: float32 `(units, K)`: what they are ranked by.
+        sizes: int32 `(kv_heads,)`: most tokens of each head's sets.
+        filled: int32 `(units,)`: tokens in each set.
+        start: int32 `(rows,)`: place of each row's first token.
+        n_own: int32 `(1,)`: own tokens in the cache without this step's.
+        signals: float64 `(signals, layers, units)`, at this layer, in the order of `SIGNALS`; brought up to date.
+        constants: Of a `DeviceProgram`.
+        tables: The same, at this layer.
+        given: int8 `(units,)`: decisions made elsewhere, for an empty CODE.
+        by_keys: int8 `(units,)`: whether full decisions are keys-only refreshes.
+        decided: int8 `(units,)`: gets the decisions.
+        overruled: int32 `(reasons, layers, units)`, at this layer: counts how often wrappers overruled the policy.
+        modes_before: int8 `(units,)`: gets the modes of the walk before the attention, in which keys-only refreshes
+            score the cache.
+        modes: int8 `(units,)`: gets those of the attention.
+        tokens_read: float64 `(units,)`: gets what the unit reads of the cache at this step, as `Decoding` has it.
+        all_tokens_read: float64 `(units,)`: its sum over steps.
+        n_all_units: Units of all layers.
+        n_table_units: KV heads of all layers.
+        constants_row: From the constants of one row to those of the next; 0 if all have the same.
+        tables_row: The same of tables.
+        n_prompt: Tokens of the prompt.
+        CODE: Of a `DeviceProgram`; empty to take `given`.
+        RESULTS: The same.
+        WANTS_QUERY: Whether the policy reads the query similarity; like what follows.
+        WANTS_LAST: The step similarity.
+        WANTS_LAYER: The layer similarity.
+        K: Slots of a set.
+        SLOTS: The next power of 2.
+        KV_HEADS: Of a row.
+        GROUP: Query heads of a unit.
+        HEAD_DIM: A power of 2.
+        SINKS: As in the selection.
+        WINDOW: The same.
+        NEWCOMER: Score of a token that arrives.
+    """
+    nth, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    row = tl.load(rows + nth)
+    unit = row * KV_HEADS + head
+    if len(CODE) > 0:
+        compare(
+            rows,
+            query,
+            full_query,
+            last_query,
+            signals,
+            n_all_units,
+            WANTS_QUERY,
+            WANTS_LAST,
+            WANTS_LAYER,
+            KV_HEADS,
+            GROUP,
+            HEAD_DIM,
+        )
+        tl.debug_barrier()
+        constants += nth * constants_row
+        tables += nth * tables_row + head
+        registers = run_program(signals + unit, constants, tables, n_all_units, n_table_units, CODE)
+        full = registers[RESULTS[0]] != 0
+        for i in tl.static_range(1, len(RESULTS)):
+            count = overruled + (i - 1) * n_all_units + unit
+            tl.store(count, tl.load(count) + (registers[RESULTS[i]] != 0).to(tl.int32))
+    else:
+        full = tl.load(given + unit) != 0
+    scores_keys = full & (tl.load(by_keys + unit) != 0)
+    tl.store(decided + unit, full.to(tl.int8))
+    tl.store(modes_before + unit, tl.where(scores_keys, KEYS_ONLY, SKIP).to(tl.int8))
+    tl.store(modes + unit, tl.where(full & (scores_keys == 0), FULL, RECYCLED).to(tl.int8))
+
+    channel = tl.arange(0, HEAD_DIM)
+    tl.store(last_query + unit * HEAD_DIM + channel, _mean_query(query, unit, GROUP, HEAD_DIM))
+    n_before = tl.load(n_own)
+    own_key, own_value = own_tokens(own, key.dtype.element_ty)
+    to = (unit.to(tl.int64) * tl.load(room) + n_before) * HEAD_DIM + channel
+    tl.store(own_key + to, tl.load(key + unit * HEAD_DIM + channel))
+    tl.store(own_value + to, tl.load(value + unit * HEAD_DIM + channel))
+
+    place, first, size = n_prompt + n_before, tl.load(start + row), tl.load(sizes + head)
+    n_tokens = _admit(
+        place,
+        first,
+        size,
+        tl.load(filled + unit),
+        positions + unit * K,
+        scores + unit * K,
+        K,
+        SLOTS,
+        SINKS,
+        WINDOW,
+        NEWCOMER,
+    )
+    tl.store(filled + unit, n_tokens)
+    n_cached = place + 1 - first
+    n_chosen = tl.minimum(size, n_cached)
+    read = tl.where(full, n_cached, n_tokens).to(tl.float64)
+    read = tl.where(scores_keys, (n_chosen + n_cached) * 0.5, read)
+    tl.store(tokens_read + unit, read)
+    tl.store(all_tokens_read + unit, tl.load(all_tokens_read + unit) + read)
+
+    at = signals + unit
+    tl.store(at + _STEP * n_all_units, tl.load(at + _STEP * n_all_units) + 1)
+    tl.store(at + _N_FULL * n_all_units, tl.load(at + _N_FULL * n_all_units) + full.to(tl.float64))
+    tl.store(at + _AGE * n_all_units, tl.where(full, 0.0, tl.load(at + _AGE * n_all_units)) + 1)
+    if full:
+        # Not known, until the new set is measured.
+        tl.store(at + _MASS * n_all_units, float("nan"))
+        tl.store(at + _OVERLAP * n_all_units, float("nan"))

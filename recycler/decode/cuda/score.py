@@ -1,0 +1,135 @@
+"""Scores out of logits: of all tokens, for a new set, and of a set's own, for its ranks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from recycler.decode.cuda.modes import RECYCLED, SKIP
+from recycler.decode.cuda.shares import units_in
+
+# Of the first eleven bits of a float32 that is not negative.
+HIGH_BINS = tl.constexpr(2048)
+# Slots of a set that are treated in one go.
+_AT_ONCE = tl.constexpr(1024)
+
+
+@triton.jit
+def _group_scores(logits, normaliser, unit, at, there, places, GROUP: tl.constexpr, MEAN: tl.constexpr):
+    """Attention of a unit's group to some tokens, one number per token, as `recycler.sets.scores.group_scores`."""
+    of_group = tl.zeros_like(at).to(tl.float32)
+    # A loop of the kernel, not of its compiler: unrolled, it takes all registers.
+    for member in range(GROUP):
+        row = unit * GROUP + member
+        logit = tl.load(logits + row.to(tl.int64) * places + at, mask=there, other=float("-inf"))
+        attention = tl.exp(tl.minimum(logit - tl.load(normaliser + row), 0.0))
+        of_group = of_group + attention / GROUP if MEAN else tl.maximum(of_group, attention)
+    return of_group
+
+
+@triton.jit(do_not_specialize=["n_units", "n_prompt", "places"])
+def score(
+    modes,
+    mode,
+    start,
+    n_own,
+    logits,
+    normaliser,
+    scores,
+    counts,
+    n_units,
+    n_prompt,
+    places,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    FORWARD: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Scores of all tokens, as `recycler.sets.recycled_set.token_scores` has them, and how often their high bits occur.
+
+    Args:
+        modes: int8 `(units,)`.
+        mode: That of the units to be treated.
+        start: int32 `(rows,)`: place of each row's first token.
+        n_own: int32 `(1,)`: own tokens in the cache without this step's.
+        logits: float32 `(units, group, places)`, scaled.
+        normaliser: float32 `(units, group)`: log of the sum of their exponentials.
+        scores: float32 `(units, places)`: gets the scores.
+        counts: int32 `(units, 2048)`, all 0: gets the counts, of tokens that are neither sinks nor in the window.
+        n_units: Units of the layer.
+        n_prompt: Tokens of the prompt.
+        places: Of the logits.
+        KV_HEADS: Of a row.
+        GROUP: Query heads of a unit.
+        UNITS: Units, to the next power of 2.
+        CHUNK: Tokens of a chunk.
+        SINKS: As in the selection, like what follows.
+        WINDOW: Last tokens that stay.
+        BACKWARD: Pooling.
+        FORWARD: Pooling.
+        MEAN: Pool over the group by the mean, not the maximum.
+    """
+    end = n_prompt + tl.load(n_own) + 1
+    order = units_in(modes, mode, n_units, UNITS)
+    n_chunks = tl.cdiv(end, CHUNK)
+    for item in range(tl.program_id(0), tl.max(order) * n_chunks, tl.num_programs(0)):
+        unit = tl.sum((order <= item // n_chunks).to(tl.int32))
+        first = tl.load(start + unit // KV_HEADS)
+        place = (item % n_chunks) * CHUNK + tl.arange(0, CHUNK)
+        exists = (place >= first) & (place < end)
+        pooled = tl.zeros((CHUNK,), tl.float32)
+        for shift in range(-FORWARD, BACKWARD + 1):
+            near = place + shift
+            there = exists & (near >= first) & (near < end)
+            pooled = tl.maximum(pooled, _group_scores(logits, normaliser, unit, near, there, places, GROUP, MEAN))
+        tl.store(scores + unit.to(tl.int64) * places + place, pooled, mask=exists)
+        ranked = (place >= first + SINKS) & (place < end - WINDOW)
+        found = tl.histogram(pooled.to(tl.int32, bitcast=True) >> 20, HIGH_BINS, mask=ranked)
+        tl.atomic_add(counts + unit * HIGH_BINS + tl.arange(0, HIGH_BINS), found, mask=found > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["places"])
+def rank_anew(
+    modes,
+    refreshed,
+    filled,
+    logits,
+    normaliser,
+    kept,
+    places,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    MEAN: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """Let the attention of a recycled step rank the set that it attended to; program `unit`.
+
+    Args:
+        modes: int8 `(units,)` of the walk.
+        refreshed: int8 `(units,)` of the walk before: units with a new set, which keeps the scores that chose it.
+        filled: int32 `(units,)`: tokens in each set.
+        logits: float32 `(units, group, places)`, scaled, by slot.
+        normaliser: float32 `(units, group)`.
+        kept: float32 `(units, K)`: the scores of the sets' tokens.
+        places: Of the logits.
+        K: Slots of a set.
+        GROUP: Query heads of a unit.
+        MEAN: Pool over the group by the mean, not the maximum.
+        ADDS: Add to the scores instead of replacing them.
+    """
+    unit = tl.program_id(0)
+    if (tl.load(modes + unit) == RECYCLED) & (tl.load(refreshed + unit) == SKIP):
+        n_tokens = tl.load(filled + unit)
+        for low in range(0, n_tokens, _AT_ONCE):
+            slot = low + tl.arange(0, _AT_ONCE)
+            there = slot < n_tokens
+            of_group = _group_scores(logits, normaliser, unit, slot, there, places, GROUP, MEAN)
+            to = kept + unit * K + slot
+            if ADDS:
+                of_group += tl.load(to, mask=there, other=0)
+            tl.store(to, of_group, mask=there)

@@ -1,0 +1,55 @@
+"""Equal shares for all programs of a kernel, whatever mixture of full and recycled units a layer has.
+
+Kernels run a fixed number of programs, as many as the GPU holds at once. What there is to do is laid end to end, unit
+after unit, and found by a sum over the units' flags in device memory: no program starts for work that a unit does not
+have, and none waits for a unit with more of it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from recycler.decode.cuda.modes import RECYCLED, SKIP
+
+
+@triton.jit
+def tiles_of_units(modes, filled, start, end, n_units, KV_HEADS: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr):
+    """Tiles of tokens that each unit walks over, int32 `(UNITS,)`.
+
+    Args:
+        modes: int8 `(units,)`.
+        filled: int32 `(units,)`: tokens in each set.
+        start: int32 `(rows,)`: place of each row's first token.
+        end: One past the last token.
+        n_units: Units.
+        KV_HEADS: Of a row.
+        UNITS: The next power of 2.
+        TILE: Tokens of a tile.
+    """
+    unit = tl.arange(0, UNITS)
+    exists = unit < n_units
+    mode = tl.load(modes + unit, mask=exists, other=0)
+    n_cached = end - tl.load(start + unit // KV_HEADS, mask=exists, other=0)
+    n_in_set = tl.load(filled + unit, mask=exists, other=0)
+    n_tokens = tl.where(mode == RECYCLED, n_in_set, n_cached)
+    return tl.where(mode == SKIP, 0, tl.cdiv(n_tokens, TILE))
+
+
+@triton.jit
+def first_tile(program, n_tiles, n_programs):
+    """First tile of a program's share; its last is the next one's first. For `n_programs <= n_tiles`."""
+    return (program.to(tl.int64) * n_tiles // n_programs).to(tl.int32)
+
+
+@triton.jit
+def program_of(tile, n_tiles, n_programs):
+    """The program whose share a tile is in."""
+    return (((tile + 1).to(tl.int64) * n_programs - 1) // n_tiles).to(tl.int32)
+
+
+@triton.jit
+def units_in(modes, mode, n_units, UNITS: tl.constexpr):
+    """How many units up to each one are in a mode, int32 `(UNITS,)`; the last number is that of all."""
+    unit = tl.arange(0, UNITS)
+    return tl.cumsum((tl.load(modes + unit, mask=unit < n_units, other=0) == mode).to(tl.int32))

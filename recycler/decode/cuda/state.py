@@ -1,0 +1,170 @@
+"""The memory that the kernels of a run share: state of the units, layer by layer, and room for intermediate results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies import SIGNALS
+from recycler.decode.cuda.score import HIGH_BINS
+from recycler.decode.plain.units import LayerUnits
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What does not change during a run.
+
+    Attributes:
+        rows: Of the batch.
+        layers: Of the model.
+        kv_heads: Of a layer.
+        group: Query heads of a KV head.
+        head_dim: Of a head.
+        k: Slots of a set.
+        n_prompt: Tokens of the prompt.
+        n_programs: Programs of a kernel that shares out its work.
+        chunk_tokens: Tokens of a chunk in the kernels that choose sets.
+    """
+
+    rows: int
+    layers: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    k: int
+    n_prompt: int
+    n_programs: int
+    chunk_tokens: int
+
+    @property
+    def units(self) -> int:
+        """Units of a layer."""
+        return self.rows * self.kv_heads
+
+
+class UnitState:
+    """The state of all units, `(layers, rows, kv_heads)` unless said otherwise.
+
+    Args:
+        sizes: Of the run.
+        first: What prefill left behind, layer by layer.
+        start: int64 `(rows,)`: place of each row's first token.
+        by_keys: bool `(rows or 1, layers, kv_heads)`: units that refresh by their keys alone.
+        n_reasons: Reasons that the policy notes.
+        device: Where it lives.
+
+    Attributes:
+        signals: float64 `(signals, layers, rows, kv_heads)`, in the order of `SIGNALS`.
+        decided: int8: decisions of the last step.
+        given: int8: decisions for the next step, where they are not made by a kernel.
+        by_keys: int8: units that refresh by their keys alone.
+        overruled: int32 `(at least 1, layers, rows, kv_heads)`: how often, by reason.
+        tokens_read: float64: at the last step, as `Decoding` has it.
+        all_tokens_read: float64: since the prompt.
+        positions: int32 `(..., k)`: places of the sets' tokens, in the first slots.
+        scores: float32 `(..., k)`: what they are ranked by.
+        filled: int32: tokens in each set.
+        set_sizes: int32 `(layers, kv_heads)`: most tokens of each head's sets.
+        full_query: float32 `(..., head_dim)`: mean query of the group at the last full step.
+        last_query: The same at the last step.
+        start: int32 `(rows,)`: place of each row's first token.
+        n_own: int32 `(1,)`: own tokens in the cache.
+        rows: int32 `(rows,)`: all rows.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        first: Sequence[LayerUnits],
+        start: np.ndarray,
+        by_keys: np.ndarray,
+        n_reasons: int,
+        device: torch.device,
+    ) -> None:
+        shape = (sizes.layers, sizes.rows, sizes.kv_heads)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.signals = zeros(len(SIGNALS), *shape, dtype=torch.float64)
+        self.signals[SIGNALS.index("age")] = 1
+        for name in ("query_similarity", "step_similarity", "layer_similarity", "refresh_overlap", "token"):
+            self.signals[SIGNALS.index(name)] = float("nan")
+        self.signals[SIGNALS.index("refresh_mass")] = torch.stack([layer.schedule.refresh_mass for layer in first])
+        self.decided, self.given = zeros(*shape, dtype=torch.int8), zeros(*shape, dtype=torch.int8)
+        keys_only = np.broadcast_to(by_keys, (sizes.rows, sizes.layers, sizes.kv_heads)).transpose(1, 0, 2)
+        # Kernels count units in order of memory, and torch keeps the order that an array has.
+        self.by_keys = torch.tensor(np.ascontiguousarray(keys_only, dtype=np.int8), device=device)
+        self.overruled = zeros(max(n_reasons, 1), *shape, dtype=torch.int32)
+        self.tokens_read = zeros(*shape, dtype=torch.float64)
+        self.all_tokens_read = zeros(*shape, dtype=torch.float64)
+
+        # Prefill may leave empty slots anywhere; here they come last.
+        positions = torch.stack([layer.recycled.positions for layer in first])
+        scores = torch.stack([layer.recycled.scores for layer in first])
+        order = (positions < 0).to(torch.int8).argsort(dim=-1, stable=True)
+        self.positions = positions.gather(-1, order).to(torch.int32)
+        self.scores = scores.gather(-1, order)
+        self.filled = (positions >= 0).sum(-1).to(torch.int32)
+        of_heads = [layer.recycled.sizes for layer in first]
+        self.set_sizes = torch.stack(
+            [torch.full((sizes.kv_heads,), sizes.k, device=device) if one is None else one[:, 0] for one in of_heads]
+        ).to(torch.int32)
+        self.full_query = torch.stack([layer.full_query for layer in first]).to(torch.float32)
+        self.last_query = torch.stack([layer.last_query for layer in first]).to(torch.float32)
+        self.start = torch.tensor(start, dtype=torch.int32, device=device)
+        self.n_own = zeros(1, dtype=torch.int32)
+        self.rows = torch.arange(sizes.rows, dtype=torch.int32, device=device)
+
+
+class Scratch:
+    """Room for intermediate results, which all layers use one after the other.
+
+    Args:
+        sizes: Of the run.
+        places: Most tokens that the cache holds before it grows again.
+        measures: Whether new sets are compared with those before.
+        dtype: Of the model.
+        device: Where it lives.
+
+    Attributes:
+        places: As above.
+        chunks: Chunks of so many places, to the next power of 2.
+        modes_before: int8 `(units,)`: modes of the walk of keys-only refreshes.
+        modes: int8 `(units,)`: modes of the attention.
+        logits: float32 `(units, group, places)`.
+        highest: float32 `(programs + units, group)`: parts of the attention, as `walk` has them.
+        total: The same.
+        partial: float32 `(programs + units, group, head_dim)`.
+        normaliser: float32 `(units, group)`.
+        token_scores: float32 `(units, places)`.
+        counts: int32 `(units, 2048)`, all 0 between steps.
+        picked: int32 `(units, chunks * chunk_tokens)`.
+        n_picked: int32 `(units, 2, chunks)`.
+        marks: int32 `(units, places)`, or of one token if nothing is measured.
+        attended: As stored, `(rows, query_heads * head_dim)`: the attention.
+    """
+
+    def __init__(self, sizes: Sizes, places: int, measures: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.places = places
+        self.chunks = 1 << (-(-places // sizes.chunk_tokens) - 1).bit_length()
+        parts = sizes.n_programs + sizes.units
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.logits = zeros(sizes.units, sizes.group, places)
+        self.modes_before, self.modes = zeros(sizes.units, dtype=torch.int8), zeros(sizes.units, dtype=torch.int8)
+        self.highest, self.total = zeros(parts, sizes.group), zeros(parts, sizes.group)
+        self.partial = zeros(parts, sizes.group, sizes.head_dim)
+        self.normaliser = zeros(sizes.units, sizes.group)
+        self.token_scores = zeros(sizes.units, places)
+        self.counts = zeros(sizes.units, HIGH_BINS.value, dtype=torch.int32)
+        self.picked = zeros(sizes.units, self.chunks * sizes.chunk_tokens, dtype=torch.int32)
+        self.n_picked = zeros(sizes.units, 2, self.chunks, dtype=torch.int32)
+        self.marks = zeros(sizes.units, places if measures else 1, dtype=torch.int32)
+        self.attended = zeros(sizes.rows, sizes.kv_heads * sizes.group * sizes.head_dim, dtype=dtype)

@@ -1,0 +1,334 @@
+"""The kernels of one layer's units, with the memory that they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from policies import SIGNALS, GroupPooling, Ranking, Selection
+from recycler.decode.cuda import modes
+from recycler.decode.cuda.choose import finish, pick
+from recycler.decode.cuda.decisions import RowPrograms
+from recycler.decode.cuda.own_tokens import OwnTokens
+from recycler.decode.cuda.prepare import compare, prepare
+from recycler.decode.cuda.score import rank_anew, score
+from recycler.decode.cuda.state import Scratch, Sizes, UnitState
+from recycler.decode.cuda.walk import merge, walk
+
+_N_PARTS_AT_ONCE = 32
+_MASS, _OVERLAP = SIGNALS.index("refresh_mass"), SIGNALS.index("refresh_overlap")
+
+
+class UnitKernels:
+    """Launches what a layer's units do at a step.
+
+    Args:
+        layer: Index of the layer.
+        sizes: Of the run.
+        state: Of all units.
+        scratch: Shared by all layers.
+        prompt: The layer's keys and values of the prompt.
+        own: Where those since are.
+        selection: How sets are chosen.
+        needs: Measured signals that the policy reads.
+        scaling: Factor on query x key.
+        tile_tokens: Tokens of a tile of attention.
+        by_keys: Whether any unit of the layer refreshes by its keys alone.
+        chooses: Whether new sets are wanted of units that run full.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        sizes: Sizes,
+        state: UnitState,
+        scratch: Scratch,
+        prompt: tuple[Tensor, ...],
+        own: OwnTokens,
+        selection: Selection,
+        needs: frozenset[str],
+        scaling: float,
+        tile_tokens: int,
+        by_keys: bool,
+        chooses: bool,
+    ) -> None:
+        self._layer, self._sizes, self._state, self._scratch = layer, sizes, state, scratch
+        self._prompt, self._own, self._selection, self._scaling = prompt, own, selection, scaling
+        self._tile, self._by_keys, self._chooses = tile_tokens, by_keys, chooses
+        self._wants = tuple(name in needs for name in ("query_similarity", "step_similarity", "layer_similarity"))
+        self._measures = bool(needs & {"refresh_mass", "refresh_overlap"})
+        self._units_to = _power_of_2(sizes.units)
+        self._shape = {"KV_HEADS": sizes.kv_heads, "GROUP": sizes.group}
+
+    def compare(self, query: Tensor) -> None:
+        """Measure similarities for a policy that is asked next."""
+        state = self._state
+        compare[(self._sizes.units,)](
+            self._state.rows,
+            query,
+            state.full_query[self._layer],
+            state.last_query[self._layer],
+            state.signals[:, self._layer],
+            state.decided.numel(),
+            *self._wants,
+            **self._shape,
+            HEAD_DIM=self._sizes.head_dim,
+            num_warps=1,
+        )
+
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor, programs: Sequence[RowPrograms]) -> None:
+        """Decide, or take the decisions given if there are no programs, and take in the new token."""
+        if not programs:
+            # Without code, constants and tables are not looked at.
+            nothing = self._state.signals
+            self._prepare(query, key, value, self._state.rows, (), (), nothing, nothing, 0, 0)
+        for asked in programs:
+            program = asked.program
+            each = len(program.constants) > 1 or len(program.tables) > 1
+            self._prepare(
+                query,
+                key,
+                value,
+                asked.rows,
+                program.code,
+                asked.results,
+                program.constants,
+                program.tables[:, :, self._layer],
+                program.constants.stride(0) if each else 0,
+                program.tables.stride(0) if each else 0,
+            )
+
+    def _prepare(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+        code: tuple[int, ...],
+        results: tuple[int, ...],
+        constants: Tensor,
+        tables: Tensor,
+        constants_row: int,
+        tables_row: int,
+    ) -> None:
+        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        slots = _power_of_2(sizes.k)
+        prepare[(len(rows) * sizes.kv_heads,)](
+            rows,
+            query,
+            key,
+            value,
+            self._own.addresses[layer],
+            self._own.room,
+            state.full_query[layer],
+            state.last_query[layer],
+            state.positions[layer],
+            state.scores[layer],
+            state.set_sizes[layer],
+            state.filled[layer],
+            state.start,
+            state.n_own,
+            state.signals[:, layer],
+            constants,
+            tables,
+            state.given[layer],
+            state.by_keys[layer],
+            state.decided[layer],
+            state.overruled[:, layer],
+            scratch.modes_before,
+            scratch.modes,
+            state.tokens_read[layer],
+            state.all_tokens_read[layer],
+            state.decided.numel(),
+            sizes.layers * sizes.kv_heads,
+            constants_row,
+            tables_row,
+            sizes.n_prompt,
+            CODE=code,
+            RESULTS=results,
+            WANTS_QUERY=self._wants[0],
+            WANTS_LAST=self._wants[1],
+            WANTS_LAYER=self._wants[2],
+            K=sizes.k,
+            SLOTS=slots,
+            **self._shape,
+            HEAD_DIM=sizes.head_dim,
+            SINKS=self._selection.sinks,
+            WINDOW=self._selection.window,
+            NEWCOMER=0.0 if self._selection.ranking == Ranking.ACCUMULATED else float("inf"),
+            # All slots of a set are looked at together.
+            num_warps=max(4, min(16, slots // 512)),
+            # A fused sum would round otherwise than replay does.
+            enable_fp_fusion=False,
+        )
+
+    def attend(self, query: Tensor) -> Tensor:
+        """Keys-only refreshes and attention; as stored, `(rows, query_heads * head_dim)`."""
+        scratch = self._scratch
+        if self._by_keys:
+            self._walk(query, scratch.modes_before, reads_values=False)
+            self._choose(scratch.modes_before, modes.KEYS_ONLY.value)
+        self._walk(query, scratch.modes, reads_values=True)
+        return scratch.attended
+
+    def settle(self) -> None:
+        """New sets for the units that ran full, new ranks for the others where they are kept.
+
+        Nothing else of the step depends on it, but the next layer's `prepare` overwrites what it reads.
+        """
+        scratch, ranking = self._scratch, self._selection.ranking
+        if self._chooses:
+            self._choose(scratch.modes, modes.FULL.value)
+        if ranking != Ranking.LAST_FULL:
+            rank_anew[(self._sizes.units,)](
+                scratch.modes,
+                scratch.modes_before,
+                self._state.filled[self._layer],
+                scratch.logits,
+                scratch.normaliser,
+                self._state.scores[self._layer],
+                scratch.places,
+                K=self._sizes.k,
+                GROUP=self._sizes.group,
+                MEAN=self._selection.group == GroupPooling.MEAN,
+                ADDS=ranking == Ranking.ACCUMULATED,
+            )
+
+    def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
+        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        key, value = self._prompt
+        # Tensor cores take 16 rows; float32 is multiplied without them, and rows of zeros take time.
+        least_rows = 1 if query.dtype == torch.float32 else 16
+        how = {
+            **self._shape,
+            "HEAD_DIM": sizes.head_dim,
+            "UNITS": self._units_to,
+            "TILE": self._tile,
+            "READS_VALUES": reads_values,
+        }
+        walk[(sizes.n_programs,)](
+            query,
+            key,
+            value,
+            0 if key.shape[0] < sizes.rows else key.stride(0),
+            self._own.addresses[layer],
+            self._own.room,
+            state.positions[layer],
+            state.filled[layer],
+            unit_modes,
+            state.start,
+            state.n_own,
+            scratch.logits,
+            scratch.highest,
+            scratch.total,
+            scratch.partial,
+            self._scaling,
+            sizes.units,
+            sizes.n_prompt,
+            scratch.places,
+            K=sizes.k,
+            ROWS=max(least_rows, _power_of_2(sizes.group)),
+            KEEPS_SET_LOGITS=self._selection.ranking != Ranking.LAST_FULL,
+            **how,
+            num_warps=4,
+            num_stages=3,
+        )
+        merge[(sizes.units, sizes.group)](
+            scratch.highest,
+            scratch.total,
+            scratch.partial,
+            unit_modes,
+            state.filled[layer],
+            state.start,
+            state.n_own,
+            scratch.normaliser,
+            scratch.attended,
+            state.last_query[layer],
+            state.full_query[layer],
+            sizes.units,
+            sizes.n_prompt,
+            sizes.n_programs,
+            PARTS=_N_PARTS_AT_ONCE,
+            **how,
+            num_warps=4,
+        )
+
+    def _choose(self, unit_modes: Tensor, mode: int) -> None:
+        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        selection = self._selection
+        stays = {"SINKS": selection.sinks, "WINDOW": selection.window}
+        chunks = {"CHUNK": sizes.chunk_tokens, "CHUNKS": scratch.chunks}
+        cached = (state.start, state.n_own)
+        score[(sizes.n_programs,)](
+            unit_modes,
+            mode,
+            *cached,
+            scratch.logits,
+            scratch.normaliser,
+            scratch.token_scores,
+            scratch.counts,
+            sizes.units,
+            sizes.n_prompt,
+            scratch.places,
+            UNITS=self._units_to,
+            CHUNK=sizes.chunk_tokens,
+            BACKWARD=selection.pool_backward,
+            FORWARD=selection.pool_forward,
+            MEAN=selection.group == GroupPooling.MEAN,
+            **self._shape,
+            **stays,
+            num_warps=8,
+        )
+        pick[(sizes.n_programs,)](
+            unit_modes,
+            mode,
+            *cached,
+            state.set_sizes[layer],
+            scratch.token_scores,
+            scratch.counts,
+            scratch.picked,
+            scratch.n_picked,
+            sizes.units,
+            sizes.n_prompt,
+            scratch.places,
+            KV_HEADS=sizes.kv_heads,
+            UNITS=self._units_to,
+            **chunks,
+            **stays,
+            num_warps=8,
+        )
+        finish[(sizes.units,)](
+            unit_modes,
+            mode,
+            *cached,
+            state.set_sizes[layer],
+            scratch.logits,
+            scratch.normaliser,
+            scratch.token_scores,
+            scratch.counts,
+            scratch.picked,
+            scratch.n_picked,
+            scratch.marks,
+            layer,
+            state.positions[layer],
+            state.scores[layer],
+            state.filled[layer],
+            state.signals[_MASS, layer],
+            state.signals[_OVERLAP, layer],
+            sizes.n_prompt,
+            scratch.places,
+            sizes.layers,
+            K=sizes.k,
+            MEASURES=self._measures,
+            **self._shape,
+            **chunks,
+            **stays,
+            num_warps=8,
+        )
+
+
+def _power_of_2(n: int) -> int:
+    """The next one that is not below `n`."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,190 @@
+"""Decode steps of a model on an engine, behind the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from policies import StepPolicy
+from recycler.decode.cache import growing_layers
+from recycler.decode.engine import Engine, NotCovered
+from recycler.decode.plain.units import LayerUnits
+from recycler.decode.receipt import Tally
+
+CACHE_CHANGED = (
+    "the KV cache changed between two decode steps (rows reordered, tokens removed, or another cache): "
+    "beam search and assisted decoding cannot run recycled; use greedy search or sampling."
+)
+# Steps between two looks at what a device has noted of the padding.
+_STEPS_BETWEEN_LOOKS = 64
+# Arguments that an engine understands, or that change nothing at a decode step of one token.
+_UNDERSTOOD = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+
+
+def other_padding(row: int) -> str:
+    """What to say of a mask that is not that of the prompt plus new tokens."""
+    return (
+        f"row {row} of the batch has masked tokens after its first visible one, or another mask than in prefill: "
+        "recycled attention allows padding on the left only."
+    )
+
+
+class ForwardCall:
+    """The arguments of one call of a model's forward."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.arguments = dict(kwargs)
+        self._more_positional = len(args) > 1
+        if args:
+            self.arguments["input_ids"] = args[0]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 `(rows, 1)`."""
+        tokens: Tensor = self.arguments["input_ids"]
+        return tokens
+
+    @property
+    def known_tokens(self) -> Tensor | None:
+        """The same, or None if the call brings embeddings."""
+        tokens: Tensor | None = self.arguments.get("input_ids")
+        return tokens
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether the call brings one token per row."""
+        given = self.arguments.get("input_ids")
+        if given is None:
+            given = self.arguments.get("inputs_embeds")
+        return given is not None and given.shape[1] == 1
+
+    def check(self) -> None:
+        """Refuse what engines do not do.
+
+        Raises:
+            NotCovered: With the argument.
+        """
+        if self._more_positional:
+            raise NotCovered("the model was called with several arguments without names")
+        for name, value in self.arguments.items():
+            asks = value is not None and value is not False
+            if name == "input_ids" or name in _UNDERSTOOD or (name == "return_dict" and value is not False):
+                continue
+            if asks or name == "return_dict":
+                raise NotCovered(f"the call passes {name}")
+        if self.arguments.get("input_ids") is None:
+            raise NotCovered("the call passes no input_ids")
+        if self.arguments.get("use_cache") is False:
+            raise NotCovered("the call passes use_cache=False")
+        mask = self.arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise NotCovered("the attention mask is not one number per row and token")
+
+
+class EngineRun:
+    """The decode steps after one prompt.
+
+    Args:
+        engine: What runs them.
+        call: The first of them.
+        policy: Who decides.
+        units: What prefill left behind, layer by layer.
+
+    Raises:
+        NotCovered: If the engine does not run them.
+        ValueError: If the cache is not the one that prefill filled.
+    """
+
+    def __init__(self, engine: Engine, call: ForwardCall, policy: StepPolicy, units: Sequence[LayerUnits]) -> None:
+        cache = call.arguments.get("past_key_values")
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise NotCovered(f"it runs a DynamicCache, and this is a {type(cache).__name__}")
+        call.check()
+        if cache is None:
+            raise ValueError(CACHE_CHANGED)
+        rows = len(call.tokens)
+        self._start = units[0].starts
+        self._device = call.tokens.device
+        if cache.get_seq_length() != units[0].end or len(self._start) != rows:
+            raise ValueError(CACHE_CHANGED)
+        try:
+            self._layers = growing_layers(cache)
+        except TypeError as error:
+            raise NotCovered(f"the cache has a {error}") from error
+        self._cache = cache
+        self._revisions = [layer.revision for layer in self._layers]
+        self._n_tokens = units[0].end
+        self.engine = engine.name
+        self._dtype = self._layers[0].dtype
+        self._n_prompt = self._n_tokens
+        self._mask: Tensor | None = None
+        self.decoding = engine.begin(self._layers, units, policy, self._start)
+
+    def add_to(self, tally: Tally) -> None:
+        """Tell what was done so far.
+
+        Raises:
+            ValueError: If the padding changed where that was not looked at yet.
+        """
+        n_steps = self._n_tokens - self._n_prompt
+        if n_steps:
+            if self._device.type != "cpu":
+                self._refuse_other_padding(self._mask, self._n_tokens)
+            # Per row, as many as the cache held at each step, less the padding.
+            held = n_steps * (self._n_prompt + self._n_tokens + 1) // 2
+            tokens_dense = int((held - n_steps * self._start).sum())
+            tally.add_run(self.engine, n_steps, tokens_dense, self.decoding.totals())
+
+    def step(self, call: ForwardCall) -> CausalLMOutputWithPast:
+        """Take a step.
+
+        Raises:
+            ValueError: If the call is none that the engine covers, or the cache or the padding changed.
+        """
+        try:
+            call.check()
+        except NotCovered as reason:
+            raise ValueError(
+                f"a decode step cannot leave the {self.engine} engine, and {reason}: use recycled(..., fast=False)."
+            ) from reason
+        self._follow(call)
+        places = call.arguments.get("position_ids")
+        if places is None:
+            places = torch.full((1, 1), self._n_tokens, device=call.tokens.device)
+        with torch.no_grad():
+            logits = self.decoding.step(call.tokens[:, 0], places[:, -1])
+        self._n_tokens += 1
+        return CausalLMOutputWithPast(logits=logits[:, None].to(self._dtype), past_key_values=self._cache)
+
+    def _follow(self, call: ForwardCall) -> None:
+        same = call.arguments.get("past_key_values") is self._cache and len(call.tokens) == len(self._start)
+        revisions = [layer.revision for layer in self._layers]
+        if not same or revisions != self._revisions or self._layers[0].get_seq_length() != self._n_tokens:
+            raise ValueError(CACHE_CHANGED)
+        mask = call.arguments.get("attention_mask")
+        # Looking at a device makes it wait. A mask holds all of its past, so there it is looked at now and then, and
+        # before anything is told.
+        if self._device.type == "cpu" or (self._n_tokens - self._n_prompt) % _STEPS_BETWEEN_LOOKS == 0:
+            self._refuse_other_padding(mask, self._n_tokens + 1)
+        self._mask = mask
+
+    def _refuse_other_padding(self, mask: Tensor | None, n_tokens: int) -> None:
+        """Raise unless the visible tokens of every row, out of so many, are those from the row's first one on."""
+        rows = len(self._start)
+        if mask is None:
+            wrong = self._start > 0
+        elif mask.shape != (rows, n_tokens):
+            wrong = np.ones(rows, dtype=bool)
+        else:
+            seen = mask != 0
+            # As many visible tokens as there are from the first one on: then none of those is masked.
+            first, n_seen = seen.to(torch.uint8).argmax(-1).cpu().numpy(), seen.sum(-1).cpu().numpy()
+            wrong = (n_seen != n_tokens - self._start) | (first != self._start)
+        if wrong.any():
+            raise ValueError(other_padding(int(wrong.argmax())))

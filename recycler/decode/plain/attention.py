@@ -1,0 +1,131 @@
+"""Attention of one query token per row, in which every unit is either full or recycled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recycler.sets.recycled_set import RecycledSet, UnitIndex
+
+
+@dataclass(frozen=True)
+class UnitAttention:
+    """What a decode step's attention leaves behind.
+
+    Attributes:
+        output: `(rows, kv_heads, group, head_dim)`.
+        full: The units that attended to the whole cache.
+        full_probabilities: `(n_full, group, tokens)`.
+        recycled: The units that attended to their sets.
+        set_probabilities: `(n_recycled, group, k)`, over the slots of their sets.
+    """
+
+    output: Tensor
+    full: UnitIndex
+    full_probabilities: Tensor
+    recycled: UnitIndex
+    set_probabilities: Tensor
+
+
+def probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the last axis where `allowed`, in float32 or the precision of the logits if that is higher.
+
+    The logits may be overwritten.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if allowed is not None:
+        logits = logits.masked_fill_(~allowed, float("-inf"))
+    return logits.softmax(-1)
+
+
+def score_by_index(query: Tensor, key: Tensor, visible: Tensor | None, units: UnitIndex, scaling: float) -> Tensor:
+    """What some units would attend to in the whole cache, `(n, group, tokens)`; only their keys are read.
+
+    Args:
+        query: `(rows, kv_heads, group, head_dim)`.
+        key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
+        visible: bool `(rows, tokens)`, False at padding; None if there is none.
+        units: Row and KV head of each of n units.
+        scaling: Factor on query x key.
+    """
+    logits = query[units] @ key[units].transpose(-1, -2) * scaling
+    return probabilities(logits, None if visible is None else visible[units[0], None])
+
+
+def score_by_mask(query: Tensor, keys: tuple[Tensor, ...], units: UnitIndex, scaling: float) -> Tensor:
+    """The same where keys come in parts as `attend_by_mask` takes them; all units compute the product."""
+    return probabilities(_whole_product(query, keys, scaling)[units], None)
+
+
+def attend_by_index(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, full: Tensor, sets: RecycledSet, scaling: float
+) -> UnitAttention:
+    """Full units read the whole cache, recycled units gather their sets out of it.
+
+    Args:
+        query: `(rows, kv_heads, group, head_dim)`.
+        key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
+        value: The same shape.
+        visible: bool `(rows, tokens)`, False at padding; None if there is none.
+        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
+        sets: Sets of all units.
+        scaling: Factor on query x key.
+    """
+    output = torch.empty_like(query)
+
+    full_units = full.nonzero(as_tuple=True)
+    full_probabilities = score_by_index(query, key, visible, full_units, scaling)
+    output[full_units] = full_probabilities.to(value.dtype) @ value[full_units]
+
+    recycled_units = (~full).nonzero(as_tuple=True)
+    slots = sets.positions[recycled_units]
+    places = (recycled_units[0][:, None], recycled_units[1][:, None], slots.clamp(min=0))
+    logits = query[recycled_units] @ key[places].transpose(-1, -2) * scaling
+    set_probabilities = probabilities(logits, (slots >= 0)[:, None])
+    output[recycled_units] = set_probabilities.to(value.dtype) @ value[places]
+
+    return UnitAttention(output, full_units, full_probabilities, recycled_units, set_probabilities)
+
+
+def attend_by_mask(
+    query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], full: Tensor, sets: RecycledSet, scaling: float
+) -> UnitAttention:
+    """All units compute the whole product, and recycled units mask what is not in their set.
+
+    Reads more than `attend_by_index`, but a cache that rows share is read once for all of them.
+
+    Args:
+        query: `(rows, kv_heads, group, head_dim)`.
+        keys: Parts of the cache in order of place, each `(rows or 1, kv_heads, tokens, head_dim)`; a part with one
+            row is shared by all.
+        values: Parts of the same shapes.
+        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
+        sets: Sets of all units.
+        scaling: Factor on query x key.
+    """
+    logits = _whole_product(query, keys, scaling)
+    allowed = full[..., None] | sets.holds(logits.shape[-1])
+    weights = probabilities(logits, allowed[:, :, None])
+    parts = weights.to(query.dtype).split([part.shape[-2] for part in keys], dim=-1)
+    products = [_product(weight, part) for weight, part in zip(parts, values, strict=True)]
+    output = torch.stack(products).sum(0)
+
+    full_units, recycled_units = full.nonzero(as_tuple=True), (~full).nonzero(as_tuple=True)
+    slots = sets.positions[recycled_units][:, None].expand(-1, query.shape[2], -1)
+    set_probabilities = weights[recycled_units].gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0)
+    return UnitAttention(output, full_units, weights[full_units], recycled_units, set_probabilities)
+
+
+def _whole_product(query: Tensor, keys: tuple[Tensor, ...], scaling: float) -> Tensor:
+    return torch.cat([_product(query, part.transpose(-1, -2)) for part in keys], dim=-1) * scaling
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` per row and KV head; where all rows share `right`, as one product per KV head."""
+    rows, kv_heads, group, inner = left.shape
+    if right.shape[0] == rows:
+        return left @ right
+    stacked = left.transpose(0, 1).reshape(kv_heads, rows * group, inner) @ right[0]
+    return stacked.view(kv_heads, rows, group, -1).transpose(0, 1)

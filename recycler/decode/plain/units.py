@@ -1,0 +1,221 @@
+"""The units of one layer while they decode: their sets, their schedule, their queries."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
+from recycler.decode.plain.attention import UnitAttention
+from recycler.sets.recycled_set import RecycledSet, UnitIndex, group_scores, select, token_scores, unit_sizes
+
+
+class LayerUnits:
+    """State of all `(rows, kv_heads)` units of a layer, from the end of prefill on.
+
+    A decode step is `decide`, attention by whoever holds the cache, and `settle`. Where units refresh by their keys
+    alone, `refresh_at_once` comes before the attention, and to the attention they are recycled.
+
+    Args:
+        layer: Index of the layer.
+        selection: How sets are chosen.
+        needs: Measured signals that the policy reads; others are not measured.
+        query: `(rows, kv_heads, group, head_dim)`, the last query of the prompt.
+        probabilities: `(rows, kv_heads, group, tokens)`, its attention to the whole cache.
+        start: Place of each row's first token, an int or `(rows, 1, 1)`.
+        end: One past the last token.
+        votes: Of the shape of `probabilities`: attention that chooses the first set, where several queries of the
+            prompt do (`Selection.prompt_queries`).
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        selection: Selection,
+        needs: Set[str],
+        query: Tensor,
+        probabilities: Tensor,
+        start: Tensor | int,
+        end: int,
+        votes: Tensor | None = None,
+    ) -> None:
+        self._needs = needs
+        self._start = start
+        self._end = end
+        scores = token_scores(probabilities if votes is None else votes, selection)
+        self._sizes = unit_sizes(selection, layer, query.device)
+        self.recycled = select(scores, selection, start, end, self._sizes)
+        self._full_query = self._last_query = _unit_query(query)
+        mass = _mass_on(probabilities, self.recycled).double() if "refresh_mass" in needs else None
+        zeros = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
+        self.schedule = Schedule(zeros, mass, layer)
+        self._refresh_mass = zeros + float("nan")
+        self._refresh_overlap = zeros + float("nan")
+        self._put_off: tuple[UnitIndex, Tensor] | None = None
+
+    @property
+    def end(self) -> int:
+        """One past the last token that was seen."""
+        return self._end
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 `(rows,)`: place of each row's first token."""
+        rows = len(self._last_query)
+        if isinstance(self._start, int):
+            return np.full(rows, self._start, dtype=np.int64)
+        starts: np.ndarray = self._start[:, 0, 0].cpu().numpy()
+        return starts
+
+    @property
+    def full_query(self) -> Tensor:
+        """Mean query of each group at the unit's last full step, `(rows, kv_heads, head_dim)`."""
+        return self._full_query
+
+    @property
+    def last_query(self) -> Tensor:
+        """The same at the last step."""
+        return self._last_query
+
+    def decide(
+        self,
+        policy: StepPolicy,
+        query: Tensor,
+        reasons: dict[str, Tensor] | None = None,
+        token: Tensor | None = None,
+    ) -> Tensor:
+        """Ask the policy, then take the newest token into every set; bool `(rows, kv_heads)`, True = full.
+
+        Args:
+            policy: Who decides.
+            query: `(rows, kv_heads, group, head_dim)` of this step.
+            reasons: Where wrappers note what they overrule.
+            token: `(rows, 1)`, ids of the tokens that are fed at this step; None if they are not known.
+        """
+        unit_query = _unit_query(query)
+        query_similarity = step_similarity = layer_similarity = None
+        if "query_similarity" in self._needs:
+            query_similarity = cosine_similarity(unit_query, self._full_query, dim=-1).double()
+        if "step_similarity" in self._needs:
+            step_similarity = cosine_similarity(unit_query, self._last_query, dim=-1).double()
+        if "layer_similarity" in self._needs:
+            # Groups are of one size, so the mean of their means is the mean over all query heads.
+            now, then = unit_query.mean(1, keepdim=True), self._full_query.mean(1, keepdim=True)
+            layer_similarity = cosine_similarity(now, then, dim=-1).double()
+        self._last_query = unit_query
+        signals = self.schedule.signals(
+            query_similarity,
+            step_similarity,
+            reasons,
+            layer_similarity=layer_similarity,
+            token=None if token is None else token.to(query.device),
+        )
+        full: Tensor = policy.decide(signals)
+        self._choose_what_was_put_off(full)
+        self.recycled.admit(self._end, self._start)
+        self._end += 1
+        return full
+
+    def settle(self, full: Tensor, attended: UnitAttention) -> None:
+        """End a step: new sets for the units that ran full, new ranks for those that did not where they are kept.
+
+        Args:
+            full: What `decide` returned.
+            attended: What attention left behind.
+        """
+        if attended.full[0].numel():
+            self.refresh(attended.full, attended.full_probabilities)
+        if self.recycled.selection.ranking != Ranking.LAST_FULL:
+            # A set that was chosen at this very step is ranked by what chose it.
+            older = ~full[attended.recycled]
+            self.rescore(tuple(index[older] for index in attended.recycled), attended.set_probabilities[older])
+        self.advance(full)
+
+    def refresh(self, units: UnitIndex, probabilities: Tensor) -> None:
+        """Choose new sets for units that attended to the whole cache.
+
+        A unit that runs full again at the next step never uses its set, so unless the policy wants to know about it,
+        choosing is put off until then.
+
+        Args:
+            units: Row and KV head of each of n units.
+            probabilities: `(n, group, tokens)`, their attention to the whole cache.
+        """
+        if self._needs & {"refresh_mass", "refresh_overlap"}:
+            self.refresh_at_once(units, probabilities)
+        else:
+            self._full_query = self._full_query.index_put(units, self._last_query[units])
+            self._put_off = units, probabilities
+
+    def refresh_at_once(self, units: UnitIndex, probabilities: Tensor) -> None:
+        """Choose new sets to be attended to at this very step; arguments are those of `refresh`."""
+        self._full_query = self._full_query.index_put(units, self._last_query[units])
+        self._choose(units, probabilities)
+
+    def rescore(self, units: UnitIndex, probabilities: Tensor) -> None:
+        """Let the attention of a recycled step over its set re-rank the set, where the selection asks for it.
+
+        Args:
+            units: Row and KV head of each of n units.
+            probabilities: `(n, group, k)`, their attention to the slots of their sets.
+        """
+        selection = self.recycled.selection
+        if selection.ranking == Ranking.LAST_FULL or not units[0].numel():
+            return
+        scores = group_scores(self._by_layer(units, probabilities), selection.group).flatten(0, -2).float()
+        if selection.ranking == Ranking.ACCUMULATED:
+            scores = scores + self.recycled.scores[units]
+        self.recycled.scores[units] = scores
+
+    def advance(self, full: Tensor) -> None:
+        """End the step."""
+        self.schedule.advance(full, self._refresh_mass, self._refresh_overlap)
+
+    def _choose_what_was_put_off(self, full: Tensor) -> None:
+        if self._put_off is not None:
+            units, probabilities = self._put_off
+            recycled = ~full[units]
+            if recycled.any():
+                self._choose(tuple(index[recycled] for index in units), probabilities[recycled])
+            self._put_off = None
+
+    def _choose(self, units: UnitIndex, probabilities: Tensor) -> None:
+        start = self._start if isinstance(self._start, int) else self._start[units[0], 0]
+        selection = self.recycled.selection
+        scores = token_scores(self._by_layer(units, probabilities), selection).flatten(0, -2)
+        chosen = select(scores, selection, start, self._end, None if self._sizes is None else self._sizes[units[1]])
+        if "refresh_overlap" in self._needs:
+            before = RecycledSet(self.recycled.positions[units], self.recycled.scores[units], selection)
+            kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
+            self._refresh_overlap[units] = kept.sum(-1).double() / chosen.filled.sum(-1)
+        if "refresh_mass" in self._needs:
+            self._refresh_mass[units] = _mass_on(probabilities, chosen).double()
+        self.recycled.positions[units] = chosen.positions
+        self.recycled.scores[units] = chosen.scores
+
+    def _by_layer(self, units: UnitIndex, probabilities: Tensor) -> Tensor:
+        """`(n, group, tokens)`, or `(n / kv_heads, kv_heads, group, tokens)` where scores pool over the layer."""
+        if self.recycled.selection.group != GroupPooling.LAYER_MEAN:
+            return probabilities
+        kv_heads = self._last_query.shape[1]
+        whole_layers = torch.arange(kv_heads, device=units[1].device).repeat(len(units[1]) // kv_heads)
+        if not torch.equal(units[1], whole_layers):
+            raise ValueError(
+                "a selection with group 'layer_mean' needs all KV heads of a layer to run full together, all by full "
+                "steps or all by their keys alone, and this policy decides otherwise."
+            )
+        by_layer: Tensor = probabilities.unflatten(0, (-1, kv_heads))
+        return by_layer
+
+
+def _unit_query(query: Tensor) -> Tensor:
+    return query.mean(2, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _mass_on(probabilities: Tensor, recycled: RecycledSet) -> Tensor:
+    """Recovered mass: mean over the group of the attention on a set; `(..., group, tokens)` to `(...)`."""
+    return (probabilities.mean(-2) * recycled.holds(probabilities.shape[-1])).sum(-1)

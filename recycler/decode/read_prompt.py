@@ -1,0 +1,128 @@
+"""A prompt that was read once, and from which any number of decodings begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from policies import Selection
+from recycler.decode.plain.attention import probabilities
+from recycler.decode.plain.units import LayerUnits
+from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
+from recycler.model.prefill import prefill
+from recycler.model.shape import check_positions
+from recycler.sets.prompt_votes import PromptVotes
+
+
+@dataclass(frozen=True)
+class PromptLayer:
+    """What a layer knows of a prompt.
+
+    Attributes:
+        key: `(1, kv_heads, tokens, head_dim)`.
+        value: The same shape.
+        query: `(1, kv_heads, group, head_dim)`, of the last token.
+        probabilities: `(1, kv_heads, group, tokens)`, its attention.
+        votes: Of the same shape, by `Selection.prompt_queries`: attention of several queries, summed.
+    """
+
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    probabilities: Tensor
+    votes: Mapping[int | None, Tensor]
+
+    def units(self, layer: int, selection: Selection, needs: Set[str], n_rows: int) -> LayerUnits:
+        """The units of rows that decode from here.
+
+        Args:
+            layer: Index of the layer.
+            selection: How their sets are chosen; its `prompt_queries` must be among those that were asked for.
+            needs: Measured signals that are wanted.
+            n_rows: How many rows.
+        """
+        query, last, votes = (
+            part.expand(n_rows, -1, -1, -1)
+            for part in (self.query, self.probabilities, self.votes.get(selection.prompt_queries, self.probabilities))
+        )
+        if selection.prompt_queries != 1 and selection.prompt_queries not in self.votes:
+            raise ValueError(f"the prompt was not read for prompt_queries={selection.prompt_queries}.")
+        return LayerUnits(layer, selection, needs, query, last, 0, self.key.shape[2], votes)
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """A prompt as full attention leaves it.
+
+    Attributes:
+        layers: One for each layer of the model.
+        logits: `(vocabulary,)`, after the last token.
+        n_tokens: Its length.
+    """
+
+    layers: tuple[PromptLayer, ...]
+    logits: Tensor
+    n_tokens: int
+
+
+def read_prompt(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    n_steps: int,
+    *,
+    prompt_queries: Iterable[int | None] = (1,),
+    chunk_tokens: int | None = None,
+) -> ReadPrompt:
+    """Read a prompt with full attention.
+
+    Args:
+        model: A causal language model.
+        tokens: int64 `(n_prompt_tokens,)`, at least one token.
+        n_steps: Decode steps that are to follow.
+        prompt_queries: What the selections of the decodings have as `Selection.prompt_queries`.
+        chunk_tokens: Prompt tokens per forward; None for what `prefill` takes.
+
+    Raises:
+        ValueError: If prompt and steps are longer than the model's positions or reach a sliding window.
+    """
+    check_positions(model, len(tokens), n_steps)
+    layers: list[PromptLayer] = []
+    asked = sorted(set(prompt_queries) - {1}, key=str)
+    watching: dict[int, dict[int | None, PromptVotes]] = {}
+
+    def watch(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> dict[int | None, Tensor]:
+        votes = watching.setdefault(int(module.layer_idx), {n: PromptVotes(n) for n in asked})  # type: ignore[arg-type]
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        return {n: voting.see(grouped, key, None, scaling) for n, voting in votes.items()}
+
+    def attention(stock: AttentionFunction, is_last: bool) -> AttentionFunction:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            votes = watch(module, query, key, kwargs["scaling"])
+            if is_last:
+                layer = int(module.layer_idx)  # type: ignore[arg-type]
+                refuse_full_window(layer, key.shape[2] + n_steps, kwargs.get("sliding_window"))
+                grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))
+                weights = probabilities(grouped @ key.transpose(-1, -2) * kwargs["scaling"], None)
+                layers.append(PromptLayer(key, value, grouped, weights, votes))
+            return stock(module, query, key, value, mask, **kwargs)
+
+        return attend
+
+    prompt, last = tokens[None, :-1], tokens[None, -1:]
+    cache: DynamicCache | None = None
+    with torch.inference_mode():
+        if prompt.numel() and asked:
+            with attention_replaced(model, lambda stock: attention(stock, False)):
+                cache = prefill(model, prompt, chunk_tokens)
+        elif prompt.numel():
+            cache = prefill(model, prompt, chunk_tokens)
+        with attention_replaced(model, lambda stock: attention(stock, True)):
+            logits = model(last, past_key_values=cache, use_cache=True).logits[0, -1]
+    return ReadPrompt(tuple(layers), logits, len(tokens))

@@ -1,0 +1,195 @@
+"""The receipt of a run: what was really applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from recycler.decode.engine import Totals
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What every unit did, summed over rows and decode steps.
+
+    Attributes:
+        engine: What computed the attention: "plain", or the name of an engine; both, joined by "+", if some prompts
+            were decoded on one and some on the other.
+        why_plain: Why the plain path was taken, as a clause; empty if it was not.
+        n_steps: Decode steps; prefill is none.
+        n_rows: Rows of the largest batch.
+        row_steps: Decode steps, each counted once per row of its batch.
+        full_steps: int `(layers, kv_heads)`: unit-steps that ran full, keys-only refreshes included.
+        keys_only_steps: int `(layers, kv_heads)`: those of them that were keys-only refreshes.
+        tokens_read: float64 `(layers, kv_heads)`: what was read of the cache, in tokens: keys and values of one token
+            count 1, keys alone one half.
+        tokens_dense: int `(layers, kv_heads)`: tokens that full attention would have read.
+        reasons: Unit-steps `(layers, kv_heads)` in which a wrapper overruled its policy, by reason: `max_age` asked for
+            a full step, `budget` denied one. A budget outside a limit of age may deny what that limit asked for; such a
+            unit-step counts under both.
+    """
+
+    engine: str
+    n_steps: int
+    n_rows: int
+    row_steps: int
+    full_steps: np.ndarray
+    keys_only_steps: np.ndarray
+    tokens_read: np.ndarray
+    tokens_dense: np.ndarray
+    reasons: Mapping[str, np.ndarray] = field(default_factory=dict)
+    why_plain: str = ""
+
+    @property
+    def unit_full_share(self) -> np.ndarray:
+        """Full share in [0, 1] per `(layer, kv_head)`; NaN before the first decode step."""
+        counted = self.full_steps - self.keys_only_steps / 2
+        return counted / self.row_steps if self.row_steps else np.full(self.full_steps.shape, np.nan)
+
+    @property
+    def full_share(self) -> float:
+        """Share of all unit-steps that ran full, a keys-only refresh counted half; NaN before the first decode step."""
+        return float(self.unit_full_share.mean())
+
+    @property
+    def keys_only_share(self) -> float:
+        """Share of unit-steps that were keys-only refreshes, each counted whole; NaN before the first decode step."""
+        return float(self.keys_only_steps.mean() / self.row_steps) if self.row_steps else float("nan")
+
+    @property
+    def read_share(self) -> float:
+        """KV bytes read as a share of what full attention reads at every step; NaN before the first decode step."""
+        dense = int(self.tokens_dense.sum())
+        return float(self.tokens_read.sum()) / dense if dense else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """Totals, plain numbers; a share of no steps is None, because JSON has no NaN."""
+        decoded = self.n_steps > 0
+        return {
+            "engine": self.engine,
+            "why_plain": self.why_plain or None,
+            "n_steps": self.n_steps,
+            "n_rows": self.n_rows,
+            "full_share": self.full_share if decoded else None,
+            "keys_only_share": self.keys_only_share if decoded else None,
+            "read_share": self.read_share if decoded else None,
+            "reasons": {reason: int(units.sum()) for reason, units in self.reasons.items()},
+        }
+
+    def print(self, console: Console) -> None:
+        """Print totals, then full share per layer and head."""
+        unit_steps = self.row_steps * self.full_steps.size
+        console.print(
+            f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
+            f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
+        )
+        if self.keys_only_steps.any():
+            console.print(
+                f"  {self.keys_only_share:.1%} of unit-steps refreshed their sets by keys alone, each counted as half "
+                "a full one"
+            )
+        if self.why_plain:
+            console.print(f"  the plain path was taken because {self.why_plain}")
+        for reason, units in self.reasons.items():
+            verb = {"budget": "denied a full step", "max_age": "asked for a full step"}.get(
+                reason, "overruled the policy"
+            )
+            console.print(f"  {reason} {verb} in {units.sum() / max(unit_steps, 1):.1%} of unit-steps")
+        console.print("full share per unit in percent, a row per layer and a column per KV head:")
+        table = Table()
+        table.add_column("layer", justify="right")
+        for head in range(self.full_steps.shape[1]):
+            table.add_column(str(head), justify="right", no_wrap=True)
+        for layer, shares in enumerate(self.unit_full_share):
+            table.add_row(str(layer), *("-" if np.isnan(share) else f"{100 * share:.0f}" for share in shares))
+        console.print(table)
+
+
+class Tally:
+    """Adds up what becomes a receipt.
+
+    Args:
+        units: `(layers, kv_heads)`.
+    """
+
+    def __init__(self, units: tuple[int, int]) -> None:
+        self._engines: list[str] = []
+        self._n_steps = self._n_rows = self._row_steps = 0
+        self._full_steps, self._keys_only_steps, self._tokens_dense = np.zeros((3, *units), dtype=np.int64)
+        self._tokens_read = np.zeros(units)
+        self._reasons: dict[str, np.ndarray] = {}
+
+    def add_layer(
+        self,
+        engine: str,
+        layer: int,
+        full: np.ndarray,
+        keys_only: np.ndarray,
+        read: np.ndarray,
+        dense: np.ndarray,
+        reasons: Mapping[str, np.ndarray],
+    ) -> None:
+        """Add one layer of a step; a step begins with layer 0.
+
+        Args:
+            engine: What ran it.
+            layer: Index of the layer.
+            full: bool `(rows, kv_heads)`: decisions.
+            keys_only: bool of the same shape: those of them that were keys-only refreshes.
+            read: What was read of the cache, in tokens, of the same shape.
+            dense: Tokens in the cache, `(rows, 1)`.
+            reasons: What was overruled, bool of the shape of `full`.
+        """
+        if layer == 0:
+            self._begin_steps(engine, len(full))
+        self._full_steps[layer] += full.sum(0)
+        self._keys_only_steps[layer] += keys_only.sum(0)
+        self._tokens_read[layer] += read.sum(0)
+        self._tokens_dense[layer] += int(dense.sum())
+        for reason, overruled in reasons.items():
+            self._reasons.setdefault(reason, np.zeros_like(self._full_steps))[layer] += overruled.sum(0)
+
+    def add_run(self, engine: str, n_steps: int, tokens_dense: int, totals: Totals) -> None:
+        """Add steps that an engine took with all layers.
+
+        Args:
+            engine: What ran them.
+            n_steps: How many.
+            tokens_dense: Tokens in the cache, summed over rows and steps.
+            totals: What was done.
+        """
+        self._begin_steps(engine, len(totals.full_steps), n_steps)
+        self._full_steps += totals.full_steps.sum(0)
+        self._keys_only_steps += totals.keys_only_steps.sum(0)
+        self._tokens_read += totals.tokens_read.sum(0)
+        self._tokens_dense += tokens_dense
+        for reason, overruled in totals.reasons.items():
+            table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
+            table += overruled.sum(0)
+
+    def receipt(self, why_plain: str) -> Receipt:
+        """What was added so far."""
+        return Receipt(
+            engine="+".join(self._engines) or "none",
+            n_steps=self._n_steps,
+            n_rows=self._n_rows,
+            row_steps=self._row_steps,
+            full_steps=self._full_steps.copy(),
+            keys_only_steps=self._keys_only_steps.copy(),
+            tokens_read=self._tokens_read.copy(),
+            tokens_dense=self._tokens_dense.copy(),
+            reasons={reason: units.copy() for reason, units in self._reasons.items()},
+            why_plain=why_plain if "plain" in self._engines else "",
+        )
+
+    def _begin_steps(self, engine: str, n_rows: int, n_steps: int = 1) -> None:
+        if engine not in self._engines:
+            self._engines.append(engine)
+        self._n_steps += n_steps
+        self._n_rows = max(self._n_rows, n_rows)
+        self._row_steps += n_rows * n_steps

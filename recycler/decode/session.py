@@ -1,0 +1,284 @@
+"""`with recycled(model, policy, selection):` around any `generate` that takes one token per step and row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from policies import ModelShape, Selection, StepPolicy, check_fits
+from recycler.decode.cache_watch import CacheWatch
+from recycler.decode.counts import keys_only_units, tokens_read
+from recycler.decode.engine import Engine, NotCovered, engine_for
+from recycler.decode.engine_run import EngineRun, ForwardCall
+from recycler.decode.plain.attention import attend_by_index, probabilities, score_by_index
+from recycler.decode.plain.units import LayerUnits
+from recycler.decode.receipt import Receipt, Tally
+from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
+from recycler.model.shape import model_shape
+from recycler.sets.prompt_votes import PromptVotes
+
+
+@contextmanager
+def recycled(
+    model: PreTrainedModel, policy: StepPolicy, selection: Selection, *, fast: bool = True
+) -> Iterator[Session]:
+    """Decode with recycled attention inside the `with`.
+
+    Stock `generate`, greedy or sampling, and calls of the model itself work unchanged. A forward of several tokens,
+    or one that `generate` calls prefill, runs full and starts the schedule anew; every other forward is a decode step.
+    Decode steps run on the engine for the model's device where there is one that covers them, and else on the plain
+    path; the receipt says which, and why. The model is as it was afterwards, also after an exception.
+
+    Args:
+        model: A causal language model with `sdpa` or `eager` attention.
+        policy: Who decides which units run full.
+        selection: How sets are chosen.
+        fast: False keeps to the plain path.
+
+    Yields:
+        The session; its `receipt()` tells what was done so far.
+
+    Raises:
+        ValueError: If policy or selection has the parameters of another model shape or the model cannot be recycled;
+            during decoding, if the cache changes in a way that sets cannot follow.
+    """
+    session = Session(model_shape(model), policy, selection)
+    if fast:
+        try:
+            session.use(engine_for(model))
+        except NotCovered as reason:
+            session.stay_plain(str(reason))
+    else:
+        session.stay_plain("fast is False")
+    with attention_replaced(model, session.attention), _called_by_generate(model, session):
+        yield session
+        session.finish()
+
+
+class Session:
+    """The state of one `recycled` block: the units of every layer and the receipt.
+
+    Args:
+        shape: The model's.
+        policy: Who decides.
+        selection: How sets are chosen.
+    """
+
+    def __init__(self, shape: ModelShape, policy: StepPolicy, selection: Selection) -> None:
+        check_fits(policy, shape)
+        check_fits(selection, shape)
+        self._shape = shape
+        self._policy = policy
+        self._selection = selection
+        self._layers: dict[int, LayerUnits] = {}
+        self._caches: dict[int, CacheWatch] = {}
+        self._votes: dict[int, PromptVotes] = {}
+        self._keys_only = torch.from_numpy(keys_only_units(policy, shape.units))
+        self._tally = Tally(shape.units)
+        self._engine: Engine | None = None
+        self._why_plain = ""
+        self._run: EngineRun | None = None
+        self._refused = False
+        # Ids that the model's forward is running on, `(rows, tokens)`.
+        self._fed: Tensor | None = None
+        self.in_prefill = False
+
+    def use(self, engine: Engine) -> None:
+        """Run decode steps on an engine, as far as it covers them."""
+        self._engine = engine
+
+    def stay_plain(self, reason: str) -> None:
+        """Run decode steps on the plain path; `reason` goes into the receipt."""
+        self._why_plain = reason
+
+    def forward(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward in this session, given its own."""
+
+        # `generate` reads the signature to know what to pass.
+        @wraps(stock)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = ForwardCall(args, kwargs)
+            if self.in_prefill or not call.is_one_token or len(self._layers) < self._shape.layers:
+                self._end_run()
+                return self._plainly(call, stock, args, kwargs)
+            if self._run is None and self._engine is not None and not self._refused:
+                try:
+                    self._check_prompt(call.arguments.get("past_key_values"))
+                    self._run = EngineRun(self._engine, call, self._policy, list(self._layers.values()))
+                except NotCovered as reason:
+                    self._refused, self._why_plain = True, str(reason)
+            if self._run is None:
+                return self._plainly(call, stock, args, kwargs)
+            return self._run.step(call)
+
+        # `generate` compiles the model's call for a static cache on a GPU. What a session remembers between steps is
+        # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
+        untraced: Callable[..., Any] = torch.compiler.disable(forward)
+        return untraced
+
+    def _plainly(self, call: ForwardCall, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the model's own forward, with its tokens known to the attention meanwhile."""
+        self._fed = call.known_tokens
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            # Else a call of an inner module would be taken for one with these tokens.
+            self._fed = None
+
+    def attention(self, stock: AttentionFunction) -> AttentionFunction:
+        """The attention function of this session, given the one that it replaces."""
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            end, visible = _visible(query, key, mask)
+            refuse_full_window(layer, end, kwargs.get("sliding_window"))
+            kept = key[:, :, :end], value[:, :, :end]
+            if self.in_prefill or query.shape[2] > 1 or layer not in self._layers:
+                self._begin(layer, query, kept[0], visible, kwargs["scaling"])
+                return stock(module, query, key, value, mask, **kwargs)
+
+            def stock_output() -> Tensor:
+                return stock(module, query, key, value, mask, **kwargs)[0]
+
+            return self._step(layer, query, *kept, visible, kwargs["scaling"], stock_output), None
+
+        return attend
+
+    def receipt(self) -> Receipt:
+        """What was done since the `with` began."""
+        tally = copy.deepcopy(self._tally)
+        if self._run is not None:
+            self._run.add_to(tally)
+        return tally.receipt(self._why_plain)
+
+    def finish(self) -> None:
+        """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
+        self._end_run()
+
+    def _end_run(self) -> None:
+        run, self._run, self._refused = self._run, None, False
+        if run is not None:
+            run.add_to(self._tally)
+
+    def _check_prompt(self, cache: Any) -> None:
+        """Refuse a cache that is not as prefill left it."""
+        for watch, layer in zip(self._caches.values(), getattr(cache, "layers", ()), strict=False):
+            watch.check(layer.keys)
+
+    def _begin(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
+        """Choose the first sets at the end of a prompt or of a chunk of it."""
+        start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
+        grouped = _by_unit(query[:, :, -1:], self._shape)
+        seen = None if visible is None else visible[:, None, None]
+        weights = probabilities(grouped @ key.transpose(-1, -2) * scaling, seen)
+        end, votes = key.shape[2], None
+        if self._selection.prompt_queries != 1:
+            watching = self._votes.setdefault(layer, PromptVotes(self._selection.prompt_queries))
+            votes = watching.see(query.unflatten(1, (self._shape.kv_heads, -1)), key, visible, scaling)
+        self._layers[layer] = LayerUnits(
+            layer, self._selection, self._policy.needs, grouped, weights, start, end, votes
+        )
+        self._caches[layer] = CacheWatch(key, start)
+
+    def _step(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        scaling: float,
+        stock_output: Callable[[], Tensor],
+    ) -> Tensor:
+        units = self._layers[layer]
+        self._caches[layer].follow(key, visible)
+        grouped = _by_unit(query, self._shape)
+        reasons: dict[str, Tensor] = {}
+        full = units.decide(self._policy, grouped, reasons, self._fed)
+        keys_only = full & self._keys_only[:, layer].to(full.device)
+        refreshed = keys_only.nonzero(as_tuple=True)
+        if refreshed[0].numel():
+            units.refresh_at_once(refreshed, score_by_index(grouped, key, visible, refreshed, scaling))
+        attended = attend_by_index(grouped, key, value, visible, full & ~keys_only, units.recycled, scaling)
+        self._count(layer, full, keys_only, units, key.shape[2], visible, reasons)
+        units.settle(full, attended)
+        if not attended.recycled[0].numel():
+            # The very numbers of the stock function, so that always full is the stock decoder.
+            return stock_output()
+        return attended.output.flatten(1, 2)[:, None]
+
+    def _count(
+        self,
+        layer: int,
+        full: Tensor,
+        keys_only: Tensor,
+        units: LayerUnits,
+        end: int,
+        visible: Tensor | None,
+        reasons: dict[str, Tensor],
+    ) -> None:
+        dense = full.new_full((full.shape[0], 1), end, dtype=torch.int64) if visible is None else visible.sum(-1, True)
+        in_set = units.recycled.filled.sum(-1)
+        counted = (full.cpu().numpy(), keys_only.cpu().numpy())
+        self._tally.add_layer(
+            "plain",
+            layer,
+            *counted,
+            tokens_read(*counted, dense.cpu().numpy(), in_set.cpu().numpy()),
+            dense.cpu().numpy(),
+            {reason: overruled.cpu().numpy() for reason, overruled in reasons.items()},
+        )
+
+
+@contextmanager
+def _called_by_generate(model: PreTrainedModel, session: Session) -> Iterator[None]:
+    """Put the session's forward in the place of the model's, and let `generate` tell what it regards as prefill.
+
+    The last chunk of a prefill may be one token, as a decode step is: its length does not tell.
+    """
+    before: dict[str, Any] = {n: model.__dict__[n] for n in ("forward", "_prefill") if n in model.__dict__}
+    model.__dict__["forward"] = session.forward(model.forward)
+    stock = getattr(model, "_prefill", None)
+
+    def prefill(*args: Any, **kwargs: Any) -> Any:
+        session.in_prefill = True
+        try:
+            return stock(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            session.in_prefill = False
+
+    if stock is not None:
+        model.__dict__["_prefill"] = prefill
+    try:
+        yield
+    finally:
+        for name in ("forward", "_prefill"):
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)
+
+
+def _visible(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """Tokens in the cache, and bool `(rows, tokens)`: what the last query of each row may see, None if all of them."""
+    if mask is None:
+        # Several tokens without a mask are the first ones: after them, a static cache has empty places.
+        return query.shape[2] if query.shape[2] > 1 else key.shape[2], None
+    last = mask[:, 0, -1].expand(key.shape[0], -1)
+    visible = last if last.dtype == torch.bool else last == 0
+    # Not the end of any one row: a row may be padding on the right, or all of it so far.
+    end = int((visible * torch.arange(1, visible.shape[1] + 1, device=visible.device)).amax())
+    return end, visible[:, :end]
+
+
+def _by_unit(query: Tensor, shape: ModelShape) -> Tensor:
+    """`(rows, query_heads, 1, head_dim)` to `(rows, kv_heads, group, head_dim)`."""
+    rows, query_heads, _, head_dim = query.shape
+    return query.reshape(rows, shape.kv_heads, query_heads // shape.kv_heads, head_dim)

@@ -1,0 +1,223 @@
+"""`python -m recycler.evaluate --policy policy.json`: a policy against full attention and against its competitors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from policies import ModelShape, PolicyFile, Selection
+from recycler.evaluate.baselines import CHECKS_EVERY, OUR_SET, baselines, dynamic_name
+from recycler.evaluate.calibrate import calibrated_thresholds
+from recycler.evaluate.comparison import Comparison, check_lengths, compare
+from recycler.evaluate.method import Method, Scheduled
+from recycler.evaluate.pictures import draw_curves, draw_ranking
+from recycler.evaluate.sentence_ends import sentence_end_tokens
+from recycler.evaluate.store import FidelityStore
+from recycler.evaluate.summary import ALL_TASKS, curves, kl_shares, rows_to_json, summarise
+from recycler.evaluate.table import share_table, source_table, tables
+from recycler.model.loading import LoadedModel, load_model
+from recycler.model.shape import model_shape
+from recycler.prompts import default_prompts
+from recycler.record.one_prompt import versions
+from recycler.tasks import TASKS, task_prompts
+from traces.reporting.command import run_command
+
+# Shown along the continuation, beside the policies under evaluation.
+_CURVES = ("streaming_llm", "snapkv", "quest", "refreshkv_s10", "refreshkv_s10_our_set", "fresh_top_k_ceiling")
+_DEFAULT_BUDGET = 0.1
+
+
+def main(
+    policy: Annotated[list[Path], typer.Option(help="Policy JSON; repeat the option for several.")],
+    tasks: Annotated[str, typer.Option(help=f"Tasks, separated by commas; default: all of {', '.join(TASKS)}.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Baselines to compare with, separated by commas; default: all; 'none' for none.")
+    ] = "",
+    prompts: Annotated[int, typer.Option(help="Prompts per task.", min=1)] = 4,
+    context_tokens: Annotated[int, typer.Option(help="Prompt tokens.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Decode steps of natural texts and long answers.", min=2)] = 64,
+    first_index: Annotated[
+        int, typer.Option(help="Index of the first prompt of each task; those before are for tuning.", min=0)
+    ] = 4,
+    seed: Annotated[int, typer.Option(help="Of what is drawn in the tasks.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for outcomes, tables and pictures.")] = Path("results/fidelity"),
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face id or folder; default: the model of the policy.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+) -> dict[str, Any]:
+    """Measure policies against full attention and other methods, at equal set size, on tasks the model can do."""
+    files = [PolicyFile.read(path) for path in policy]
+    names = _named(tasks) or list(TASKS)
+    loaded = load_model(files[0].model.id if model is None else model, dtype=dtype, device=device)
+    shape = model_shape(loaded.model, loaded.id)
+    for file in files:
+        file.check_model(shape)
+    k = files[0].selection.k
+    under_test = _under_test(policy, files)
+    todo = task_prompts(
+        loaded.tokenizer,
+        names,
+        n_prompts=prompts,
+        context_tokens=context_tokens,
+        n_steps=steps,
+        seed=seed,
+        first_index=first_index,
+    )
+    check_lengths(loaded, todo)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
+    competitors = _competitors(loaded, shape, files[0], _named(methods), out, context_tokens, steps, seed)
+    comparison = compare(loaded, todo, [*competitors, *under_test], FidelityStore(out / "outcomes"))
+    return report(comparison, loaded.id, k, context_tokens, competitors, under_test, out)
+
+
+def report(
+    comparison: Comparison,
+    model_id: str,
+    k: int,
+    context_tokens: int,
+    competitors: Sequence[Method],
+    under_test: Sequence[Method],
+    out: Path,
+) -> dict[str, Any]:
+    """Write tables, pictures and `results.json`, and print the tables; the last line of the command.
+
+    Args:
+        comparison: What came out.
+        model_id: Name of the model.
+        k: Tokens of a set.
+        context_tokens: Prompt tokens.
+        competitors: The baselines.
+        under_test: The methods that stand out in the pictures.
+        out: Folder.
+    """
+    rows = summarise(comparison.outcomes)
+    console = Console(highlight=False, width=None if os.isatty(1) else 160)
+    named = [method.name for method in under_test]
+    found = tables(rows, comparison.screened)
+    if competitors:
+        found += [share_table(name, kl_shares(comparison.outcomes, name)) for name in named]
+    for table in found:
+        table.print(console)
+    sources = source_table([*competitors, *under_test])
+    n_prompts = sum(len(outcome.methods) > 1 for outcome in comparison.outcomes)
+    caption = f"{model_id}, k = {k} tokens, {context_tokens:,} tokens of context, {n_prompts} prompts"
+    by_step = curves(comparison.outcomes, list(dict.fromkeys(row.method for row in rows)))
+    if any(row.task == ALL_TASKS for row in rows):
+        draw_ranking(rows, named, caption).savefig(out / "ranking.png", dpi=110)
+    draw_curves(by_step, [*named, *_CURVES], caption).savefig(out / "curves.png", dpi=110)
+    last_line = {"model": model_id, "k": k, "context_tokens": context_tokens, "rows": rows_to_json(rows)}
+    everything = {
+        **last_line,
+        "methods": {
+            method.name: {"source": method.source, **method.settings()} for method in (*competitors, *under_test)
+        },
+        "screened": [asdict(one) for one in comparison.screened],
+        "curves": {
+            task: {name: [round(value, 5) for value in values] for name, values in methods.items()}
+            for task, methods in by_step.items()
+        },
+        "versions": versions(),
+    }
+    write_beside(out / "results.json", json.dumps(everything))
+    write_beside(
+        out / "tables.md",
+        "\n\n".join(f"### {table.title}\n\n{table.to_markdown()}" for table in (*found, sources)) + "\n",
+    )
+    return last_line
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _named(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _under_test(paths: Sequence[Path], files: Sequence[PolicyFile]) -> list[Scheduled]:
+    """The policies of the files, under their family's name where that tells them apart, else the file's."""
+    k = files[0].selection.k
+    for path, file in zip(paths, files, strict=True):
+        if file.selection.k != k:
+            raise ValueError(f"methods are compared at equal k, but {path} has {file.selection.k} and {paths[0]} {k}.")
+    families = [str(file.provenance.get("family", file.policy.kind)) for file in files]
+    names = families if len(set(families)) == len(files) else [path.stem for path in paths]
+    return [
+        Scheduled(f"tuned_{name}", f"policy file {path}", file.policy, file.selection)
+        for name, path, file in zip(names, paths, files, strict=True)
+    ]
+
+
+def _competitors(
+    loaded: LoadedModel,
+    shape: ModelShape,
+    file: PolicyFile,
+    wanted: Sequence[str],
+    out: Path,
+    context_tokens: int,
+    steps: int,
+    seed: int,
+) -> list[Method]:
+    """The baselines asked for, at the k and the budget of the policy."""
+    if list(wanted) == ["none"]:
+        return []
+    selection, k = file.selection, file.selection.k
+    budget = float(file.provenance.get("budget", _DEFAULT_BUDGET))
+    ends = sentence_end_tokens(loaded.tokenizer)
+    tuned = [dynamic_name(every, "tuned") + suffix for every in CHECKS_EVERY for suffix in ("", OUR_SET)]
+    untuned = dict.fromkeys(tuned, 1.0)
+    everyone = baselines(k, shape, budget, ends, thresholds=untuned, our_set=selection, seed=seed)
+    known = [method.name for method in everyone]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"the method {name!r} is unknown: use some of {', '.join(known)}, or none.")
+    chosen = set(wanted or known)
+    thresholds = untuned
+    if chosen & set(tuned):
+        thresholds = _thresholds(loaded, selection, budget, out, context_tokens, steps, seed)
+    methods = baselines(k, shape, budget, ends, thresholds=thresholds, our_set=selection, seed=seed)
+    return [method for method in methods if method.name in chosen]
+
+
+def _thresholds(
+    loaded: LoadedModel, selection: Selection, budget: float, out: Path, context_tokens: int, steps: int, seed: int
+) -> dict[str, float]:
+    """Thresholds of the dynamic schedules, tuned on the first prompt of each kind, or read where that was done."""
+    settings = {
+        "model": loaded.id,
+        "dtype": str(loaded.model.dtype),
+        "selection": selection.to_json(),
+        "budget": budget,
+        "context_tokens": context_tokens,
+        "steps": steps,
+        "seed": seed,
+        "versions": versions(),
+    }
+    path = out / "thresholds.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known.get("settings") == settings:
+            return {name: float(value) for name, value in known["thresholds"].items()}
+    prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=context_tokens, n_steps=steps, seed=seed)
+    found = calibrated_thresholds(loaded, prompts, selection.k, budget, selection.pooled())
+    write_beside(path, json.dumps({"settings": settings, "thresholds": found}))
+    return found
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,115 @@
+"""The comparison as tables, for a terminal and for a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from recycler.evaluate.comparison import Screened
+from recycler.evaluate.method import Method
+from recycler.evaluate.summary import ALL_TASKS, Row
+from traces.reporting.estimate import Estimate
+
+_COLUMNS: Mapping[str, str] = {
+    "kl": "KL to full (nats/step)",
+    "agreement": "same next token",
+    "nll_change": "added NLL (nats/token)",
+    "accuracy_kept": "accuracy kept",
+}
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Cells of a table.
+
+    Attributes:
+        title: What it shows.
+        header: Names of the columns.
+        rows: As many cells each.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def print(self, console: Console) -> None:
+        """Print it to a terminal."""
+        table = Table(title=Text(f"{self.title}\n", style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+        for place, name in enumerate(self.header):
+            table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+
+    def to_markdown(self) -> str:
+        """The table alone, as Markdown."""
+        lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(rows: Sequence[Row], screened: Sequence[Screened]) -> list[TextTable]:
+    """What full attention can do; all methods over all tasks; KL and accuracy by task. Best methods first."""
+    by_key = {(row.method, row.task, row.measure): row for row in rows}
+    methods = sorted(
+        dict.fromkeys(row.method for row in rows),
+        key=lambda name: by_key[name, ALL_TASKS, "kl"].value if (name, ALL_TASKS, "kl") in by_key else 0.0,
+    )
+    found = [_what_full_can_do(screened, by_key)]
+    if any(row.task == ALL_TASKS for row in rows):
+        found.append(_over_all(methods, by_key))
+    compared = [one.task for one in screened if one.compared]
+    for measure, title in (("kl", "KL to full attention (nats per step)"), ("accuracy", "Mean score of own answers")):
+        tasks = [task for task in compared if (methods[0], task, measure) in by_key]
+        if tasks:
+            cells = tuple((name, *(_estimate(by_key.get((name, task, measure))) for task in tasks)) for name in methods)
+            found.append(TextTable(title, ("method", *tasks), cells))
+    return found
+
+
+def share_table(method: str, shares: Mapping[str, Estimate]) -> TextTable:
+    """KL of a method beside every other's, the least share first; see `summary.kl_shares`."""
+    ordered = sorted(shares.items(), key=lambda item: item[1].value)
+    cells = tuple(
+        (name, f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]") for name, share in ordered if share.value > 0
+    )
+    title = f"KL of {method} as a share of each method's (same prompts, 95% bootstrap interval)"
+    return TextTable(title, ("method", f"KL of {method} / its KL"), cells)
+
+
+def source_table(methods: Sequence[Method]) -> TextTable:
+    """What each method is."""
+    return TextTable("The methods", ("method", "source"), tuple((method.name, method.source) for method in methods))
+
+
+def _what_full_can_do(screened: Sequence[Screened], by_key: Mapping[tuple[str, str, str], Row]) -> TextTable:
+    cells = []
+    for one in screened:
+        row = by_key.get(("full", one.task, "accuracy"))
+        score = "teacher-forced only" if one.score is None else f"{row.value if row else one.score:.2f}"
+        cells.append((one.task, score, f"{one.chance:.2f}", "yes" if one.compared else "no: full attention cannot"))
+    header = ("task", "score of full attention", "chance", "methods compared")
+    return TextTable("What the model can do with full attention", header, tuple(cells))
+
+
+def _over_all(methods: Sequence[str], by_key: Mapping[tuple[str, str, str], Row]) -> TextTable:
+    cells = []
+    for name in methods:
+        shown = [by_key.get((name, ALL_TASKS, measure)) for measure in _COLUMNS]
+        known = next((row for row in shown if row), None)
+        shares = (f"{known.full_share:.1%}", f"{known.read_share:.1%}") if known else ("", "")
+        cells.append((name, *shares, *(_estimate(row) for row in shown)))
+    header = ("method", "full share", "tokens read", *_COLUMNS.values())
+    return TextTable("All compared tasks (mean over prompts, 95% bootstrap interval)", header, tuple(cells))
+
+
+def _estimate(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    if row.low == row.high:
+        return f"{row.value:.3f}"
+    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"

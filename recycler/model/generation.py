@@ -1,0 +1,119 @@
+"""Generation of one text, timed token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recycler.model.prefill import PREFILL_CHUNK_TOKENS
+from recycler.model.shape import check_positions
+
+
+class TokenStream(Protocol):
+    """What a streamer of transformers can do."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the tokens of the prompt, `(1, tokens)`, at first; then one token, `(1,)`, at each call."""
+
+    def end(self) -> None:
+        """No more tokens come."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens and how long they took.
+
+    Attributes:
+        tokens: The new tokens, at least one. The first comes out of prefill, each other one out of a decode step.
+        prefill_s: Seconds from the start to the first new token.
+        decode_s: Seconds from the first new token to the last.
+    """
+
+    tokens: tuple[int, ...]
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode steps per second; None if there was none."""
+        return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else None
+
+
+def generate_tokens(
+    model: PreTrainedModel,
+    prompt_tokens: Sequence[int],
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: TokenStream | None = None,
+) -> Generation:
+    """Continue a text with the model as it is, or as a `with recycled(...)` around the call makes it.
+
+    Args:
+        model: A causal language model.
+        prompt_tokens: The text, at least one token.
+        max_new_tokens: Most tokens to add, at least 1; an end-of-text token ends it earlier.
+        min_new_tokens: Fewest tokens to add: until then, end-of-text tokens are not chosen.
+        temperature: 0 takes the most likely token; above, tokens are drawn from the whole distribution at that
+            temperature.
+        seed: Of the drawing.
+        streamer: Is given the prompt, then each new token as soon as it is known.
+
+    Raises:
+        ValueError: If the model has too few positions.
+    """
+    check_positions(model, len(prompt_tokens), max_new_tokens)
+    clock = _Clock(streamer)
+    tokens = torch.tensor([list(prompt_tokens)], device=model.device)
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            num_beams=1,
+            prefill_chunk_size=PREFILL_CHUNK_TOKENS,
+            streamer=clock,
+            **drawing,
+            **_padding(model),
+        )
+    begin, first, *_ = clock.times
+    return Generation(tuple(output[0, len(prompt_tokens) :].tolist()), first - begin, clock.times[-1] - first)
+
+
+class _Clock:
+    """Notes when the prompt and each new token come by, and hands them on."""
+
+    def __init__(self, inner: TokenStream | None) -> None:
+        self.times: list[float] = []
+        self._inner = inner
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self._inner is not None:
+            self._inner.put(value)
+
+    def end(self) -> None:
+        if self._inner is not None:
+            self._inner.end()
+
+
+def _padding(model: PreTrainedModel) -> dict[str, int]:
+    """One row needs no padding; `generate` asks for a token all the same, and says so when it has to take one."""
+    config = model.generation_config
+    if config is None or config.pad_token_id is not None or config.eos_token_id is None:
+        return {}
+    ends = config.eos_token_id
+    return {"pad_token_id": ends if isinstance(ends, int) else ends[0]}

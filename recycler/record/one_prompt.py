@@ -1,0 +1,198 @@
+"""Recording traces: one pass of full attention, every age of every set."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from policies import GroupPooling, Ranking, Selection, check_fits
+from recycler.model.shape import check_positions, model_shape
+from recycler.prompts import Prompt
+from recycler.record.step_attention import StepAttention, watch_steps
+from recycler.sets.aged_sets import band
+from recycler.sets.recycled_set import unit_sizes
+from traces import Trace, TraceHeader
+
+# Arrays of (rows, tokens) floats alive at once per KV head, beside two per query head: mean attention, pooled scores,
+# ranks (twice as wide) and their copy, set masks.
+_ARRAYS_PER_HEAD = 9
+
+# Most memory of a block on CPU: beyond it every temporary is mapped and cleared by the system anew.
+_CPU_BLOCK_MIB = 256
+_CPU_CHUNK_TOKENS = 4096
+
+
+def record_trace(
+    model: PreTrainedModel,
+    prompt: Prompt,
+    selection: Selection,
+    *,
+    max_age: int,
+    model_id: str | None = None,
+    memory_mib: int = 1024,
+    chunk_tokens: int | None = None,
+) -> Trace:
+    """Record what every schedule would meet on one prompt.
+
+    The prompt runs through the model once, with full attention throughout. Its last `n_steps` tokens are the decode
+    steps, fed as they are (teacher-forced).
+
+    Args:
+        model: A causal language model.
+        prompt: The text.
+        selection: How sets are chosen.
+        max_age: Oldest set to record, in steps, at least 1.
+        model_id: Name of the model in the header; None takes its own.
+        memory_mib: Most memory that recording may take beside the model, its cache and its activations, in MiB. KV
+            heads are recorded together as far as it reaches.
+        chunk_tokens: Prompt tokens per forward; None for 4,096, and on a GPU for what `prefill` takes.
+
+    Raises:
+        ValueError: If the text is longer than the model's positions or reaches a sliding window, or one KV head does
+            not fit into `memory_mib`.
+    """
+    header = trace_header(model, prompt, selection, max_age=max_age, model_id=model_id)
+    shape = model_shape(model, model_id)
+    n_steps = prompt.n_steps
+    if chunk_tokens is None and model.device.type == "cpu":
+        chunk_tokens = _CPU_CHUNK_TOKENS
+    arrays = {
+        name: np.empty((n_steps, max_age, *shape.units), dtype=np.float32)
+        for name in ("recovered_mass", "query_similarity", "overlap")
+    }
+    fresh_mass = np.empty((n_steps + 1, *shape.units), dtype=np.float32)
+
+    def watch(layer: int, heads: slice, attention: StepAttention) -> None:
+        sizes = unit_sizes(selection, layer, attention.query.device)
+        sets = attention.sets(selection, max_age, None if sizes is None else sizes[heads, None])
+        unit_query = normalize(attention.query.mean(1, dtype=sets.recovered_mass.dtype), dim=-1)
+        arrays["recovered_mass"][:, :, layer, heads] = _by_step(sets.recovered_mass)[1:]
+        arrays["query_similarity"][:, :, layer, heads] = _by_step(band(unit_query, unit_query, max_age))[1:]
+        arrays["overlap"][:, :, layer, heads] = _by_step(sets.overlap())[1:]
+        fresh_mass[:, layer, heads] = _by_step(sets.fresh_mass)
+
+    logits = watch_steps(
+        model,
+        prompt,
+        watch,
+        n_voters=n_voters(prompt, selection),
+        n_heads=heads_at_once(model, prompt, selection, memory_mib),
+        chunk_tokens=chunk_tokens,
+    )
+    step_tokens = torch.as_tensor(prompt.tokens[prompt.n_prompt_tokens :].astype(np.int64), device=logits.device)
+    return Trace(
+        header=header,
+        tokens=prompt.tokens,
+        fresh_mass=fresh_mass,
+        token_log_prob=_token_log_prob(logits, step_tokens),
+        **arrays,
+    )
+
+
+def trace_header(
+    model: PreTrainedModel, prompt: Prompt, selection: Selection, *, max_age: int, model_id: str | None = None
+) -> TraceHeader:
+    """The header that `record_trace` gives to a trace, known before anything is computed.
+
+    Args:
+        model: A causal language model.
+        prompt: The text.
+        selection: How sets are chosen.
+        max_age: Oldest set to record, in steps, at least 1.
+        model_id: Name of the model in the header; None takes its own.
+
+    Raises:
+        ValueError: If `max_age` is below 1, the model has layers without a KV cache of tokens, the selection is for
+            another model shape, or sets do not follow from the step that chooses them alone.
+    """
+    _refuse_what_ages_do_not_share(selection)
+    if max_age < 1:
+        raise ValueError(f"max_age must be at least 1 step, not {max_age}.")
+    shape = model_shape(model, model_id)
+    check_fits(selection, shape)
+    return TraceHeader(
+        model=dataclasses.asdict(shape) | {"dtype": str(model.dtype).removeprefix("torch.")},
+        selection=selection.to_json(),
+        prompt={
+            "name": prompt.name,
+            "kind": prompt.kind,
+            "source": prompt.source,
+            "licence": prompt.licence,
+            "n_prompt_tokens": prompt.n_prompt_tokens,
+        },
+        n_steps=prompt.n_steps,
+        max_age=max_age,
+        versions=versions(),
+    )
+
+
+def _refuse_what_ages_do_not_share(selection: Selection) -> None:
+    """A trace holds every age of the set of every step, so each set must follow from its own step and unit."""
+    for name, value, supported in (
+        ("ranking", selection.ranking, (Ranking.LAST_FULL, Ranking.UPDATED)),
+        ("group", selection.group, (GroupPooling.MAX, GroupPooling.MEAN)),
+    ):
+        if value not in supported:
+            allowed = " or ".join(repr(one.value) for one in supported)
+            raise ValueError(f"traces are recorded for selections with {name} {allowed}, not {value.value!r}.")
+    if selection.prompt_queries is None:
+        raise ValueError("traces are recorded for selections with a number of prompt_queries, not with all of them.")
+
+
+def n_voters(prompt: Prompt, selection: Selection) -> int:
+    """Queries of the prompt that choose the first set, its last one included."""
+    return min(selection.prompt_queries or 1, prompt.n_prompt_tokens)
+
+
+def heads_at_once(model: PreTrainedModel, prompt: Prompt, selection: Selection, memory_mib: int) -> int:
+    """How many KV heads of a layer can be recorded together, at least 1.
+
+    Raises:
+        ValueError: If the text is longer than the model's positions, or one KV head does not fit into `memory_mib`.
+    """
+    check_positions(model, prompt.n_prompt_tokens, prompt.n_steps)
+    shape = model_shape(model)
+    group = shape.query_heads // shape.kv_heads
+    number_bytes = torch.promote_types(model.dtype, torch.float32).itemsize
+    n_rows = prompt.n_steps + n_voters(prompt, selection)
+    head_bytes = (2 * group + _ARRAYS_PER_HEAD) * n_rows * len(prompt.tokens) * number_bytes
+    if head_bytes > memory_mib * 2**20:
+        raise ValueError(
+            f"recording {prompt.n_steps} steps of {len(prompt.tokens)} tokens needs {head_bytes / 2**20:.0f} MiB "
+            f"for one KV head, more than the {memory_mib} MiB allowed: raise --memory-mib or record fewer steps."
+        )
+    if model.device.type == "cpu":
+        # Larger blocks fit, and are slower: 1.8 against 1.5 times the prefill at 512 steps of 4,608 tokens.
+        memory_mib = min(memory_mib, _CPU_BLOCK_MIB)
+    return int(max(1, min(shape.kv_heads, memory_mib * 2**20 // head_bytes)))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape the numbers."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {package: of(package) for package in ("recycled-attention", "torch", "transformers")}
+
+
+def _by_step(values: Tensor) -> np.ndarray:
+    """`(heads, rows, ...)` to `(rows, ..., heads)`."""
+    return values.movedim(0, -1).float().cpu().numpy()
+
+
+def _token_log_prob(logits: Tensor, step_tokens: Tensor) -> np.ndarray:
+    """Log-probability of each next token; `(steps, vocabulary)` and `(steps,)` to `(steps,)`."""
+    result = np.full(len(step_tokens), np.nan, dtype=np.float32)
+    chosen = logits[:-1].float().log_softmax(-1).gather(-1, step_tokens[1:, None])
+    result[:-1] = chosen[:, 0].cpu().numpy()
+    return result

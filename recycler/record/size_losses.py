@@ -1,0 +1,97 @@
+"""Measuring how much sets of several sizes would miss, in one pass over each prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from policies import Selection
+from recycler.model.loading import LoadedModel
+from recycler.model.shape import model_shape
+from recycler.prompts import Prompt
+from recycler.record.differences import differences
+from recycler.record.one_prompt import heads_at_once, n_voters, trace_header
+from recycler.record.step_attention import StepAttention, watch_steps
+from traces.size_losses import FILE_NAME, SizeLosses
+
+# Sizes that units may be given, as shares of k: a set that is never refreshed gains by more, one of sinks by none.
+_SHARES_OF_K = (0.375, 0.75, 1, 1.5, 2.5)
+
+
+def set_sizes(selection: Selection) -> tuple[int, ...]:
+    """Sizes among which units may choose: some shares of k, each with room for sinks and window; k is one of them."""
+    least = selection.sinks + max(selection.window, 1)
+    return tuple(sorted({max(round(share * selection.k), least) for share in _SHARES_OF_K}))
+
+
+def measure_size_losses(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    selection: Selection,
+    folder: Path | str,
+    *,
+    memory_mib: int = 1024,
+    chunk_tokens: int = 4096,
+) -> SizeLosses:
+    """Measure prompts at every size of `set_sizes` and keep the results in a folder.
+
+    Prompts that the folder's file holds already are not measured again; the file is written after each prompt.
+
+    Args:
+        loaded: The model.
+        prompts: Texts with different names.
+        selection: How sets are chosen; its `k` is varied.
+        folder: Where the file is kept.
+        memory_mib: As in `record_trace`.
+        chunk_tokens: Prompt tokens per forward.
+
+    Raises:
+        ValueError: If the folder's file is damaged or was measured with another model or selection.
+    """
+    sizes = set_sizes(selection)
+    headers = [
+        trace_header(loaded.model, prompt, selection, max_age=prompt.n_steps, model_id=loaded.id) for prompt in prompts
+    ]
+    first = headers[0]
+    known = SizeLosses.read(folder) or SizeLosses(first.model, first.selection, sizes, {})
+    if found := differences({**known.model, **known.selection}, {**first.model, **first.selection}):
+        raise ValueError(f"{Path(folder) / FILE_NAME} was measured with {found}: remove it and measure again.")
+    missing = [prompt for prompt in prompts if prompt.name not in known.lost]
+    for prompt in tqdm(missing, desc="set sizes", unit="prompt", disable=not missing):
+        lost = _lost_by_size(loaded, prompt, selection, sizes, memory_mib, chunk_tokens)
+        known = dataclasses.replace(known, lost={**known.lost, prompt.name: lost})
+        known.write(folder)
+    return known
+
+
+def _lost_by_size(
+    loaded: LoadedModel,
+    prompt: Prompt,
+    selection: Selection,
+    sizes: Sequence[int],
+    memory_mib: int,
+    chunk_tokens: int,
+) -> np.ndarray:
+    n_heads = heads_at_once(loaded.model, prompt, selection, memory_mib)
+    lost = np.empty((len(sizes), prompt.n_steps, *model_shape(loaded.model).units), dtype=np.float32)
+
+    def watch(layer: int, heads: slice, attention: StepAttention) -> None:
+        for place, size in enumerate(sizes):
+            sets = attention.sets(dataclasses.replace(selection, k=size), prompt.n_steps, None)
+            # Row 0 is the prompt's end, which is no decode step.
+            recovered = sets.recovered_mass[:, 1:].nanmean(1).T
+            lost[place, :, layer, heads] = 1 - recovered.float().cpu().numpy()
+
+    watch_steps(
+        loaded.model,
+        prompt,
+        watch,
+        n_voters=n_voters(prompt, selection),
+        n_heads=n_heads,
+        chunk_tokens=chunk_tokens,
+    )
+    return lost

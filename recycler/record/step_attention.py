@@ -1,0 +1,137 @@
+"""Attention of all decode steps at once, and what the sets chosen from it would keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from policies import Selection
+from recycler.decode.plain.attention import probabilities
+from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
+from recycler.model.prefill import prefill
+from recycler.model.shape import model_shape
+from recycler.prompts import Prompt
+from recycler.sets.aged_sets import evictions, mass_by_age
+from recycler.sets.recycled_set import select, token_scores
+
+
+class AgedSets(NamedTuple):
+    """Sets of all rows at all ages.
+
+    Attributes:
+        recovered_mass: `(heads, rows, max_age)`, in [0, 1].
+        fresh_mass: `(heads, rows)`, in [0, 1].
+        members: `(heads, rows, tokens)`: 1 where a token is in the set chosen at the row, else 0.
+        left: What `evictions` returned.
+        first: Place of row 0.
+    """
+
+    recovered_mass: Tensor
+    fresh_mass: Tensor
+    members: Tensor
+    left: Tensor
+    first: int
+
+    def overlap(self) -> Tensor:
+        """Share of the set chosen at a row that the aged set holds, `(heads, rows, max_age)`."""
+        held = mass_by_age(self.members, self.members, self.left, self.first)
+        return held / self.members.sum(-1, keepdim=True)
+
+
+class StepAttention:
+    """Attention of the decode steps over some KV heads of a layer, and what sets chosen at each step would keep.
+
+    Row 0 is the prompt's last token, row i + 1 decode step i.
+
+    Args:
+        query: `(heads, group, n_voters - 1 + rows, head_dim)`, those of consecutive places.
+        key: `(heads, tokens, head_dim)`.
+        first: Place of the first query.
+        n_voters: Queries that choose the set of row 0 together; each other row chooses its own.
+        scaling: Factor on query x key.
+
+    Attributes:
+        query: `(heads, group, rows, head_dim)`, those of the rows.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, first: int, n_voters: int, scaling: float) -> None:
+        self.query = query[:, :, n_voters - 1 :]
+        tokens = key.shape[1]
+        ends = first + 1 + torch.arange(query.shape[2], device=query.device)[:, None]
+        logits = (query @ key[:, None].transpose(-1, -2)).mul_(scaling)
+        # What comes before the first query is visible to all.
+        logits[..., first:].masked_fill_(torch.arange(first, tokens, device=query.device) >= ends, float("-inf"))
+        weights = probabilities(logits, None)
+        del logits
+        self._first = first + n_voters - 1
+        self._ends = ends[n_voters - 1 :]
+        votes = weights[:, :, :n_voters].sum(2)
+        self._weights = weights[:, :, n_voters - 1 :]
+        self._choosing = self._weights.transpose(1, 2)
+        if n_voters > 1:
+            self._choosing = torch.cat([votes[:, None], self._choosing[:, 1:]], dim=1)
+        self._mean = self._weights.mean(1)
+
+    def sets(self, selection: Selection, max_age: int, sizes: Tensor | None) -> AgedSets:
+        """What becomes of the sets that each row would choose.
+
+        Args:
+            selection: How sets are chosen.
+            max_age: Oldest age.
+            sizes: int64 `(heads, 1, 1)`: most tokens of each head's sets; None for the selection's k.
+        """
+        chosen = select(token_scores(self._choosing, selection), selection, 0, self._ends, sizes)
+        left = evictions(chosen, self._weights, self._first, max_age)
+        members = chosen.holds(self._mean.shape[-1]).to(self._mean.dtype)
+        # Sums of parts of a distribution: rounding may leave [0, 1] by an ulp.
+        recovered = mass_by_age(self._mean, members, left, self._first).clamp_(0, 1)
+        return AgedSets(recovered, (self._mean * members).sum(-1).clamp_(0, 1), members, left, self._first)
+
+
+Watch = Callable[[int, slice, StepAttention], None]
+"""Gets the layer, some of its KV heads, and their attention."""
+
+
+def watch_steps(
+    model: PreTrainedModel, prompt: Prompt, watch: Watch, *, n_voters: int, n_heads: int, chunk_tokens: int | None
+) -> Tensor:
+    """Run a prompt and its decode steps, which are fed as they are, and show the attention of all steps at once.
+
+    Args:
+        model: A causal language model.
+        prompt: The text.
+        watch: Called for every layer and `n_heads` of its KV heads at a time.
+        n_voters: Queries of the prompt that choose the first set.
+        n_heads: KV heads at once.
+        chunk_tokens: Prompt tokens per forward; None for what `prefill` takes.
+
+    Returns:
+        `(steps, vocabulary)`: logits after each step.
+    """
+    shape = model_shape(model)
+    first = prompt.n_prompt_tokens - n_voters
+
+    def watching(stock: AttentionFunction) -> AttentionFunction:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            grouped = query[0].unflatten(0, (shape.kv_heads, -1))
+            refuse_full_window(layer, key.shape[2], kwargs.get("sliding_window"))
+            for begin in range(0, shape.kv_heads, n_heads):
+                heads = slice(begin, begin + n_heads)
+                watch(layer, heads, StepAttention(grouped[heads], key[0, heads], first, n_voters, kwargs["scaling"]))
+            return stock(module, query, key, value, mask, **kwargs)
+
+        return attend
+
+    tokens = torch.as_tensor(prompt.tokens.astype(np.int64), device=model.device)[None]
+    cache = prefill(model, tokens[:, :first], chunk_tokens) if first else None
+    with torch.inference_mode(), attention_replaced(model, watching):
+        logits: Tensor = model(tokens[:, first:], past_key_values=cache, use_cache=True).logits[0, n_voters:]
+    return logits

@@ -1,0 +1,64 @@
+"""Compiled kernels are kept on disk, and are not used any more once any of their sources has changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recycler.decode.cpu import compiled, decide, layer
+
+REPOSITORY = Path(compiled.__file__).parents[3]
+# A kernel in a module of its own; "changed" stands for a change in the sources that it is made of.
+MODULE = "from recycler.decode.cpu.compiled import kernel\n\n\n@kernel()\ndef twice(x):\n    return 2 * x\n"
+PROGRAM = """
+import sys
+from recycler.decode.cpu import compiled
+if sys.argv[1] == "changed":
+    compiled._SOURCES = "another digest"
+from module_with_kernel import twice
+assert twice(3) == 6
+print(sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
+"""
+
+
+def test_a_kernel_on_disk_is_used_until_a_source_changes(tmp_path: Path) -> None:
+    (tmp_path / "module_with_kernel.py").write_text(MODULE)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)]),
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+    }
+
+    def hits_and_misses(state: str) -> str:
+        command = [sys.executable, "-c", PROGRAM, state]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert hits_and_misses("as it is") == "0 1"
+    assert hits_and_misses("as it is") == "1 0"
+    assert hits_and_misses("changed") == "0 1"
+    assert hits_and_misses("changed") == "1 0"
+
+
+@pytest.mark.parametrize("kernel", [layer.project, layer.attend, layer.feed, layer.predict, decide.run_program])
+def test_what_python_calls_is_stamped_with_the_digest_of_the_sources(kernel: object) -> None:
+    stamp = kernel._cache._cache_file._source_stamp  # type: ignore[attr-defined]
+    assert stamp[-1] == compiled._SOURCES
+    assert len(stamp[-1]) == 64
+
+
+def sources() -> list[Path]:
+    folder = Path(compiled.__file__).parent
+    policies = REPOSITORY / "policies"
+    return [*sorted(folder.glob("*.py")), policies / "program.py", *sorted((policies / "compiled").glob("*.py"))]
+
+
+@pytest.mark.parametrize("source", sources(), ids=lambda path: path.name)
+def test_the_digest_changes_with_every_source(monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+    before, read = compiled._digest_of_sources(), Path.read_bytes
+    assert compiled._digest_of_sources() == before
+    changed = {source.resolve()}
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.resolve() in changed))
+    assert compiled._digest_of_sources() != before

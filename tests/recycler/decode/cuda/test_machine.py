@@ -1,0 +1,35 @@
+"""How kernels are launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from recycler.decode.cuda.machine import Machine
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "tokens"),
+    [(128, torch.bfloat16, 64), (64, torch.bfloat16, 128), (256, torch.float32, 16), (128, torch.float32, 32)],
+)
+def test_a_tile_holds_as_many_bytes_whatever_the_heads(head_dim: int, dtype: torch.dtype, tokens: int) -> None:
+    assert Machine(1).tile_tokens(head_dim, dtype) == tokens
+
+
+def test_a_tile_is_never_too_small_for_a_matrix_product() -> None:
+    assert Machine(1, tile_bytes=1).tile_tokens(128, torch.float32) == 16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"n_programs": 0}, "n_programs must be at least 1, not 0."),
+        ({"n_programs": 1, "tile_bytes": -3}, "tile_bytes must be at least 1, not -3."),
+        ({"n_programs": 1, "chunk_tokens": 100}, "chunk_tokens must be a power of 2, not 100."),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        Machine(**wrong)

@@ -1,0 +1,169 @@
+"""Receipts: every count by hand."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies import AlwaysFull, BudgetConstrained, FixedStride, MaxAge, NeverFull, RefreshKeys, Selection, StepPolicy
+from recycler.decode.receipt import Receipt
+from recycler.decode.session import recycled
+
+SELECTION = Selection(8, sinks=2, window=3)
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    monkeypatch.setitem(globals(), "recycled", partial(recycled, fast=request.param))
+    return bool(request.param)
+
+
+@pytest.fixture
+def receipt_of(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> Callable[..., Receipt]:
+    """The receipt of greedy decoding; `n_steps` decode steps after a prompt of 20 tokens, padded as told."""
+
+    def receipt_of(policy: StepPolicy, n_steps: int, padding: tuple[int, ...] = (0,)) -> Receipt:
+        mask = torch.tensor([[0] * width + [1] * (20 - width) for width in padding])
+        with recycled(make_model(), policy, SELECTION) as session:
+            tokens = make_tokens(20, rows=len(padding))
+            make_model().generate(tokens, attention_mask=mask, max_new_tokens=n_steps + 1)
+        return session.receipt()
+
+    return receipt_of
+
+
+def printed(receipt: Receipt) -> str:
+    """As a narrow terminal shows it, spaces aside."""
+    console = Console(file=StringIO(), width=80)
+    receipt.print(console)
+    return " ".join(console.file.getvalue().split())
+
+
+def test_strides_and_phases_are_counted_per_unit(receipt_of: Callable[..., Receipt]) -> None:
+    receipt = receipt_of(FixedStride(((1, 4), (10, 100)), ((0, 1), (8, 0))), 10)
+    # Step s runs full when s + 1 + phase is a multiple of the stride: all; 2, 6; 1; none.
+    assert receipt.full_steps.tolist() == [[10, 2], [1, 0]]
+    # A full step s reads the 20 + s + 1 tokens there are, a recycled one 8.
+    dense = sum(range(21, 31))
+    assert receipt.tokens_dense.tolist() == [[dense] * 2] * 2
+    assert receipt.tokens_read.tolist() == [[dense, 8 * 8 + 23 + 27], [9 * 8 + 22, 10 * 8]]
+    assert receipt.unit_full_share.tolist() == [[1, 0.2], [0.1, 0]]
+    assert receipt.full_share == pytest.approx(13 / 40)
+    assert receipt.read_share == (dense + 114 + 94 + 80) / (4 * dense)
+    assert (receipt.n_steps, receipt.n_rows, receipt.row_steps) == (10, 1, 10)
+    assert receipt.reasons == {}
+
+
+def test_padding_is_not_counted_as_read(receipt_of: Callable[..., Receipt]) -> None:
+    receipt = receipt_of(FixedStride(3), 4, padding=(0, 16))
+    # Step 2 is full. The second row has 4 tokens, and 5, 6, 8 in its set afterwards.
+    assert receipt.full_steps.tolist() == [[2, 2], [2, 2]]
+    assert receipt.tokens_dense.tolist() == [[21 + 22 + 23 + 24 + 5 + 6 + 7 + 8] * 2] * 2
+    assert receipt.tokens_read.tolist() == [[8 + 8 + 23 + 8 + 5 + 6 + 7 + 8] * 2] * 2
+    assert (receipt.n_steps, receipt.n_rows, receipt.row_steps) == (4, 2, 8)
+
+
+def test_keys_only_refreshes_are_counted_by_themselves_and_half(receipt_of: Callable[..., Receipt]) -> None:
+    receipt = receipt_of(RefreshKeys(FixedStride(((1, 4), (10, 100)), ((0, 1), (8, 0))), ((0, 1), (1, 1))), 10)
+    assert receipt.full_steps.tolist() == [[10, 2], [1, 0]]
+    assert receipt.keys_only_steps.tolist() == [[0, 2], [1, 0]]
+    # A refresh at step s reads the keys of 20 + s + 1 tokens and the values of 8.
+    dense = sum(range(21, 31))
+    refreshes = (23 + 8) / 2 + (27 + 8) / 2
+    assert receipt.tokens_read.tolist() == [[dense, 8 * 8 + refreshes], [9 * 8 + (22 + 8) / 2, 10 * 8]]
+    assert receipt.unit_full_share.tolist() == [[1, 0.1], [0.05, 0]]
+    assert receipt.full_share == pytest.approx(11.5 / 40)
+    assert receipt.keys_only_share == pytest.approx(3 / 40)
+    assert receipt.read_share == (dense + 64 + refreshes + 87 + 80) / (4 * dense)
+    assert receipt.to_json()["keys_only_share"] == receipt.keys_only_share
+    line = "7.5% of unit-steps refreshed their sets by keys alone, each counted as half a full one"
+    assert line in printed(receipt)
+
+
+def test_a_run_without_keys_only_refreshes_does_not_speak_of_them(receipt_of: Callable[..., Receipt]) -> None:
+    receipt = receipt_of(RefreshKeys(FixedStride(3), 0), 4)
+    assert (receipt.full_share, receipt.keys_only_share) == (0.25, 0)
+    assert "keys alone" not in printed(receipt)
+
+
+@pytest.mark.parametrize(("policy", "share"), [(AlwaysFull(), 1), (NeverFull(), 0)])
+def test_ends_of_the_scale_are_counted_exactly(
+    receipt_of: Callable[..., Receipt], policy: StepPolicy, share: float
+) -> None:
+    receipt = receipt_of(policy, 5, padding=(0, 3))
+    assert (receipt.unit_full_share == share).all()
+    assert receipt.full_share == share
+    assert (receipt.read_share == 1) == (share == 1)
+
+
+def test_batches_of_different_size_add_up(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    with recycled(make_model(), AlwaysFull(), SELECTION) as session:
+        for rows in (3, 1):
+            make_model().generate(make_tokens(20, rows=rows), max_new_tokens=6)
+            assert session.receipt().full_share == 1
+    receipt = session.receipt()
+    assert (receipt.n_steps, receipt.n_rows, receipt.row_steps) == (10, 3, 20)
+    assert "100.0% of unit-steps full, 100.0% of the dense KV traffic" in printed(receipt)
+
+
+def test_reasons_tell_who_overruled_the_policy(receipt_of: Callable[..., Receipt]) -> None:
+    forced = receipt_of(MaxAge(NeverFull(), ((2, 5), (1, 100))), 10, padding=(0, 3))
+    assert {reason: units.tolist() for reason, units in forced.reasons.items()} == {"max_age": [[10, 4], [20, 0]]}
+    denied = receipt_of(BudgetConstrained(AlwaysFull(), ((0.5, 0.1), (0, 1))), 10)
+    assert {reason: units.tolist() for reason, units in denied.reasons.items()} == {"budget": [[5, 9], [10, 0]]}
+    both = receipt_of(MaxAge(BudgetConstrained(AlwaysFull(), 0.1), 4), 10)
+    assert both.full_steps[0, 0] == 2
+    # Forced at steps 3 and 7; so, when the budget would allow its first step, 9, the bucket is overdrawn.
+    assert {reason: units[0, 0] for reason, units in both.reasons.items()} == {"budget": 10, "max_age": 2}
+    assert "max_age asked for a full step in 20.0% of unit-steps" in printed(both)
+    assert "budget denied a full step in 100.0% of unit-steps" in printed(both)
+    # Asked for at steps 1 to 9, and granted at the last only.
+    capped = receipt_of(BudgetConstrained(MaxAge(NeverFull(), 2), 0.1), 10)
+    assert capped.full_steps[0, 0] == 1
+    assert {reason: units[0, 0] for reason, units in capped.reasons.items()} == {"budget": 8, "max_age": 9}
+
+
+def test_receipt_is_a_copy(make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]) -> None:
+    with recycled(make_model(), MaxAge(NeverFull(), 2), SELECTION) as session:
+        make_model().generate(make_tokens(20), max_new_tokens=5)
+        early = session.receipt()
+        before = json.dumps(early.to_json())
+        make_model().generate(make_tokens(20), max_new_tokens=5)
+    assert json.dumps(early.to_json()) == before
+    assert session.receipt().n_steps == 8
+
+
+def test_shares_are_nan_before_the_first_step(receipt_of: Callable[..., Receipt]) -> None:
+    receipt = receipt_of(AlwaysFull(), 0)
+    assert receipt.n_steps == receipt.n_rows == receipt.row_steps == 0
+    assert np.isnan([receipt.full_share, receipt.keys_only_share, receipt.read_share]).all()
+    assert np.isnan(receipt.unit_full_share).all()
+    assert printed(receipt).count("-") >= 4
+
+
+def test_every_unit_of_a_deep_model_fits_into_a_terminal() -> None:
+    full_steps = np.arange(90).reshape(30, 3)
+    counts = np.full((30, 3), 100)
+    text = printed(Receipt("plain", 100, 1, 100, full_steps, 0 * full_steps, counts, counts))
+    for layer, shares in enumerate(full_steps):
+        assert "│ " + " │ ".join(map(str, (layer, *shares))) + " │" in text
+
+
+def test_json_has_plain_totals(receipt_of: Callable[..., Receipt], fast: bool) -> None:
+    values = receipt_of(MaxAge(NeverFull(), 2), 10).to_json()
+    assert json.loads(json.dumps(values)) == values
+    assert (values["engine"], values["why_plain"]) == (("cpu", None) if fast else ("plain", "fast is False"))
+    assert (values["n_steps"], values["n_rows"], values["full_share"]) == (10, 1, 0.5)
+    assert values["reasons"] == {"max_age": 20}

@@ -1,0 +1,297 @@
+"""`with recycled(...)`: where it must be the stock decoder, where it must be the plain one, and what it refuses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies import (
+    AlwaysFull,
+    BudgetConstrained,
+    CosineThreshold,
+    FixedStride,
+    LayerCosine,
+    LearnedLogistic,
+    NeverFull,
+    RefreshKeys,
+    Selection,
+    SentenceBoundary,
+    StepPolicy,
+    StepSignals,
+)
+from recycler.decode.session import recycled
+from recycler.model.attention_hook import attention_replaced
+
+FAMILIES = ["llama", "qwen2", "mistral"]
+SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
+# Sizes of the 2 x 2 units under a k of 7 or more.
+UNIT_K = ((5, 10), (8, 5))
+N_NEW = 16
+# Of 61 tokens.
+ENDS = tuple(range(0, 61, 4))
+# Units that refresh by their keys alone.
+SOME = ((1, 0), (0, 1))
+LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)
+
+
+@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test of this file runs on the engine and on the plain path."""
+    monkeypatch.setitem(globals(), "recycled", partial(recycled, fast=request.param))
+    return bool(request.param)
+
+
+def generate(model: PreTrainedModel, tokens: Tensor, padding: tuple[int, ...] = (), **more: Any) -> Tensor:
+    """The new tokens; `padding` masks so many tokens at the left of each row."""
+    mask = torch.ones_like(tokens)
+    for row, width in enumerate(padding):
+        mask[row, :width] = 0
+    torch.manual_seed(5)
+    return model.generate(tokens, attention_mask=mask, max_new_tokens=N_NEW, **more)[:, tokens.shape[1] :]
+
+
+def generate_recycled(
+    model: PreTrainedModel, policy: StepPolicy, tokens: Tensor, *, selection: Selection = SELECTION, **more: Any
+) -> Tensor:
+    with recycled(model, policy, selection):
+        return generate(model, tokens, **more)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"padding": (0, 7, 19)},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "padding": (0, 7, 19)},
+        {"prefill_chunk_size": 9},
+        {"prefill_chunk_size": 19, "padding": (0, 7, 18)},
+        {"prefill_chunk_size": 19, "cache_implementation": "static"},
+        {"do_sample": True, "temperature": 2.0, "padding": (0, 7, 19)},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_always_full_is_the_stock_decoder(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    family: str,
+    attention: str,
+    how: dict[str, Any],
+) -> None:
+    model, tokens = make_model(family, torch.float32, attention), make_tokens(20, rows=3)
+    stock = generate(model, tokens, **how)
+    assert len(stock.unique()) > 5
+    assert torch.equal(generate_recycled(model, AlwaysFull(), tokens, **how), stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_always_full_is_the_stock_decoder_in_half_precision(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], dtype: torch.dtype, fast: bool
+) -> None:
+    if fast and dtype == torch.bfloat16:
+        pytest.skip("the engine rounds less often than the stock decoder: decode/cpu compares their errors")
+    model, tokens, padding = make_model("llama", dtype), make_tokens(20, rows=3), (0, 7, 19)
+    stock = generate(model, tokens, padding=padding)
+    assert torch.equal(generate_recycled(model, AlwaysFull(), tokens, padding=padding), stock)
+    assert not torch.equal(generate_recycled(model, LOGISTIC, tokens, padding=padding), stock)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_set_as_large_as_the_context_finds_the_tokens_of_full_attention(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], family: str
+) -> None:
+    model, tokens = make_model(family), make_tokens(20, rows=3)
+    how: dict[str, Any] = {"padding": (0, 7, 19)}
+    sizes = ((20 + N_NEW - 1, 50), (99, 40))
+    for selection in (
+        Selection(20 + N_NEW - 1, sinks=2, window=4),
+        Selection(99, ranking="updated"),
+        Selection(60, sinks=2, window=4, unit_k=sizes),
+        Selection(60, sinks=2, window=4, unit_k=sizes, ranking="accumulated"),
+    ):
+        found = generate_recycled(model, NeverFull(), tokens, selection=selection, **how)
+        assert torch.equal(found, generate(model, tokens, **how))
+    assert not torch.equal(generate_recycled(model, NeverFull(), tokens, **how), generate(model, tokens, **how))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "prefill_chunk_size": 19},
+        {"prefill_chunk_size": 9},
+        {"prefill_chunk_size": 19},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padding", [(), (0, 7, 18)])
+def test_neither_cache_nor_chunks_change_a_schedule(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    how: dict[str, Any],
+    padding: tuple[int, ...],
+) -> None:
+    model, tokens = make_model(), make_tokens(20, rows=3)
+    expected = generate_recycled(model, LOGISTIC, tokens, padding=padding)
+    assert torch.equal(generate_recycled(model, LOGISTIC, tokens, padding=padding, **how), expected)
+
+
+@pytest.mark.parametrize("padding", [(), (0, 7, 18)])
+def test_masks_of_eager_attention_are_understood(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], padding: tuple[int, ...]
+) -> None:
+    # In float64, transformers' own eager attention to padding is NaN.
+    found = [
+        generate_recycled(make_model("llama", torch.float32, attention), LOGISTIC, make_tokens(20, 3), padding=padding)
+        for attention in ("eager", "sdpa")
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FixedStride(3),
+        CosineThreshold(0.5),
+        LayerCosine(0.8),
+        SentenceBoundary(ENDS, 9),
+        LOGISTIC,
+        NeverFull(),
+        RefreshKeys(LOGISTIC, SOME),
+    ],
+    ids=lambda policy: policy.kind,
+)
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(8, sinks=2, window=3),
+        Selection(8, sinks=2, window=3, ranking="updated"),
+        Selection(8, sinks=2, window=3, unit_k=UNIT_K),
+        Selection(8, sinks=2, window=3, ranking="updated", unit_k=UNIT_K),
+        Selection(8, sinks=2, window=3, ranking="accumulated", unit_k=UNIT_K),
+    ],
+    ids=["last_full", "updated", "last_full-sizes", "updated-sizes", "accumulated-sizes"],
+)
+def test_batch_is_its_rows_alone(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    policy: StepPolicy,
+    selection: Selection,
+) -> None:
+    model, tokens, padding = make_model(), make_tokens(20, rows=3), (0, 7, 18)
+    together = generate_recycled(model, policy, tokens, selection=selection, padding=padding)
+    for row, width in enumerate(padding):
+        alone = generate_recycled(model, policy, tokens[row : row + 1, width:], selection=selection)
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("unit_k", [None, UNIT_K], ids=["k", "sizes"])
+@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize("group", ["max", "mean"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        NeverFull(),
+        FixedStride(((2, 3), (5, 1)), ((0, 1), (2, 0))),
+        CosineThreshold(0.6, check_every=2),
+        LayerCosine(0.85, check_every=2),
+        LOGISTIC,
+        BudgetConstrained(CosineThreshold(0.9), 0.3, 1),
+        RefreshKeys(FixedStride(2)),
+        RefreshKeys(LOGISTIC, SOME),
+    ],
+    ids=lambda policy: policy.kind,
+)
+def test_logits_and_decisions_are_those_of_the_plain_decoder(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    plain_decoder: Callable[..., Any],
+    policy: StepPolicy,
+    group: str,
+    ranking: str,
+    unit_k: tuple[tuple[int, ...], ...] | None,
+    fast: bool,
+) -> None:
+    model, tokens = make_model(), make_tokens(14, rows=2)
+    selection = Selection(7, 1, 2, 1, 2, group, ranking, unit_k=unit_k)
+    mask = torch.tensor([[1] * 14, [0] * 5 + [1] * 9])
+    how: dict[str, Any] = {"max_new_tokens": N_NEW, "return_dict_in_generate": True, "output_logits": True}
+
+    def logits() -> Tensor:
+        return torch.stack(model.generate(tokens, attention_mask=mask, **how).logits)
+
+    plain = plain_decoder(policy, selection, [0, 5])
+    with attention_replaced(model, plain.attention):
+        expected = logits()
+    with recycled(model, policy, selection) as session:
+        # transformers' norms round to float32 in every model; the engine's do not.
+        torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-5 if fast else 1e-10)
+    full = np.array([[step["full"].sum(0) for step in plain.seen[layer]] for layer in (0, 1)])
+    assert session.receipt().full_steps.tolist() == full.sum(1).tolist()
+
+
+@dataclass(frozen=True)
+class EveryOtherHead(StepPolicy):
+    """A policy of another author: heads take turns."""
+
+    kind: ClassVar[str] = "every_other_head"
+
+    def decide(self, signals: StepSignals) -> Any:
+        heads = signals.per_unit(((0.0, 1.0), (1.0, 0.0)))
+        return (signals.step + heads) % 2 < 1
+
+
+def test_policy_of_another_author_decides(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    with recycled(make_model(), EveryOtherHead(), SELECTION) as session:
+        generate(make_model(), make_tokens(20, rows=2))
+    assert session.receipt().full_steps.tolist() == [[16, 14], [14, 16]]
+
+
+def test_decoding_with_gradients_finds_the_same_logits(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model(), make_tokens(20)
+
+    def logits() -> Tensor:
+        with recycled(model, LOGISTIC, Selection(8, 2, 3, ranking="updated")):
+            cache = model(tokens).past_key_values
+            return torch.cat([model(tokens[:, step : step + 1], past_key_values=cache).logits for step in range(8)])
+
+    with torch.no_grad():
+        expected = logits()
+    assert torch.equal(logits(), expected)
+
+
+@pytest.mark.parametrize("ranking", ["last_full", "updated", "accumulated"])
+def test_a_table_of_one_size_is_k(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], ranking: str
+) -> None:
+    model, tokens, receipts, logits = make_model(), make_tokens(20, rows=3), [], []
+    how: dict[str, Any] = {"max_new_tokens": N_NEW, "return_dict_in_generate": True, "output_logits": True}
+    for unit_k in (None, ((8, 8), (8, 8))):
+        with recycled(model, LOGISTIC, Selection(8, 2, 3, ranking=ranking, unit_k=unit_k)) as session:
+            logits.append(torch.stack(model.generate(tokens, **how).logits))
+        receipts.append(session.receipt().to_json())
+    # Slots may be in another order, and sums with them.
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-10)
+    assert receipts[0] == receipts[1]
+
+
+def test_what_is_read_is_the_sum_of_the_sizes(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    with recycled(make_model(), NeverFull(), Selection(8, 2, 3, unit_k=UNIT_K)) as session:
+        generate(make_model(), make_tokens(20, rows=2))
+    # The last token that is written is fed to nobody.
+    assert session.receipt().tokens_read.sum() == 2 * (N_NEW - 1) * sum(map(sum, UNIT_K))

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from policies import AlwaysFull, CosineThreshold, FixedStride, NeverFull, Selection, StepPolicy
+from recycler.measure import store as closed_loop_store
+from recycler.measure.closed_loop import ClosedLoop, run_closed_loop
+from recycler.measure.store import ClosedLoopStore
+from recycler.model.loading import LoadedModel
+from recycler.prompts import Prompt
+from recycler.record.one_prompt import record_trace
+from traces import TraceFile, write_trace
+
+N_PROMPT, N_STEPS = 40, 6
+SELECTION = Selection(k=12, sinks=2, window=4)
+POLICIES = [FixedStride(3), CosineThreshold([[0.1, 0.2], [0.3, 0.4]]), NeverFull()]
+
+
+@pytest.fixture
+def load(make_model: Callable[..., PreTrainedModel]) -> Callable[..., LoadedModel]:
+    def load(name: str = "tiny", dtype: torch.dtype = torch.float32) -> LoadedModel:
+        return LoadedModel(make_model(dtype=dtype), tokenizer=None, id=name)  # type: ignore[arg-type]
+
+    return load
+
+
+@pytest.fixture
+def loaded(load: Callable[..., LoadedModel]) -> LoadedModel:
+    return load()
+
+
+@pytest.fixture
+def trace(loaded: LoadedModel, tmp_path: Path) -> Callable[..., TraceFile]:
+    def trace(
+        name: str = "one", seed: int = 0, n_prompt: int = N_PROMPT, selection: Selection = SELECTION
+    ) -> TraceFile:
+        tokens = np.random.default_rng(seed).integers(0, 50, N_PROMPT + N_STEPS)
+        prompt = Prompt(name, "random", tokens, n_prompt, "drawn", "CC0-1.0")
+        recorded = record_trace(loaded.model, prompt, selection, max_age=2, model_id="tiny")
+        return write_trace(recorded, tmp_path / "traces" / f"{n_prompt}-{seed}-{selection.k}")
+
+    return trace
+
+
+class Runs:
+    """Counts runs, and can be told to break off."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.break_off = False
+
+    def __call__(self, *arguments: Any, **options: Any) -> ClosedLoop:
+        self.n += 1
+        if self.break_off:
+            raise KeyboardInterrupt
+        return run_closed_loop(*arguments, **options)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    runs = Runs()
+    monkeypatch.setattr(closed_loop_store, "run_closed_loop", runs)
+    return runs
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ClosedLoopStore:
+    return ClosedLoopStore(tmp_path / "deep" / "store")
+
+
+def equal(one: ClosedLoop, other: ClosedLoop) -> None:
+    for field in dataclasses.fields(ClosedLoop):
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
+def test_a_run_is_the_closed_loop_of_the_trace(
+    store: ClosedLoopStore, loaded: LoadedModel, trace: Callable[..., TraceFile]
+) -> None:
+    file = trace()
+    found = store.run(loaded, file, POLICIES)
+    equal(found, run_closed_loop(loaded.model, file.array("tokens"), N_PROMPT, POLICIES, SELECTION))
+    assert found.kl.shape == (3, N_STEPS)
+
+
+def test_an_equal_run_is_read_not_run(
+    store: ClosedLoopStore, loaded: LoadedModel, trace: Callable[..., TraceFile], runs: Runs
+) -> None:
+    first = store.run(loaded, trace(), POLICIES)
+    (path,) = store.folder.iterdir()
+    assert path.name.startswith("one-")
+    assert path.suffix == ".npz"
+    before = path.read_bytes()
+    again = ClosedLoopStore(store.folder).run(loaded, trace(), list(POLICIES))
+    equal(first, again)
+    assert (runs.n, path.read_bytes()) == (1, before)
+    np.testing.assert_array_equal(again.full_share, first.full_share)
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        POLICIES[:2],
+        POLICIES[::-1],
+        [FixedStride(3, phase=1), *POLICIES[1:]],
+        [FixedStride(3), CosineThreshold([[0.1, 0.2], [0.3, 0.4 + 1e-12]]), NeverFull()],
+        [*POLICIES, AlwaysFull()],
+    ],
+)
+def test_other_policies_are_another_run(
+    store: ClosedLoopStore,
+    loaded: LoadedModel,
+    trace: Callable[..., TraceFile],
+    runs: Runs,
+    policies: list[StepPolicy],
+) -> None:
+    store.run(loaded, trace(), POLICIES)
+    equal(
+        store.run(loaded, trace(), policies),
+        run_closed_loop(loaded.model, trace().array("tokens"), N_PROMPT, policies, SELECTION),
+    )
+    assert (runs.n, len(list(store.folder.iterdir()))) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"name": "two"}, {"seed": 1}, {"n_prompt": N_PROMPT - 1}, {"selection": Selection(13, 2, 4)}]
+)
+def test_another_prompt_or_selection_is_another_run(
+    store: ClosedLoopStore, loaded: LoadedModel, trace: Callable[..., TraceFile], runs: Runs, changed: dict[str, Any]
+) -> None:
+    store.run(loaded, trace(), POLICIES)
+    store.run(loaded, trace(**changed), POLICIES)
+    assert (runs.n, len(list(store.folder.iterdir()))) == (2, 2)
+
+
+@pytest.mark.parametrize("changed", [{"name": "other"}, {"dtype": torch.float64}])
+def test_another_model_or_precision_is_another_run(
+    store: ClosedLoopStore,
+    load: Callable[..., LoadedModel],
+    trace: Callable[..., TraceFile],
+    runs: Runs,
+    changed: dict[str, Any],
+) -> None:
+    store.run(load(), trace(), POLICIES)
+    store.run(load(**changed), trace(), POLICIES)
+    assert runs.n == 2
+
+
+def test_other_package_versions_are_another_run(
+    store: ClosedLoopStore,
+    loaded: LoadedModel,
+    trace: Callable[..., TraceFile],
+    runs: Runs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.run(loaded, trace(), POLICIES)
+    monkeypatch.setattr(closed_loop_store, "versions", lambda: {"torch": "0.1"})
+    store.run(loaded, trace(), POLICIES)
+    assert runs.n == 2
+
+
+def test_an_interrupted_run_leaves_nothing(
+    store: ClosedLoopStore, loaded: LoadedModel, trace: Callable[..., TraceFile], runs: Runs
+) -> None:
+    runs.break_off = True
+    with pytest.raises(KeyboardInterrupt):
+        store.run(loaded, trace(), POLICIES)
+    assert not store.folder.exists()
+
+
+def test_an_interrupted_write_is_no_result(
+    store: ClosedLoopStore,
+    loaded: LoadedModel,
+    trace: Callable[..., TraceFile],
+    runs: Runs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(file: Any, **arrays: np.ndarray) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez_compressed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.run(loaded, trace(), POLICIES)
+    assert [path.suffix for path in store.folder.iterdir()] == [".partial"]
+    store.run(loaded, trace(), POLICIES)
+    assert runs.n == 2
+    assert [path.suffix for path in store.folder.iterdir()] == [".npz"]
+
+
+def test_deleting_a_result_costs_a_run(
+    store: ClosedLoopStore, loaded: LoadedModel, trace: Callable[..., TraceFile], runs: Runs
+) -> None:
+    first = store.run(loaded, trace(), POLICIES)
+    for path in store.folder.iterdir():
+        path.unlink()
+    equal(store.run(loaded, trace(), POLICIES), first)
+    assert runs.n == 2

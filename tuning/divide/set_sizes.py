@@ -1,0 +1,104 @@
+"""Dividing the tokens of all sets, and the full steps with them, by what each buys."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies import Selection
+from traces.sensitivity import Sensitivity
+from traces.size_losses import SizeLosses
+from tuning.divide.allocation import STRIDES, loss_by_stride
+from tuning.divide.tuning_data import cost_of_lost_mass
+
+# Bisections of each of the two prices.
+_N_HALVINGS = 40
+# Sizes are chosen for this budget whatever the budget of the search, so that one set of traces serves all.
+SIZES_BUDGET = 0.1
+
+
+@dataclass(frozen=True)
+class SizedSets:
+    """What sizes were chosen, and by what costs.
+
+    Attributes:
+        selection: With `unit_k`.
+        unit_cost: float64 `(layers, kv_heads)`, mean 1; see `tuning.divide.tuning_data.unit_cost`.
+    """
+
+    selection: Selection
+    unit_cost: np.ndarray
+
+
+def size_sets(selection: Selection, losses: SizeLosses, sensitivity: Sensitivity) -> SizedSets:
+    """Give every unit a size, with the selection's k as their mean.
+
+    Args:
+        selection: How sets are chosen, and their mean size.
+        losses: Of the tuning prompts, with this selection.
+        sensitivity: Of some of them, with this selection.
+    """
+    at_k = losses.sizes.index(selection.k)
+    cost = cost_of_lost_mass(sensitivity, {name: losses.lost[name][at_k] for name in sensitivity.kl})
+    lost = np.mean(list(losses.lost.values()), axis=0) * cost
+    sizes = allocate_sizes(
+        lost.reshape(*lost.shape[:2], -1), np.array(losses.sizes), SIZES_BUDGET, selection.k
+    ).reshape(cost.shape)
+    return SizedSets(dataclasses.replace(selection, unit_k=sizes.tolist()), cost)
+
+
+def allocate_sizes(
+    lost_by_age: np.ndarray, sizes: np.ndarray, budget: float, k: float, strides: np.ndarray = STRIDES
+) -> np.ndarray:
+    """Sizes of sets that lose least, when full steps are divided as well as they can be at the same time.
+
+    Every unit takes the size and stride of least loss + price of a full step x rate + price of a token x size, with
+    one pair of prices for all (Lagrange): that of full steps such that the mean rate is at most the budget, that of
+    tokens such that the mean size is at most k. The schedule itself is tuned later, on traces of these sets.
+
+    Args:
+        lost_by_age: `(sizes, max_age, units)`, weighted lost mass of sets of each size and age.
+        sizes: Tokens `(sizes,)`, rising.
+        budget: Mean rate of full steps, in (0, 1].
+        k: Mean size, at least the least of `sizes`.
+        strides: Strides that units may take.
+
+    Returns:
+        int64 `(units,)`: one of `sizes` for each unit, with mean at most k.
+
+    Raises:
+        ValueError: If k is below the least size.
+    """
+    if k < sizes[0]:
+        raise ValueError(f"sets of {k:g} tokens on average are below the least size, {sizes[0]}.")
+    rates = 1 / strides.astype(np.float64)
+    # (sizes, strides, units)
+    loss = np.stack([loss_by_stride(by_age, strides) for by_age in lost_by_age])
+
+    def at(token_price: float) -> np.ndarray:
+        """The index of each unit's size, with full steps priced to keep the budget."""
+        priced = loss + token_price * sizes[:, None, None]
+        low, high = 0.0, float(loss.max()) * float(strides[-1]) + 1.0
+        for _ in range(_N_HALVINGS):
+            price = (low + high) / 2
+            chosen = (priced + price * rates[:, None]).reshape(-1, loss.shape[2]).argmin(0)
+            if rates[chosen % len(strides)].mean() > budget:
+                low = price
+            else:
+                high = price
+        chosen = (priced + high * rates[:, None]).reshape(-1, loss.shape[2]).argmin(0)
+        found: np.ndarray = chosen // len(strides)
+        return found
+
+    low, high = 0.0, float(loss.max()) + 1.0
+    if sizes[at(low)].mean() <= k:
+        return np.asarray(sizes[at(low)])
+    for _ in range(_N_HALVINGS):
+        price = (low + high) / 2
+        if sizes[at(price)].mean() > k:
+            low = price
+        else:
+            high = price
+    return np.asarray(sizes[at(high)])

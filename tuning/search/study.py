@@ -1,0 +1,125 @@
+"""Searching one family with Optuna."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import MaxTrialsCallback
+from optuna.trial import FixedTrial, TrialState
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from policies import StepPolicy
+from tuning.divide.tuning_data import TuningData
+from tuning.families.family import Family
+from tuning.replay.run import replay_policy
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of a family's search space that did well in replay.
+
+    Attributes:
+        parameters: The point.
+        policy: Its policy.
+        loss: Its replay loss.
+    """
+
+    parameters: dict[str, Any]
+    policy: StepPolicy
+    loss: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What searching a family found.
+
+    Attributes:
+        family: Its name.
+        candidates: The best few with different parameters, best first.
+        trials: float64 `(trials, 2)`: full share and loss in replay of every trial.
+    """
+
+    family: str
+    candidates: tuple[Candidate, ...]
+    trials: np.ndarray
+
+
+def search_family(
+    family: Family,
+    data: TuningData,
+    *,
+    n_trials: int,
+    n_candidates: int,
+    seed: int,
+    storage: BaseStorage | str | None,
+    study_name: str,
+) -> Search:
+    """Minimise the replay loss over a family's search space.
+
+    A study of the same name in the storage is continued until it has `n_trials` complete trials; several processes
+    may work on it at once.
+
+    Args:
+        family: What to search.
+        data: What to tune on.
+        n_trials: Complete trials wanted, at least 1.
+        n_candidates: How many of the best to return.
+        seed: Of the sampler.
+        storage: Where trials are kept; None keeps them in memory.
+        study_name: Must differ whenever data differ.
+
+    Raises:
+        ValueError: If the replay loss is not a number.
+    """
+
+    def objective(trial: optuna.Trial) -> float:
+        policy = family.suggest(trial, data)
+        replay = replay_policy(data.traces, policy)
+        trial.set_user_attr("full_share", replay.full_share)
+        loss = data.loss_of(replay)
+        if not math.isfinite(loss):
+            # Optuna would pass over the trial, and go on for ever to get one that counts.
+            raise ValueError("the traces have steps without a recovered mass: the model's attention was not a number.")
+        return loss
+
+    study = optuna.create_study(
+        study_name=study_name,
+        storage=storage,
+        load_if_exists=True,
+        # What completes a study after an interruption must not repeat the points it began with.
+        sampler=optuna.samplers.TPESampler(seed=seed + _n_complete_of(storage, study_name)),
+    )
+    with tqdm(desc=f"{family.name:>16}", total=n_trials, initial=_n_complete(study), unit="trial") as progress:
+        if _n_complete(study) < n_trials:
+            study.optimize(
+                objective,
+                callbacks=[
+                    MaxTrialsCallback(n_trials, states=(TrialState.COMPLETE,)),
+                    lambda _study, _trial: progress.update(),
+                ],
+            )
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    best: dict[str, optuna.trial.FrozenTrial] = {}
+    for trial in sorted(trials, key=lambda trial: float(trial.value or 0)):
+        best.setdefault(repr(sorted(trial.params.items())), trial)
+    candidates = tuple(
+        Candidate(dict(trial.params), family.suggest(FixedTrial(trial.params), data), float(trial.value or 0))
+        for trial in list(best.values())[:n_candidates]
+    )
+    points = np.array([(trial.user_attrs["full_share"], trial.value) for trial in trials], dtype=np.float64)
+    return Search(family.name, candidates, points)
+
+
+def _n_complete(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def _n_complete_of(storage: BaseStorage | str | None, study_name: str) -> int:
+    if storage is None or study_name not in optuna.get_all_study_names(storage):
+        return 0
+    return _n_complete(optuna.load_study(study_name=study_name, storage=storage))
