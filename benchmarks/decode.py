@@ -38,7 +38,7 @@ from policies import (
     NeverFull,
 )
 from recycler import model_shape
-from recycler.record.one_prompt import versions
+from recycler.model.versions import versions
 from traces.reporting.command import run_command
 
 

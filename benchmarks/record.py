@@ -21,8 +21,8 @@ from shapes import random_model
 
 from policies import Selection
 from recycler import default_prompts, load_model, record_trace
+from recycler.model.versions import versions
 from recycler.prompts import Prompt
-from recycler.record.one_prompt import versions
 from traces.reporting.command import run_command
 
 

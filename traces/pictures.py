@@ -10,9 +10,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from traces.reporting import picture_style as style
-from traces.summary import MASS_EDGES, SIMILARITY_EDGES, Summary, quantiles_by_similarity, quantiles_over_units
+from traces.summary import (
+    MASS_EDGES,
+    SIMILARITY_EDGES,
+    Summary,
+    doubling_ages,
+    quantiles_by_similarity,
+    quantiles_over_units,
+)
 
 
 def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], caption: str, age: int) -> Figure:
@@ -40,7 +48,7 @@ def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], captio
     for (kind, summary), look in zip(by_kind.items(), style.looks(len(by_kind)), strict=True):
         means = np.concatenate([[summary.mean_fresh_mass], summary.by_age("recovered_mass")])
         _draw_line(curves, means, look, kind, first_age=0)
-    style.age_axis(curves, 0, overall.max_age * 1.02)
+    _age_axis(curves, 0, overall.max_age * 1.02)
     style.add_legend(curves)
 
     layers, heads = overall.units
@@ -61,7 +69,7 @@ def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], captio
     columns, rows = np.arange(overall.max_age + 1) + 0.5, np.arange(layers * heads + 1) / heads - 0.5
     cells = mass.reshape(overall.max_age, -1).T
     image = units_ages.pcolormesh(columns, rows, cells, norm=norm, cmap=style.SHARES)
-    style.age_axis(units_ages, 0.5, overall.max_age + 0.5)
+    _age_axis(units_ages, 0.5, overall.max_age + 0.5)
     units_ages.yaxis.set_major_locator(style.index_ticks(layers))
     units_ages.invert_yaxis()
     below = bool(recorded.size and recorded.min() < lowest)
@@ -124,7 +132,7 @@ def draw_overlap(overall: Summary, by_kind: Mapping[str, Summary], caption: str)
             label = "other kinds" if number == 0 else "_"
             _draw_line(panel, by_kind[other].by_age("overlap"), (style.GREY, "-"), label, width=0.8)
         _draw_line(panel, summary.by_age("overlap"), look, "mean of this kind")
-        style.age_axis(panel, 0.93, overall.max_age * 1.07)
+        _age_axis(panel, 0.93, overall.max_age * 1.07)
         panel.set_ylim(0, 1.02)
         panel.tick_params(labelbottom=bottom, labelleft=left)
     style.add_legend(legend, of=figure.axes[1])
@@ -156,3 +164,15 @@ def _draw_line(
     # A recording with a single age has no line to draw.
     marker = "o" if len(ages) == 1 else ""
     axes.plot(ages, means, look[1], color=look[0], linewidth=width, label=label, marker=marker)
+
+
+def _age_axis(axes: Axes, first: float, last: float) -> None:
+    """Make x a doubling scale of ages in steps from `first` to `last`; linear up to 1 if it starts at 0."""
+    if first == 0:
+        axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.7)
+    else:
+        axes.set_xscale("log", base=2)
+    axes.set_xlim(first, last)
+    axes.xaxis.set_major_locator(FixedLocator(([0] if first == 0 else []) + doubling_ages(int(last))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

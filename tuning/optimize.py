@@ -22,14 +22,14 @@ from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import FixedStride, ModelShape, Selection, StepPolicy
+from recycler.measure.ablation import measure_prompt_sensitivity, measure_sensitivity
 from recycler.measure.store import ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import check_positions, model_shape
+from recycler.model.versions import versions
 from recycler.prompts import KINDS, Prompt, default_prompts
 from recycler.record.folder import record_prompts
-from recycler.record.one_prompt import versions
 from recycler.record.size_losses import measure_size_losses
-from recycler.sensitivity import measure_prompt_sensitivity, measure_sensitivity
 from traces import TraceFile, TraceFolder
 from traces.reporting.command import run_command
 from tuning.certify.certificate import KlLimit, check_n_prompts

@@ -1,11 +1,22 @@
-"""What must not happen to a cache between two decode steps, watched on the plain path."""
+"""What must not happen to a cache between two decode steps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from recycler.decode.engine_run import CACHE_CHANGED, other_padding
+CACHE_CHANGED = (
+    "the KV cache changed between two decode steps (rows reordered, tokens removed, or another cache): "
+    "beam search and assisted decoding cannot run recycled; use greedy search or sampling."
+)
+
+
+def other_padding(row: int) -> str:
+    """What to say of a mask that is not that of the prompt plus new tokens."""
+    return (
+        f"row {row} of the batch has masked tokens after its first visible one, or another mask than in prefill: "
+        "recycled attention allows padding on the left only."
+    )
 
 
 class CacheWatch:

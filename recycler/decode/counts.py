@@ -1,11 +1,32 @@
-"""Which units refresh their sets by keys alone, and what a step counts and reads in that mode."""
+"""What units did and read, as it is counted: full steps, keys-only refreshes, tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from policies import StepPolicy
 from recycler.decode.per_row import PerRow
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What units did since the prompt, summed over decode steps; arrays are `(rows, layers, kv_heads)`.
+
+    Attributes:
+        full_steps: int64: steps that ran full, keys-only refreshes included.
+        keys_only_steps: int64: those of them that were keys-only refreshes.
+        tokens_read: float64: what was read of the cache, in tokens: keys and values of one token count 1, keys alone
+            one half.
+        reasons: int64: how often wrappers overruled the policy, by reason.
+    """
+
+    full_steps: np.ndarray
+    keys_only_steps: np.ndarray
+    tokens_read: np.ndarray
+    reasons: Mapping[str, np.ndarray]
 
 
 def keys_only_units(policy: StepPolicy, units: tuple[int, int]) -> np.ndarray:

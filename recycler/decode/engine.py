@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from policies import StepPolicy
 from recycler.decode.cache import KvLayer
+from recycler.decode.counts import Totals
 from recycler.decode.plain.units import LayerUnits
-
-
-class NotCovered(Exception):  # noqa: N818 - an answer, not an error: the plain path takes over.
-    """Why an engine does not run a model or a call, as a clause that fits after "because"."""
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What units did since the prompt, summed over decode steps; arrays are `(rows, layers, kv_heads)`.
-
-    Attributes:
-        full_steps: int64: steps that ran full, keys-only refreshes included.
-        keys_only_steps: int64: those of them that were keys-only refreshes.
-        tokens_read: float64: what was read of the cache, in tokens: keys and values of one token count 1, keys alone
-            one half.
-        reasons: int64: how often wrappers overruled the policy, by reason.
-    """
-
-    full_steps: np.ndarray
-    keys_only_steps: np.ndarray
-    tokens_read: np.ndarray
-    reasons: Mapping[str, np.ndarray]
 
 
 class Decoding(ABC):
@@ -98,24 +75,3 @@ class Engine(ABC):
         Raises:
             NotCovered: If the engine does not run this.
         """
-
-
-def engine_for(model: PreTrainedModel) -> Engine:
-    """The engine for a model's device.
-
-    Raises:
-        NotCovered: If there is none, or it does not run the model.
-    """
-    if model.device.type == "cpu":
-        try:
-            from recycler.decode.cpu.engine import CpuEngine
-        except ImportError as error:
-            raise NotCovered(f"the cpu engine needs numba, which is not installed ({error})") from error
-        return CpuEngine(model)
-    if model.device.type == "cuda":
-        try:
-            from recycler.decode.cuda.engine import CudaEngine
-        except ImportError as error:
-            raise NotCovered(f"the cuda engine needs triton, which is not installed ({error})") from error
-        return CudaEngine(model)
-    raise NotCovered(f"there is no engine for {model.device.type} yet")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import Selection
-from recycler.decode.plain.attention import probabilities
 from recycler.decode.plain.units import LayerUnits
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.prefill import prefill
 from recycler.model.shape import check_positions
 from recycler.sets.prompt_votes import PromptVotes
+from recycler.sets.scores import probabilities
 
 
 @dataclass(frozen=True)

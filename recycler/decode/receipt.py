@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from recycler.decode.engine import Totals
+from recycler.decode.counts import Totals
 
 
 @dataclass(frozen=True)

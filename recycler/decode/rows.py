@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from policies import Selection, StepPolicy, check_fits
 from recycler.decode.cache import GrowingTokens, KvLayer
 from recycler.decode.counts import full_counts, keys_only_units, tokens_read
-from recycler.decode.engine import Engine, NotCovered, engine_for
+from recycler.decode.engine import Engine
+from recycler.decode.engines import engine_for
 from recycler.decode.per_row import PerRow
 from recycler.decode.plain.attention import attend_by_mask, score_by_mask
 from recycler.decode.read_prompt import ReadPrompt
 from recycler.model.attention_hook import AttentionFunction, attention_replaced
+from recycler.model.decoder_parts import NotCovered
 from recycler.model.shape import model_shape
 
 

@@ -15,14 +15,18 @@ from transformers import PreTrainedModel
 from policies import ModelShape, Selection, StepPolicy, check_fits
 from recycler.decode.cache_watch import CacheWatch
 from recycler.decode.counts import keys_only_units, tokens_read
-from recycler.decode.engine import Engine, NotCovered, engine_for
-from recycler.decode.engine_run import EngineRun, ForwardCall
-from recycler.decode.plain.attention import attend_by_index, probabilities, score_by_index
+from recycler.decode.engine import Engine
+from recycler.decode.engine_run import EngineRun
+from recycler.decode.engines import engine_for
+from recycler.decode.forward_call import ForwardCall
+from recycler.decode.plain.attention import attend_by_index, score_by_index
 from recycler.decode.plain.units import LayerUnits
 from recycler.decode.receipt import Receipt, Tally
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
+from recycler.model.decoder_parts import NotCovered
 from recycler.model.shape import model_shape
 from recycler.sets.prompt_votes import PromptVotes
+from recycler.sets.scores import probabilities
 
 
 @contextmanager

@@ -12,26 +12,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from policies import ModelShape, PolicyFile, Selection
-from recycler.evaluate.baselines import CHECKS_EVERY, OUR_SET, baselines, dynamic_name
-from recycler.evaluate.calibrate import calibrated_thresholds
+from policies import PolicyFile
 from recycler.evaluate.comparison import Comparison, check_lengths, compare
-from recycler.evaluate.method import Method, Scheduled
+from recycler.evaluate.competitors import competitors, under_test
+from recycler.evaluate.method import Method
 from recycler.evaluate.pictures import draw_curves, draw_ranking
-from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.evaluate.store import FidelityStore
 from recycler.evaluate.summary import ALL_TASKS, curves, kl_shares, rows_to_json, summarise
 from recycler.evaluate.table import share_table, source_table, tables
-from recycler.model.loading import LoadedModel, load_model
+from recycler.model.loading import load_model
 from recycler.model.shape import model_shape
-from recycler.prompts import default_prompts
-from recycler.record.one_prompt import versions
+from recycler.model.versions import versions
 from recycler.tasks import TASKS, task_prompts
 from traces.reporting.command import run_command
+from traces.reporting.whole_file import write_beside
 
 # Shown along the continuation, beside the policies under evaluation.
 _CURVES = ("streaming_llm", "snapkv", "quest", "refreshkv_s10", "refreshkv_s10_our_set", "fresh_top_k_ceiling")
-_DEFAULT_BUDGET = 0.1
 
 
 def main(
@@ -62,7 +59,7 @@ def main(
     for file in files:
         file.check_model(shape)
     k = files[0].selection.k
-    under_test = _under_test(policy, files)
+    tested = under_test(policy, files)
     todo = task_prompts(
         loaded.tokenizer,
         names,
@@ -77,9 +74,9 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
-    competitors = _competitors(loaded, shape, files[0], _named(methods), out, context_tokens, steps, seed)
-    comparison = compare(loaded, todo, [*competitors, *under_test], FidelityStore(out / "outcomes"))
-    return report(comparison, loaded.id, k, context_tokens, competitors, under_test, out)
+    rivals = competitors(loaded, shape, files[0], _named(methods), out, context_tokens, steps, seed)
+    comparison = compare(loaded, todo, [*rivals, *tested], FidelityStore(out / "outcomes"))
+    return report(comparison, loaded.id, k, context_tokens, rivals, tested, out)
 
 
 def report(
@@ -138,85 +135,8 @@ def report(
     return last_line
 
 
-def write_beside(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _named(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _under_test(paths: Sequence[Path], files: Sequence[PolicyFile]) -> list[Scheduled]:
-    """The policies of the files, under their family's name where that tells them apart, else the file's."""
-    k = files[0].selection.k
-    for path, file in zip(paths, files, strict=True):
-        if file.selection.k != k:
-            raise ValueError(f"methods are compared at equal k, but {path} has {file.selection.k} and {paths[0]} {k}.")
-    families = [str(file.provenance.get("family", file.policy.kind)) for file in files]
-    names = families if len(set(families)) == len(files) else [path.stem for path in paths]
-    return [
-        Scheduled(f"tuned_{name}", f"policy file {path}", file.policy, file.selection)
-        for name, path, file in zip(names, paths, files, strict=True)
-    ]
-
-
-def _competitors(
-    loaded: LoadedModel,
-    shape: ModelShape,
-    file: PolicyFile,
-    wanted: Sequence[str],
-    out: Path,
-    context_tokens: int,
-    steps: int,
-    seed: int,
-) -> list[Method]:
-    """The baselines asked for, at the k and the budget of the policy."""
-    if list(wanted) == ["none"]:
-        return []
-    selection, k = file.selection, file.selection.k
-    budget = float(file.provenance.get("budget", _DEFAULT_BUDGET))
-    ends = sentence_end_tokens(loaded.tokenizer)
-    tuned = [dynamic_name(every, "tuned") + suffix for every in CHECKS_EVERY for suffix in ("", OUR_SET)]
-    untuned = dict.fromkeys(tuned, 1.0)
-    everyone = baselines(k, shape, budget, ends, thresholds=untuned, our_set=selection, seed=seed)
-    known = [method.name for method in everyone]
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"the method {name!r} is unknown: use some of {', '.join(known)}, or none.")
-    chosen = set(wanted or known)
-    thresholds = untuned
-    if chosen & set(tuned):
-        thresholds = _thresholds(loaded, selection, budget, out, context_tokens, steps, seed)
-    methods = baselines(k, shape, budget, ends, thresholds=thresholds, our_set=selection, seed=seed)
-    return [method for method in methods if method.name in chosen]
-
-
-def _thresholds(
-    loaded: LoadedModel, selection: Selection, budget: float, out: Path, context_tokens: int, steps: int, seed: int
-) -> dict[str, float]:
-    """Thresholds of the dynamic schedules, tuned on the first prompt of each kind, or read where that was done."""
-    settings = {
-        "model": loaded.id,
-        "dtype": str(loaded.model.dtype),
-        "selection": selection.to_json(),
-        "budget": budget,
-        "context_tokens": context_tokens,
-        "steps": steps,
-        "seed": seed,
-        "versions": versions(),
-    }
-    path = out / "thresholds.json"
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known.get("settings") == settings:
-            return {name: float(value) for name, value in known["thresholds"].items()}
-    prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=context_tokens, n_steps=steps, seed=seed)
-    found = calibrated_thresholds(loaded, prompts, selection.k, budget, selection.pooled())
-    write_beside(path, json.dumps({"settings": settings, "thresholds": found}))
-    return found
 
 
 if __name__ == "__main__":

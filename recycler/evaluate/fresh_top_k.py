@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from policies import Selection
-from recycler.decode.plain.attention import probabilities
 from recycler.evaluate.token_selector import Chosen, TokenSelector
-from recycler.sets.recycled_set import select, token_scores, unit_sizes
+from recycler.sets.recycled_set import select, unit_sizes
+from recycler.sets.scores import probabilities, token_scores
 
 
 @dataclass(frozen=True)

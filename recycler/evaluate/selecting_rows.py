@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recycler.decode.plain.attention import probabilities
 from recycler.decode.read_prompt import ReadPrompt
 from recycler.decode.rows import DecodeRows, RowsStep
 from recycler.evaluate.token_selector import TokenSelector
 from recycler.model.attention_hook import AttentionFunction, attention_replaced
+from recycler.sets.scores import probabilities
 
 _ROOM_TOKENS = 128
 

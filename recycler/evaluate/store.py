@@ -15,7 +15,7 @@ from recycler.evaluate.answers import measure
 from recycler.evaluate.method import Method
 from recycler.evaluate.outcome import PromptOutcome
 from recycler.model.loading import LoadedModel
-from recycler.record.one_prompt import versions
+from recycler.model.versions import versions
 from recycler.tasks import TaskPrompt
 
 

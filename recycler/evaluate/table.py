@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from recycler.evaluate.comparison import Screened
 from recycler.evaluate.method import Method
 from recycler.evaluate.summary import ALL_TASKS, Row
 from traces.reporting.estimate import Estimate
+from traces.reporting.text_table import TextTable
 
 _COLUMNS: Mapping[str, str] = {
     "kl": "KL to full (nats/step)",
@@ -21,35 +16,6 @@ _COLUMNS: Mapping[str, str] = {
     "nll_change": "added NLL (nats/token)",
     "accuracy_kept": "accuracy kept",
 }
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """Cells of a table.
-
-    Attributes:
-        title: What it shows.
-        header: Names of the columns.
-        rows: As many cells each.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def print(self, console: Console) -> None:
-        """Print it to a terminal."""
-        table = Table(title=Text(f"{self.title}\n", style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
-        for place, name in enumerate(self.header):
-            table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-
-    def to_markdown(self) -> str:
-        """The table alone, as Markdown."""
-        lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def tables(rows: Sequence[Row], screened: Sequence[Screened]) -> list[TextTable]:

@@ -14,7 +14,7 @@ import numpy as np
 from policies import Selection, StepPolicy, policy_to_json
 from recycler.measure.closed_loop import ClosedLoop, run_closed_loop
 from recycler.model.loading import LoadedModel
-from recycler.record.one_prompt import versions
+from recycler.model.versions import versions
 from traces import TraceFile
 
 

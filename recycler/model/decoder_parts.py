@@ -16,11 +16,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from recycler.decode.engine import NotCovered
-
 # One decoder: RMS norms, rotary embedding, grouped attention, a gated feed-forward layer. Qwen2 adds biases, Qwen3
 # norms of the heads. A subclass may compute anything, so types are compared exactly.
 _COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+class NotCovered(Exception):  # noqa: N818 - an answer, not an error: the plain path takes over.
+    """Why an engine does not run a model or a call, as a clause that fits after "because"."""
 
 
 @dataclass(frozen=True)

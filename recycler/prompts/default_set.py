@@ -6,8 +6,9 @@ from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
-from recycler.prompts.kinds import PromptGenerator, PromptRequest, copying, key_values, natural, needles
+from recycler.prompts.kinds import PromptGenerator, copying, key_values, natural, needles
 from recycler.prompts.prompt import Prompt
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import TextSource, TokenisedCorpus, library_code, prose_text, technical_text
 
 KINDS: Mapping[str, PromptGenerator] = MappingProxyType(

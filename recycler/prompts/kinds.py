@@ -7,7 +7,6 @@ every step of it depends on something far back in the context.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
@@ -15,15 +14,13 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from recycler.prompts.prompt import Prompt
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import (
     Corpus,
     TextSource,
-    TokenisedCorpus,
     copied_text,
     haystack_text,
     key_words,
-    leading_tokens,
-    text_tokens,
 )
 
 # With more keys in one text the default model finds fewer than half of them.
@@ -32,53 +29,6 @@ _TOKENS_PER_NEEDLE = 128
 # Room for the first lines that are asked for, so that the continuation does not start cold.
 _ASKED_TOKENS = 32
 _TASK_LICENCE = "Apache-2.0 (this project)"
-
-
-@dataclass(frozen=True)
-class PromptRequest:
-    """One prompt that is asked of a generator.
-
-    Attributes:
-        kind: the kind asked for.
-        index: which of the prompts of that kind, from 0 on.
-        context_tokens: tokens of the prompt.
-        n_steps: tokens of the continuation.
-        seed: of everything that is drawn.
-        tokenizer: the model's tokenizer.
-        texts: opens a source of natural text; each is opened once.
-    """
-
-    kind: str
-    index: int
-    context_tokens: int
-    n_steps: int
-    seed: int
-    tokenizer: PreTrainedTokenizerBase
-    texts: Callable[[TextSource], TokenisedCorpus]
-
-    @property
-    def n_context(self) -> int:
-        """Tokens of the prompt that are free to choose: all but a BOS."""
-        return self.context_tokens - len(leading_tokens(self.tokenizer))
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of `text` alone."""
-        return text_tokens(self.tokenizer, text)
-
-    def rng(self) -> random.Random:
-        """A generator of its own for this kind, index and seed; a text seeds alike on every platform."""
-        return random.Random(f"{self.seed} {self.kind} {self.index}")
-
-    def prompt(self, tokens: Sequence[int] | npt.NDArray[np.int32], *, source: str, licence: str) -> Prompt:
-        """The prompt that reads `tokens`, ``n_context + n_steps`` of them."""
-        return Prompt(
-            name=f"{self.kind}-{self.index:03d}",
-            kind=self.kind,
-            tokens=np.array([*leading_tokens(self.tokenizer), *tokens]),
-            n_prompt_tokens=self.context_tokens,
-            source=source,
-            licence=licence,
-        )
 
 
 PromptGenerator = Callable[[PromptRequest], Prompt]

@@ -14,9 +14,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from policies import Selection
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
-from recycler.record.differences import differences
 from recycler.record.one_prompt import heads_at_once, record_trace, trace_header
 from traces import TraceFile, TraceHeader, write_trace
+from traces.reporting.differences import differences
 from traces.trace_file import SUFFIX
 
 _WAY_OUT = "record into another folder, or remove the trace."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from policies import GroupPooling, Ranking, Selection, check_fits
 from recycler.model.shape import check_positions, model_shape
+from recycler.model.versions import versions
 from recycler.prompts import Prompt
 from recycler.record.step_attention import StepAttention, watch_steps
 from recycler.sets.aged_sets import band
@@ -171,18 +171,6 @@ def heads_at_once(model: PreTrainedModel, prompt: Prompt, selection: Selection, 
         # Larger blocks fit, and are slower: 1.8 against 1.5 times the prefill at 512 steps of 4,608 tokens.
         memory_mib = min(memory_mib, _CPU_BLOCK_MIB)
     return int(max(1, min(shape.kv_heads, memory_mib * 2**20 // head_bytes)))
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that shape the numbers."""
-
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {package: of(package) for package in ("recycled-attention", "torch", "transformers")}
 
 
 def _by_step(values: Tensor) -> np.ndarray:

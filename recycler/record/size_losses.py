@@ -13,9 +13,9 @@ from policies import Selection
 from recycler.model.loading import LoadedModel
 from recycler.model.shape import model_shape
 from recycler.prompts import Prompt
-from recycler.record.differences import differences
 from recycler.record.one_prompt import heads_at_once, n_voters, trace_header
 from recycler.record.step_attention import StepAttention, watch_steps
+from traces.reporting.differences import differences
 from traces.size_losses import FILE_NAME, SizeLosses
 
 # Sizes that units may be given, as shares of k: a set that is never refreshed gains by more, one of sinks by none.

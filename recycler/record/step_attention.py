@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policies import Selection
-from recycler.decode.plain.attention import probabilities
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.prefill import prefill
 from recycler.model.shape import model_shape
 from recycler.prompts import Prompt
 from recycler.sets.aged_sets import evictions, mass_by_age
-from recycler.sets.recycled_set import select, token_scores
+from recycler.sets.recycled_set import select
+from recycler.sets.scores import probabilities, token_scores
 
 
 class AgedSets(NamedTuple):

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from policies import Ranking, Selection
-from recycler.sets.recycled_set import EMPTY, STAYS, RecycledSet, group_scores, ranks
+from recycler.sets.recycled_set import EMPTY, STAYS, RecycledSet, ranks
+from recycler.sets.scores import group_scores
 
 
 def evictions(chosen: RecycledSet, probabilities: Tensor, first: int, max_age: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recycler.decode.plain.attention import probabilities
+from recycler.sets.scores import probabilities
 
 # Queries whose attention is alive at once: what a chunk of a long prompt would take at once is gigabytes.
 _QUERIES_AT_ONCE = 256

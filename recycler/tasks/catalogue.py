@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import TextSource, TokenisedCorpus
 from recycler.tasks.common_words import COMMON_WORDS
 from recycler.tasks.few_shot import FEW_SHOT

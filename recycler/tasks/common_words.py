@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import key_words
 from recycler.tasks.filling import longest_fitting
 from recycler.tasks.scores import strings_found

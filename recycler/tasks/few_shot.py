@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.tasks.scores import first_word
 from recycler.tasks.task import Task, TaskPrompt, answered, room_left
 

@@ -9,7 +9,7 @@ import random
 import string
 from functools import partial
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.tasks.filling import longest_fitting
 from recycler.tasks.scores import strings_found
 from recycler.tasks.task import Task, TaskPrompt, answered, room_left

@@ -7,7 +7,8 @@ from itertools import chain
 
 import numpy as np
 
-from recycler.prompts.kinds import PromptRequest, sentence_ends
+from recycler.prompts.kinds import sentence_ends
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import Corpus, haystack_text
 
 # All the essays have 66,000 tokens with the default tokenizer; repeated, they serve a dozen prompts of any model's

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate, chain
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import key_words
 from recycler.tasks.scores import lines_found
 from recycler.tasks.task import Task, TaskPrompt, answered, room_left

@@ -13,7 +13,7 @@ there must be measured on prompts of other indices.
 from functools import partial
 
 from recycler.prompts import KINDS
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.tasks.scores import words_in_order
 from recycler.tasks.task import Task, TaskPrompt
 

@@ -10,7 +10,7 @@ to the token and so may end within a sentence; only the essays are a haystack.
 from collections.abc import Sequence
 from functools import partial
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import key_words
 from recycler.tasks.haystack import haystack, repeated_essays
 from recycler.tasks.scores import strings_found

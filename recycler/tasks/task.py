@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recycler.prompts import Prompt
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import Corpus, leading_tokens
 
 _LICENCE = "Apache-2.0 (this project)"

@@ -11,7 +11,7 @@ import string
 from collections.abc import Sequence
 from functools import partial
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.tasks.scores import strings_found
 from recycler.tasks.task import Task, TaskPrompt, answered, room_left
 

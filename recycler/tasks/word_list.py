@@ -8,7 +8,7 @@ drawn, and hidden in the first quarter of the essays, so that they are always fa
 import re
 from functools import partial
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import key_words
 from recycler.tasks.haystack import haystack, repeated_essays
 from recycler.tasks.scores import words_in_order

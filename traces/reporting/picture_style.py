@@ -9,9 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-from traces.summary import doubling_ages
+from matplotlib.ticker import FixedLocator
 
 INK, GREY, PALE = "#222222", "#8C8C8C", "#E4E4E4"
 BANDS = ("#EDEDED", "#D6D6D6")
@@ -77,18 +75,6 @@ def add_colour_bar(figure: Figure, image: ScalarMappable, axes: Axes, label: str
     bar.set_label(label, fontsize=11.5, color=INK)
     bar.ax.tick_params(labelsize=10.5, colors=INK)
     bar.outline.set_visible(False)
-
-
-def age_axis(axes: Axes, first: float, last: float) -> None:
-    """Make x a doubling scale of ages in steps from `first` to `last`; linear up to 1 if it starts at 0."""
-    if first == 0:
-        axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.7)
-    else:
-        axes.set_xscale("log", base=2)
-    axes.set_xlim(first, last)
-    axes.xaxis.set_major_locator(FixedLocator(([0] if first == 0 else []) + doubling_ages(int(last))))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def index_ticks(n: int) -> FixedLocator:

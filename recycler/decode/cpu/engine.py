@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 
 from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
 from recycler.decode.cache import GrowingTokens, KvLayer
-from recycler.decode.counts import keys_only_units, tokens_read
+from recycler.decode.counts import Totals, keys_only_units, tokens_read
 from recycler.decode.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Signals, Units
 from recycler.decode.cpu.attention import BLOCK_TOKENS
-from recycler.decode.cpu.decisions import decisions
-from recycler.decode.cpu.layer import attend, feed, predict, project
-from recycler.decode.cpu.refresh_keys import refresh_keys
-from recycler.decode.cpu.threads import threads_of_torch
-from recycler.decode.engine import Decoding, Engine, NotCovered, Totals
+from recycler.decode.cpu.compiled import threads_of_torch
+from recycler.decode.cpu.decide import decisions
+from recycler.decode.cpu.dense import feed, predict, project
+from recycler.decode.cpu.walk import attend, refresh_keys
+from recycler.decode.engine import Decoding, Engine
 from recycler.decode.plain.units import LayerUnits
 from recycler.model.attention_hook import refuse_full_window
-from recycler.model.decoder_parts import DecoderParts, bias_of, decoder_parts
+from recycler.model.decoder_parts import DecoderParts, NotCovered, bias_of, decoder_parts
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from recycler.decode.engine import NotCovered
-from recycler.model.decoder_parts import DecoderParts
+from recycler.model.decoder_parts import DecoderParts, NotCovered
 
 
 class LayerWeights(NamedTuple):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from policies import SIGNALS, AlwaysFull, GroupPooling, NotAProgram, StepPolicy
 from recycler.decode.cache import KvLayer
-from recycler.decode.counts import keys_only_units
+from recycler.decode.counts import Totals, keys_only_units
 from recycler.decode.cuda.decisions import HostDecisions, RowPrograms, row_programs
 from recycler.decode.cuda.dense import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
 from recycler.decode.cuda.machine import Machine
@@ -20,10 +20,10 @@ from recycler.decode.cuda.own_tokens import OwnTokens
 from recycler.decode.cuda.state import Scratch, Sizes, UnitState
 from recycler.decode.cuda.step_graph import Aside, StepGraph, stream_for
 from recycler.decode.cuda.unit_kernels import UnitKernels
-from recycler.decode.engine import Decoding, Engine, NotCovered, Totals
+from recycler.decode.engine import Decoding, Engine
 from recycler.decode.plain.units import LayerUnits
 from recycler.model.attention_hook import refuse_full_window
-from recycler.model.decoder_parts import DecoderParts, decoder_parts
+from recycler.model.decoder_parts import DecoderParts, NotCovered, decoder_parts
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rotary embeddings that look at positions on the host.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recycler.sets.recycled_set import RecycledSet, UnitIndex
+from recycler.sets.scores import probabilities
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,6 @@ class UnitAttention:
     full_probabilities: Tensor
     recycled: UnitIndex
     set_probabilities: Tensor
-
-
-def probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """Softmax over the last axis where `allowed`, in float32 or the precision of the logits if that is higher.
-
-    The logits may be overwritten.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if allowed is not None:
-        logits = logits.masked_fill_(~allowed, float("-inf"))
-    return logits.softmax(-1)
 
 
 def score_by_index(query: Tensor, key: Tensor, visible: Tensor | None, units: UnitIndex, scaling: float) -> Tensor:

@@ -11,7 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
 from recycler.decode.plain.attention import UnitAttention
-from recycler.sets.recycled_set import RecycledSet, UnitIndex, group_scores, select, token_scores, unit_sizes
+from recycler.sets.recycled_set import RecycledSet, UnitIndex, select, unit_sizes
+from recycler.sets.scores import group_scores, token_scores
 
 
 class LayerUnits:

@@ -24,7 +24,7 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
-from recycler.decode.plain.attention import attend_by_index, probabilities
+from recycler.decode.plain.attention import attend_by_index
 from recycler.decode.plain.units import LayerUnits
 from recycler.evaluate.baselines import (
     CHECKS_EVERY,
@@ -43,6 +43,7 @@ from recycler.evaluate.fresh_top_k import FreshTopK
 from recycler.evaluate.method import EveryStep, Method, Scheduled
 from recycler.evaluate.quest import Quest
 from recycler.sets.prompt_votes import PromptVotes
+from recycler.sets.scores import probabilities
 
 # Attention of a query head, up to a factor: a weight for each token, or the weights that are not 1.
 Weights = Sequence[float] | Mapping[int, float]

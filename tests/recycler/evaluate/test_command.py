@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from policies import FixedStride, ModelShape, PolicyFile, Selection, StepPolicy
-from recycler.evaluate import __main__ as evaluate
-from recycler.evaluate import store
+from recycler.evaluate import competitors, store
 from recycler.evaluate.__main__ import main
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import model_shape
@@ -130,13 +129,13 @@ def test_sets_with_sizes_of_units_are_compared_at_their_k_and_thresholds_are_tun
     run: Run, write_policy: WritePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned_for: list[Selection] = []
-    stock = evaluate.calibrated_thresholds
+    stock = competitors.calibrated_thresholds
 
     def counted(loaded: Any, prompts: Any, k: int, budget: float, our_set: Selection) -> Any:
         tuned_for.append(our_set)
         return stock(loaded, prompts, k, budget, our_set)
 
-    monkeypatch.setattr(evaluate, "calibrated_thresholds", counted)
+    monkeypatch.setattr(competitors, "calibrated_thresholds", counted)
     sized = Selection(k=32, sinks=2, window=4, unit_k=((20, 44), (50, 14)))
     # Looking at every fifth step is rare enough for this budget: nothing is decoded to tune thresholds.
     path = write_policy(selection=sized, budget=0.5)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from policies import Selection
 from recycler.sets.aged_sets import band, evictions, mass_by_age
-from recycler.sets.recycled_set import RecycledSet, select, token_scores
+from recycler.sets.recycled_set import RecycledSet, select
+from recycler.sets.scores import token_scores
 
 
 def chosen_sets(weights: Tensor, first: int, selection: Selection) -> RecycledSet:

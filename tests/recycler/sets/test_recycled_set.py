@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from policies import Selection
-from recycler.sets.recycled_set import RecycledSet, group_scores, select, token_scores, unit_sizes
+from recycler.sets.recycled_set import RecycledSet, select, unit_sizes
+from recycler.sets.scores import group_scores, token_scores
 
 
 def scores_of(*values: float) -> Tensor:

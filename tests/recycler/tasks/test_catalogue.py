@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recycler.model.default_model import default_model_folder
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import TokenisedCorpus
 from recycler.tasks import TASKS, TaskPrompt, task_prompts
 

@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from recycler.prompts.kinds import PromptRequest
+from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import TextSource, TokenisedCorpus
 from recycler.tasks.haystack import haystack, repeated_essays
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+import recycler.measure.ablation
 import recycler.measure.store
 import recycler.record.folder
 import recycler.record.size_losses
-import recycler.sensitivity
 import tuning.optimize
 from policies import PolicyFile
 from traces import TraceFolder
@@ -37,7 +37,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *functions: str) -> None:
 
 
 RECORDING = "recycler.record.folder.record_trace"
-ABLATING = "recycler.sensitivity.run_closed_loop"
+ABLATING = "recycler.measure.ablation.run_closed_loop"
 COMPARING = "recycler.measure.store.run_closed_loop"
 
 
@@ -85,7 +85,7 @@ def test_a_run_that_is_interrupted_at_every_stage_ends_as_if_uninterrupted(
 ) -> None:
     arguments = ("--model", model, "--out", tmp_path / "again", "--budget", 0.2, *sizes)
     stages = [
-        (recycler.sensitivity, "unit_sensitivity", 3),
+        (recycler.measure.ablation, "unit_sensitivity", 3),
         (recycler.record.size_losses, "_lost_by_size", 2),
         (recycler.record.folder, "record_trace", 7),
         (tuning.optimize, "search_family", 4),

@@ -25,8 +25,14 @@ from policies import (
     policy_program,
 )
 from recycler.decode.cpu.arrays import Signals
-from recycler.decode.cpu.decide import QUERY_SIGNALS
-from recycler.decode.cpu.decisions import Decisions, DecisionsAhead, DecisionsByLayer, DecisionsByProgram, decisions
+from recycler.decode.cpu.decide import (
+    QUERY_SIGNALS,
+    Decisions,
+    DecisionsAhead,
+    DecisionsByLayer,
+    DecisionsByProgram,
+    decisions,
+)
 from recycler.decode.per_row import PerRow
 
 SHAPE = LAYERS, ROWS, KV_HEADS = 2, 4, 3

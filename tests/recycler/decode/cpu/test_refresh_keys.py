@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from policies import GroupPooling, Selection
 from recycler.decode.cpu.arrays import Cache, Rules, Scratch, Signals, Units
 from recycler.decode.cpu.attention import BLOCK_TOKENS
-from recycler.decode.cpu.refresh_keys import refresh_keys
-from recycler.sets.recycled_set import RecycledSet, select, token_scores
+from recycler.decode.cpu.walk import refresh_keys
+from recycler.sets.recycled_set import RecycledSet, select
+from recycler.sets.scores import token_scores
 
 STORED = ["float32", "float64", "bfloat16"]
 ROWS, KV_HEADS, GROUP, HEAD_DIM, ROOM = 3, 2, 2, 16, 4

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from policies import Selection
 from recycler.decode.cpu.sets import admit, choose, group_scores, pool
-from recycler.sets.recycled_set import RecycledSet, select, token_scores
-from recycler.sets.recycled_set import group_scores as torch_group_scores
+from recycler.sets.recycled_set import RecycledSet, select
+from recycler.sets.scores import group_scores as torch_group_scores
+from recycler.sets.scores import token_scores
 
 some_examples = settings(max_examples=200, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

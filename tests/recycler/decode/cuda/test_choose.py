@@ -15,7 +15,8 @@ from policies import Selection
 from recycler.decode.cuda import modes
 from recycler.decode.cuda.choose import finish, pick
 from recycler.decode.cuda.score import score
-from recycler.sets.recycled_set import select, token_scores
+from recycler.sets.recycled_set import select
+from recycler.sets.scores import token_scores
 
 CHUNK = 16
 # Scores go down to 1e-30: an exponential with the exponent rounded to float32 is off by 7e-6, a GPU's own by 4e-6 more.

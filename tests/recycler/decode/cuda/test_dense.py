@@ -15,8 +15,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from recycler.decode.cuda.dense import LayerMath, last_weights, layer_weights, stacked, with_code_of_its_own
-from recycler.decode.engine import NotCovered
-from recycler.model.decoder_parts import decoder_parts
+from recycler.model.decoder_parts import NotCovered, decoder_parts
 
 Make = Callable[..., Any]
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from policies import Selection
-from recycler.decode.plain.attention import attend_by_index, attend_by_mask, probabilities
+from recycler.decode.plain.attention import attend_by_index, attend_by_mask
 from recycler.sets.recycled_set import RecycledSet
+from recycler.sets.scores import probabilities
 
 ROWS, KV_HEADS, GROUP, TOKENS, HEAD_DIM = 4, 3, 2, 11, 5
 SHARES = [0.0, 0.4, 1.0]

@@ -1,140 +1,14 @@
-"""One layer of a decode step as three kernels: `project`, then, when the policy has decided, `attend` and `feed`."""
+"""The attention of a layer's units, over their caches or their sets, and what becomes of the sets."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit, prange
 
-from recycler.decode.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Signals, Units
-from recycler.decode.cpu.attention import NOTHING, attend_tokens, merge
+from recycler.decode.cpu.arrays import Array, Cache, Rules, Scratch, Signals, Units
+from recycler.decode.cpu.attention import NOTHING, attend_tokens, merge, score_tokens
 from recycler.decode.cpu.compiled import kernel
-from recycler.decode.cpu.linear import linear, rms_norm
-from recycler.decode.cpu.new_set import choose_and_measure, choose_set
-from recycler.decode.cpu.scalars import exp, narrow, widen
-from recycler.decode.cpu.sets import admit, group_scores
-
-
-@kernel(parallel=True, fastmath=True)
-def project(
-    x: Array,
-    weights: LayerWeights,
-    cosine: Array,
-    sine: Array,
-    cache: Cache,
-    n_own: int,
-    units: Units,
-    signals: Signals,
-    rules: Rules,
-    scratch: Scratch,
-    n_threads: int,
-) -> None:
-    """Norm, query, key and value with rotary embedding; the new token goes into the cache; similarities are measured.
-
-    Args:
-        x: Float `(rows, hidden)`: the residual stream.
-        weights: Of the layer.
-        cosine: Float `(rows or 1, head_dim)`, of the rotary embedding at this step's places.
-        sine: The same.
-        cache: With room at own place `n_own`.
-        n_own: Own tokens in it.
-        units: State of the layer.
-        signals: Gets the similarities.
-        rules: Which of them.
-        scratch: Gets queries.
-        n_threads: Threads to use.
-    """
-    rms_norm(x, weights.norm, weights.eps, scratch.normed)
-    n_queries, n_keys = weights.query.shape[0], weights.key.shape[0]
-    for thread in prange(n_threads):
-        low, high = thread * n_queries // n_threads, (thread + 1) * n_queries // n_threads
-        linear(scratch.normed, weights.query, weights.query_bias, scratch.projected, 0, low, high, False)
-        low, high = thread * n_keys // n_threads, (thread + 1) * n_keys // n_threads
-        linear(scratch.normed, weights.key, weights.key_bias, scratch.projected, n_queries, low, high, False)
-        column = n_queries + n_keys
-        linear(scratch.normed, weights.value, weights.value_bias, scratch.projected, column, low, high, False)
-    _rotate_and_append(weights, cosine, sine, cache, n_own, scratch)
-    if rules.wants_query_similarity:
-        _cosine_similarity(scratch.unit_query, units.full_query, signals.query_similarity)
-    if rules.wants_step_similarity:
-        _cosine_similarity(scratch.unit_query, units.last_query, signals.step_similarity)
-    if rules.wants_layer_similarity:
-        _layer_similarity(scratch.unit_query, units.full_query, signals.layer_similarity)
-
-
-@njit(error_model="numpy", fastmath=True)
-def _rotate_and_append(
-    weights: LayerWeights, cosine: Array, sine: Array, cache: Cache, n_own: int, scratch: Scratch
-) -> None:
-    rows, kv_heads, group, head_dim = scratch.query.shape
-    stored = cache.own_key[0, 0, 0, 0]
-    key = np.empty(head_dim, dtype=scratch.query.dtype)
-    for row in range(rows):
-        cos, sin = cosine[row % cosine.shape[0]], sine[row % cosine.shape[0]]
-        heads = scratch.projected[row].reshape(kv_heads * (group + 2), head_dim)
-        for kv_head in range(kv_heads):
-            mean = scratch.unit_query[row, kv_head]
-            for d in range(head_dim):
-                mean[d] = 0
-            for member in range(group):
-                query = scratch.query[row, kv_head, member]
-                _rotate(heads[kv_head * group + member], weights.query_norm, weights.head_eps, cos, sin, query)
-                for d in range(head_dim):
-                    mean[d] += query[d]
-            for d in range(head_dim):
-                mean[d] /= group
-            _rotate(heads[kv_heads * group + kv_head], weights.key_norm, weights.head_eps, cos, sin, key)
-            value = heads[kv_heads * (group + 1) + kv_head]
-            for d in range(head_dim):
-                cache.own_key[row, kv_head, n_own, d] = narrow(key[d], stored)
-                cache.own_value[row, kv_head, n_own, d] = narrow(value[d], stored)
-
-
-@njit(error_model="numpy", fastmath=True)
-def _rotate(vector: Array, norm: Array, eps: float, cosine: Array, sine: Array, out: Array) -> None:
-    """The norm of a head, if any, then rotary embedding (arXiv 2104.09864), halves as transformers has them."""
-    head_dim = vector.shape[0]
-    half = head_dim // 2
-    if norm.shape[0] > 0:
-        total = vector.dtype.type(0)
-        for d in range(head_dim):
-            total += vector[d] * vector[d]
-        factor = vector.dtype.type(1 / (total / head_dim + eps) ** 0.5)
-        for d in range(head_dim):
-            vector[d] = vector[d] * factor * widen(norm[d])
-    for d in range(half):
-        out[d] = vector[d] * cosine[d] - vector[d + half] * sine[d]
-        out[d + half] = vector[d + half] * cosine[d + half] + vector[d] * sine[d + half]
-
-
-@njit(error_model="numpy", fastmath=True)
-def _cosine_similarity(now: Array, then: Array, similarity: Array) -> None:
-    rows, kv_heads, head_dim = now.shape
-    for row in range(rows):
-        for kv_head in range(kv_heads):
-            product, a, b = 0.0, 0.0, 0.0
-            for d in range(head_dim):
-                product += now[row, kv_head, d] * then[row, kv_head, d]
-                a += now[row, kv_head, d] * now[row, kv_head, d]
-                b += then[row, kv_head, d] * then[row, kv_head, d]
-            similarity[row, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
-
-
-@njit(error_model="numpy", fastmath=True)
-def _layer_similarity(now: Array, then: Array, similarity: Array) -> None:
-    """The cosine between means over the KV heads, for every unit of a row."""
-    rows, kv_heads, head_dim = now.shape
-    for row in range(rows):
-        product, a, b = 0.0, 0.0, 0.0
-        for d in range(head_dim):
-            mean_now, mean_then = 0.0, 0.0
-            for kv_head in range(kv_heads):
-                mean_now += now[row, kv_head, d] / kv_heads
-                mean_then += then[row, kv_head, d] / kv_heads
-            product += mean_now * mean_then
-            a += mean_now * mean_now
-            b += mean_then * mean_then
-        for kv_head in range(kv_heads):
-            similarity[row, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
+from recycler.decode.cpu.sets import admit, choose_and_measure, choose_set, group_scores
 
 
 @kernel(parallel=True, fastmath={"contract"})
@@ -360,44 +234,127 @@ def _settle(
         units.pending[row, head] = end
 
 
-@kernel(parallel=True, fastmath=True)
-def feed(x: Array, weights: LayerWeights, scratch: Scratch, n_threads: int) -> None:
-    """Output projection and the gated feed-forward layer (arXiv 2002.05202, SwiGLU), added to the residual stream."""
-    rows, hidden = x.shape
-    attended = scratch.attended.reshape(rows, -1)
+@kernel(parallel=True, fastmath={"contract"})
+def refresh_keys(
+    refreshed: Array,
+    scaling: float,
+    start: Array,
+    cache: Cache,
+    n_own: int,
+    units: Units,
+    signals: Signals,
+    rules: Rules,
+    scratch: Scratch,
+    n_threads: int,
+) -> None:
+    """Score all tokens for some units and choose their sets, for `attend` to attend to.
+
+    Args:
+        refreshed: bool `(rows, kv_heads)`: which units.
+        scaling: Factor on query x key.
+        start: int64 `(rows,)`: place of each row's first token.
+        cache: Of the layer; its keys are read.
+        n_own: Own tokens in it, this step's included.
+        units: State of the layer; gets the sets.
+        signals: Gets the measures of new sets.
+        rules: The selection.
+        scratch: Holds the queries.
+        n_threads: Threads to use.
+    """
+    rows, kv_heads = refreshed.shape
     for thread in prange(n_threads):
-        low, high = thread * hidden // n_threads, (thread + 1) * hidden // n_threads
-        linear(attended, weights.output, weights.output_bias, x, 0, low, high, True)
-    rms_norm(x, weights.feed_norm, weights.feed_eps, scratch.normed)
-    width = scratch.gate.shape[1]
+        _score_share(thread, n_threads, refreshed, scaling, start, cache, n_own, units, scratch)
+    end = cache.prompt_key.shape[2] + n_own
     for thread in prange(n_threads):
-        low, high = thread * width // n_threads, (thread + 1) * width // n_threads
-        linear(scratch.normed, weights.gate, weights.gate_bias, scratch.gate, 0, low, high, False)
-        linear(scratch.normed, weights.up, weights.up_bias, scratch.up, 0, low, high, False)
-        _gate(scratch.gate, scratch.up, low, high)
-    for thread in prange(n_threads):
-        low, high = thread * hidden // n_threads, (thread + 1) * hidden // n_threads
-        linear(scratch.gate, weights.down, weights.down_bias, x, 0, low, high, True)
+        nth = 0
+        for unit in range(rows * kv_heads):
+            if refreshed[unit // kv_heads, unit % kv_heads]:
+                if nth % n_threads == thread:
+                    _refresh(unit, thread, n_threads, kv_heads, start, end, units, signals, rules, scratch)
+                nth += 1
 
 
 @njit(error_model="numpy", fastmath=True)
-def _gate(gate: Array, up: Array, low: int, high: int) -> None:
-    """`gate = silu(gate) * up` in some columns."""
-    for row in range(gate.shape[0]):
-        for i in range(low, high):
-            g = gate[row, i]
-            # The sigmoid by e^-|g|: our exponential is for arguments up to 0.
-            shrunk = exp(-abs(g))
-            gate[row, i] = up[row, i] * g * (1 if g > 0 else shrunk) / (1 + shrunk)
-
-
-@kernel(parallel=True, fastmath=True)
-def predict(
-    x: Array, norm: Array, eps: float, head: Array, head_bias: Array, scratch: Scratch, logits: Array, n_threads: int
+def _score_share(
+    thread: int,
+    n_threads: int,
+    refreshed: Array,
+    scaling: float,
+    start: Array,
+    cache: Cache,
+    n_own: int,
+    units: Units,
+    scratch: Scratch,
 ) -> None:
-    """The last norm and the language-model head; `logits` is Float `(rows, vocabulary)`."""
-    rms_norm(x, norm, eps, scratch.normed)
-    n_outputs = head.shape[0]
-    for thread in prange(n_threads):
-        low, high = thread * n_outputs // n_threads, (thread + 1) * n_outputs // n_threads
-        linear(scratch.normed, head, head_bias, logits, 0, low, high, False)
+    """A thread's share: the caches of all these units laid end to end, cut into equal parts."""
+    rows, kv_heads = refreshed.shape
+    n_prompt = cache.prompt_key.shape[2]
+    end = n_prompt + n_own
+    n_tokens = 0
+    for row in range(rows):
+        for head in range(kv_heads):
+            n_tokens += end - start[row] if refreshed[row, head] else 0
+    low, high = thread * n_tokens // n_threads, (thread + 1) * n_tokens // n_threads
+    for unit in range(rows * kv_heads):
+        row, head = unit // kv_heads, unit % kv_heads
+        if not refreshed[row, head]:
+            continue
+        highest, total = scratch.highest[thread, unit], scratch.total[thread, unit]
+        for member in range(highest.shape[0]):
+            highest[member], total[member] = NOTHING, 0
+        n = end - start[row]
+        first, last = max(low, 0) + start[row], min(high, n) + start[row]
+        low, high = low - n, high - n
+        keys, shift = cache.prompt_key[row % cache.prompt_key.shape[0], head], 0
+        for part in range(2):
+            begin, stop = first, min(last, n_prompt)
+            if part == 1:
+                keys, shift = cache.own_key[row, head], n_prompt
+                begin, stop = max(first - n_prompt, 0), last - n_prompt
+            score_tokens(
+                scratch.query[row, head],
+                keys,
+                begin,
+                stop,
+                scaling,
+                scratch.block[thread],
+                highest,
+                total,
+                units.logits[row, head],
+                shift,
+            )
+
+
+@njit(error_model="numpy")
+def _refresh(
+    unit: int,
+    thread: int,
+    n_threads: int,
+    kv_heads: int,
+    start: Array,
+    end: int,
+    units: Units,
+    signals: Signals,
+    rules: Rules,
+    scratch: Scratch,
+) -> None:
+    """Bring the threads' parts together, and choose a unit's set."""
+    row, head = unit // kv_heads, unit % kv_heads
+    merge(
+        scratch.highest[:n_threads, unit],
+        scratch.total[:n_threads, unit],
+        scratch.partial[:n_threads, unit, :, :0],
+        scratch.attended[row, head, :, :0],
+        units.normaliser[row, head],
+    )
+    units.full_query[row, head] = scratch.unit_query[row, head]
+    units.fresh[row, head] = True
+    if rules.wants_refresh:
+        # Its overlap is with the old set as it would be at this step.
+        filled, size = units.filled[row, head], units.sizes[head]
+        positions, scores = units.positions[row, head, :size], units.scores[row, head, :size]
+        slot = admit(end - 1, start[row], rules.sinks, rules.window, filled, positions, scores)
+        units.filled[row, head] = max(filled, slot + 1)
+        choose_and_measure(row, head, thread, start, end, units, signals, rules, scratch)
+    else:
+        choose_set(row, head, thread, start, end, units, rules, scratch)

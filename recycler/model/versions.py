@@ -1,0 +1,17 @@
+"""Versions of the packages that shape the numbers."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape the numbers."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {package: of(package) for package in ("recycled-attention", "torch", "transformers")}
