@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,16 +29,25 @@ class StepPolicy(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Measured signals that `decide` reads, out of `MEASURED_SIGNALS`; others may be NaN."""
-        return frozenset()
+        """Measured signals that `decide` reads, out of `MEASURED_SIGNALS`; others may be NaN.
+
+        By default those of the policies among the fields.
+        """
+        return frozenset().union(*(policy.needs for policy in self.inner_policies()))
 
     @property
     def keys_only(self) -> PerUnit:
         """1 for units whose full decisions are keys-only refreshes (see `RefreshKeys`), 0 for those of full steps.
 
-        A wrapper says what its inner policy says.
+        By default what the policies among the fields say, and 0 where there are none.
+
+        Raises:
+            ValueError: If they say different things.
         """
-        return 0
+        first, *others = [policy.keys_only for policy in self.inner_policies()] or [0]
+        if any(other != first for other in others):
+            raise ValueError(f"the policies inside of {self.kind} refresh their sets in different ways.")
+        return first
 
     @property
     def full_cost(self) -> PerUnit:
@@ -57,12 +67,19 @@ class StepPolicy(ABC):
         if not dataclasses.is_dataclass(self):
             name = type(self).__name__
             raise TypeError(f"{name} must be a frozen dataclass: write @dataclass(frozen=True) above class {name}.")
-        shapes: set[tuple[int, int]] = set()
-        for field in dataclasses.fields(self):
-            values = getattr(self, field.name)
-            for value in (values, *values) if isinstance(values, tuple) else (values,):
-                if isinstance(value, StepPolicy):
-                    shapes |= value.unit_shapes()
-                elif (shape := unit_shape(value)) is not None:
-                    shapes.add(shape)
-        return frozenset(shapes)
+        shapes = {shape for value in self._values() if (shape := unit_shape(value)) is not None}
+        return frozenset(shapes).union(*(policy.unit_shapes() for policy in self.inner_policies()))
+
+    def inner_policies(self) -> tuple[StepPolicy, ...]:
+        """The policies among the fields, in their order, also those in tuples."""
+        return tuple(value for value in self._values() if isinstance(value, StepPolicy))
+
+    def _values(self) -> Iterator[Any]:
+        """What the fields hold, tuples also one by one; nothing for a class that is no dataclass."""
+        names: list[str] = []
+        if dataclasses.is_dataclass(self):
+            names = [field.name for field in dataclasses.fields(self)]
+        for value in (getattr(self, name) for name in names):
+            yield value
+            if isinstance(value, tuple):
+                yield from value

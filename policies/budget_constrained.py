@@ -46,14 +46,6 @@ class BudgetConstrained(StepPolicy):
         object.__setattr__(self, "burst", as_per_unit("burst", self.burst, 0, float("inf")))
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.policy.needs
-
-    @property
-    def keys_only(self) -> PerUnit:
-        return self.policy.keys_only
-
-    @property
     def mean_budget(self) -> float:
         """Budget of all units together, in [0, 1]: what the full share may reach, keys-only refreshes counted half."""
         return float(np.mean(np.asarray(self.budget) * np.asarray(self.policy.full_cost)))

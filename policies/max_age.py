@@ -29,14 +29,6 @@ class MaxAge(StepPolicy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_age", as_per_unit("max_age", self.max_age, 1, float("inf")))
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.policy.needs
-
-    @property
-    def keys_only(self) -> PerUnit:
-        return self.policy.keys_only
-
     def decide(self, signals: StepSignals) -> Array:
         wanted = self.policy.decide(signals)
         too_old = signals.age >= signals.per_unit(self.max_age)

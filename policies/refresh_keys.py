@@ -40,10 +40,6 @@ class RefreshKeys(StepPolicy):
             raise ValueError(f"units must be 0 or 1, not {wrong[0]:g}.")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.policy.needs
-
-    @property
     def keys_only(self) -> PerUnit:
         return self.units
 

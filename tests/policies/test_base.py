@@ -5,7 +5,19 @@ from typing import ClassVar
 
 import pytest
 
-from policies import AlwaysFull, BudgetConstrained, FixedStride, MaxAge, ModelShape, StepPolicy, StepSignals, check_fits
+from policies import (
+    AlwaysFull,
+    BudgetConstrained,
+    CosineThreshold,
+    FixedStride,
+    LayerCosine,
+    MaxAge,
+    ModelShape,
+    RefreshKeys,
+    StepPolicy,
+    StepSignals,
+    check_fits,
+)
 from policies.arrays import Array
 
 TWO_BY_THREE = ((1, 2, 3), (4, 5, 6))
@@ -54,3 +66,16 @@ def test_shapes_are_gathered_from_inner_policies_at_any_depth() -> None:
 def test_a_policy_whose_parts_are_for_different_models_fits_neither(model: ModelShape) -> None:
     with pytest.raises(ValueError, match="the policy is for 1 layers x 2 KV heads, but tiny has 2 layers x 3 KV heads"):
         check_fits(BudgetConstrained(FixedStride(TWO_BY_THREE), ONE_BY_TWO), model)
+
+
+def test_a_wrapper_that_says_nothing_of_it_needs_and_refreshes_what_its_inner_policies_do() -> None:
+    inner = RefreshKeys(CosineThreshold(0.5), ((1, 0, 1), (0, 0, 1)))
+    assert AnyOf((inner,)).keys_only == inner.keys_only
+    assert AnyOf((inner,)).needs == {"query_similarity"}
+    assert AnyOf((inner, RefreshKeys(LayerCosine(0.5), inner.units))).needs == {"query_similarity", "layer_similarity"}
+    assert AnyOf((AlwaysFull(), MaxAge(FixedStride(2), 4))).keys_only == AnyOf(()).keys_only == 0
+
+
+def test_inner_policies_that_refresh_in_different_ways_have_no_way_in_common() -> None:
+    with pytest.raises(ValueError, match=r"^the policies inside of any_of refresh their sets in different ways\.$"):
+        _ = AnyOf((RefreshKeys(AlwaysFull()), AlwaysFull())).keys_only
