@@ -30,6 +30,7 @@ from tqdm import tqdm
 from policies import BudgetConstrained, CosineThreshold, FixedStride, LearnedLogistic, StepPolicy
 from traces import Trace, TraceHeader, write_trace
 from traces.reporting.command import run_command
+from traces.reporting.whole_file import write_text
 from tuning.replay.run import replay_policy
 from tuning.replay.trace_batch import TraceBatch
 
@@ -107,14 +108,8 @@ def main(
         "rows": rows,
     }
     machine = re.sub("[^0-9A-Za-z]+", "-", machine_name()).strip("-")
-    _write(out or _RESULTS / f"replay-{machine}.json", json.dumps(result, indent=1) + "\n")
+    write_text(out or _RESULTS / f"replay-{machine}.json", json.dumps(result, indent=1) + "\n")
     return result
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _seconds(run: Callable[[], object]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from traces.reporting import picture_style as style
+from traces.reporting.whole_file import whole_file
 from traces.summary import (
     MASS_EDGES,
     SIMILARITY_EDGES,
@@ -141,12 +141,9 @@ def draw_overlap(overall: Summary, by_kind: Mapping[str, Summary], caption: str)
 
 def write_picture(figure: Figure, path: Path | str) -> Path:
     """Write a PNG: beside its place first, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, path)
-    return path
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+    return Path(path)
 
 
 def _draw_bands(axes: Axes, by_unit: np.ndarray, first_age: int = 1) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from traces.reporting.whole_file import write_text
 
 FILE_NAME = "sensitivity.json"
 FORMAT = "recycled-attention-sensitivity/1"
@@ -35,7 +36,6 @@ class Sensitivity:
     def write(self, folder: Path | str) -> Path:
         """Write it into a folder of traces: beside its place first, then renamed."""
         path = Path(folder) / FILE_NAME
-        partial = path.with_name(path.name + ".partial")
         values = {
             "format": FORMAT,
             "model": dict(self.model),
@@ -43,8 +43,7 @@ class Sensitivity:
             "n_steps": self.n_steps,
             "kl": {name: np.asarray(table).tolist() for name, table in self.kl.items()},
         }
-        partial.write_text(json.dumps(values), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(values))
         return path
 
     @classmethod

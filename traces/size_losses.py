@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+
+from traces.reporting.whole_file import whole_file
 
 FILE_NAME = "size_losses.npz"
 FORMAT = "recycled-attention-size-losses/1"
@@ -36,18 +37,15 @@ class SizeLosses:
     def write(self, folder: Path | str) -> Path:
         """Write it into a folder of traces: beside its place first, then renamed."""
         path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         header = {
             "format": FORMAT,
             "model": dict(self.model),
             "selection": dict(self.selection),
             "sizes": list(self.sizes),
         }
-        with partial.open("wb") as file:
-            arrays: dict[str, Any] = {"header": np.array(json.dumps(header)), **self.lost}
+        arrays: dict[str, Any] = {"header": np.array(json.dumps(header)), **self.lost}
+        with whole_file(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        os.replace(partial, path)
         return path
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from traces.reporting.whole_file import whole_file
 from traces.trace import Trace, TraceHeader
 
 SUFFIX = ".safetensors"
@@ -133,11 +133,9 @@ def _array(name: str, entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
 def write_trace(trace: Trace, folder: Path | str) -> TraceFile:
     """Write a trace into `folder` under its prompt's name: beside its place first, then renamed."""
     path = Path(folder) / (trace.name + SUFFIX)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     arrays = {name: np.ascontiguousarray(array) for name, array in trace.arrays().items()}
-    save_file(arrays, partial, metadata={METADATA_KEY: trace.header.to_json()})
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file(arrays, partial, metadata={METADATA_KEY: trace.header.to_json()})
     return TraceFile(path)
 
 

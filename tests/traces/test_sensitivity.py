@@ -52,7 +52,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("traces.sensitivity.os.replace", interrupted)
+    monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Sensitivity(MODEL, {}, 5, {}).write(tmp_path)
     assert (tmp_path / FILE_NAME).read_bytes() == before

@@ -44,7 +44,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("traces.size_losses.os.replace", interrupted)
+    monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         SizeLosses(MODEL, {}, (64,), {}).write(tmp_path)
     assert (tmp_path / FILE_NAME).read_bytes() == before

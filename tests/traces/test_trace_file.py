@@ -176,7 +176,7 @@ class TestInterruptedWriting:
             sizes.append(Path(source).stat().st_size)
             os.rename(source, target)
 
-        monkeypatch.setattr(trace_file.os, "replace", replace)
+        monkeypatch.setattr(os, "replace", replace)
         write_trace(trace, tmp_path)
         assert sizes == [whole]
 

@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_beside(path: Path, text: str) -> None:
-    """Write a whole file or none."""
+@contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """Where to write what is to become a file: beside its place, and renamed when all is written.
+
+    The folder is made. After an error, or an interrupt, the file is what it was, and nothing is left beside it.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The path to write to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a whole text file in UTF-8, or none."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

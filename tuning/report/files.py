@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from traces.pictures import write_picture
+from traces.reporting.whole_file import write_text
 from tuning.confirm.results import TuningResult
 from tuning.report.certificate_picture import draw_ladder
 from tuning.report.pictures import draw_kl_by_kind, draw_pareto, draw_search, draw_unit_shares
@@ -97,7 +97,9 @@ def write_report(result: TuningResult, folder: Path) -> Path:
         path = write_picture(picture.draw(result), folder / "pictures" / picture.file)
         inline = base64.b64encode(path.read_bytes()).decode("ascii")
         pictures.append({"title": picture.title, "caption": picture.caption, "png": inline})
-    return _write(folder / "report.html", _html(result, pictures))
+    path = folder / "report.html"
+    write_text(path, _html(result, pictures))
+    return path
 
 
 def write_results(result: TuningResult, folder: Path) -> Path:
@@ -110,7 +112,9 @@ def write_results(result: TuningResult, folder: Path) -> Path:
     Returns:
         The path of the file.
     """
-    return _write(folder / "results.json", json.dumps(result_to_json(result), indent=1, allow_nan=False) + "\n")
+    path = folder / "results.json"
+    write_text(path, json.dumps(result_to_json(result), indent=1, allow_nan=False) + "\n")
+    return path
 
 
 def _html(result: TuningResult, pictures: list[dict[str, str]]) -> str:
@@ -134,11 +138,3 @@ def _html(result: TuningResult, pictures: list[dict[str, str]]) -> str:
         "spelled": {"nats": nats, "percent": percent, "whole_percent": whole_percent},
     }
     return template.render(context)
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
