@@ -23,11 +23,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import FixedStride, ModelShape, Selection, StepPolicy
 from recycler.measure.ablation import measure_prompt_sensitivity, measure_sensitivity
-from recycler.measure.store import ClosedLoopStore
+from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import check_positions, model_shape
 from recycler.model.versions import versions
-from recycler.prompts import KINDS, Prompt, default_prompts
+from recycler.prompts import KINDS, default_prompts
 from recycler.record.folder import record_prompts
 from recycler.record.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
@@ -38,7 +38,7 @@ from tuning.confirm.comparison import Compared, compare_ladder, compare_winners
 from tuning.confirm.measured import measured
 from tuning.confirm.results import Measured, TuningResult
 from tuning.confirm.winners import choose_winners
-from tuning.divide.set_sizes import SizedSets, size_sets
+from tuning.divide.set_sizes import size_sets
 from tuning.divide.tuning_data import TuningData, check_budget, unit_cost
 from tuning.families import FAMILIES, families_named
 from tuning.replay.trace_batch import TraceBatch
@@ -119,7 +119,9 @@ def main(
         )
         prompt_split = split_by_prompt(prompts)
         _make(out)
-        sized = sized_sets(loaded, prompt_split, selection, out / "set_sizes")
+        sensitivity = measure_prompt_sensitivity(loaded, out / "set_sizes", prompt_split.ablate, selection)
+        losses = measure_size_losses(loaded, prompt_split.tune, selection, out / "set_sizes")
+        sized = size_sets(selection, losses, sensitivity)
         files = record_prompts(loaded, prompts, sized.selection, trace_folder, max_age=steps)
     split = split_by_prompt(files)
     n_kinds = len({str(file.header.prompt["kind"]) for file in files})
@@ -216,12 +218,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write results to {folder}: {error.strerror}.") from error
-
-
-def sized_sets(loaded: LoadedModel, split: Split[Prompt], selection: Selection, folder: Path) -> SizedSets:
-    """Measure what the sizes of sets depend on, on the prompts that are tuned on, and choose them."""
-    sensitivity = measure_prompt_sensitivity(loaded, folder, split.ablate, selection)
-    return size_sets(selection, measure_size_losses(loaded, split.tune, selection, folder), sensitivity)
 
 
 def _measured(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import betaincinv
+from scipy.stats import binomtest
 
 _N_HALVINGS = 60
 _MOST_PROMPTS = 10**9
@@ -76,7 +76,8 @@ def share_upper_bound(n_exceeding: int, n_prompts: int, confidence: float) -> fl
     """
     if not 0 <= n_exceeding <= n_prompts or n_prompts < 1:
         raise ValueError(f"{n_exceeding} of {n_prompts} prompts is no share.")
-    return 1.0 if n_exceeding == n_prompts else float(betaincinv(n_exceeding + 1, n_prompts - n_exceeding, confidence))
+    interval = binomtest(n_exceeding, n_prompts, alternative="less").proportion_ci(confidence, method="exact")
+    return float(interval.high)
 
 
 def conformal_risk(values: np.ndarray, cap: float) -> float:

@@ -6,10 +6,14 @@ import itertools
 
 import numpy as np
 
+from tuning.divide.price import lowest_price
+
 # Strides that allocation chooses among; between two of them it interpolates.
 STRIDES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096])
 
 _ROUNDING = 1e-12
+# Of the price of a full step.
+_N_HALVINGS = 60
 
 
 def loss_by_stride(loss_by_age: np.ndarray, strides: np.ndarray = STRIDES) -> np.ndarray:
@@ -104,11 +108,9 @@ def who_refreshes_by_keys(
         chosen: np.ndarray = (losses + price * costs).reshape(-1, loss.shape[1]).argmin(0)
         return chosen
 
-    low, high = 0.0, float(losses.max()) * float(strides[-1]) + 1.0
-    for _ in range(60):
-        price = (low + high) / 2
-        low, high = (price, high) if costs.reshape(-1)[at(price)].mean() > budget else (low, price)
-    return at(high) >= len(strides)
+    highest = float(losses.max()) * float(strides[-1]) + 1.0
+    price = lowest_price(lambda price: costs.reshape(-1)[at(price)].mean() > budget, highest, _N_HALVINGS)
+    return at(price) >= len(strides)
 
 
 def _hull_segments(rates: np.ndarray, loss: np.ndarray) -> list[tuple[int, int]]:

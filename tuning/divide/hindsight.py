@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tuning.divide.price import lowest_price
 from tuning.divide.tuning_data import check_budget
 from tuning.replay.trace_batch import TraceBatch
 
@@ -43,15 +44,13 @@ def _of_trace(lost: np.ndarray, budget: float) -> np.ndarray:
     weight = np.ones(len(lost))
     best, least = np.zeros((len(lost), lost.shape[2]), dtype=bool), np.inf
     for _ in range(_N_ROUNDS):
-        low, high = 0.0, float(weight.max() * lost.max()) * lost.shape[0] + 1.0
-        affordable = best
-        for _ in range(_N_HALVINGS):
-            price = (low + high) / 2
-            full = _follow(lost, _when_to_pay(lost * weight[:, None, None], price))[0]
-            if full.mean() > budget:
-                low = price
-            else:
-                high, affordable = price, full
+        weighted = lost * weight[:, None, None]
+
+        def full_at(price: float, weighted: np.ndarray = weighted) -> np.ndarray:
+            return _follow(lost, _when_to_pay(weighted, price))[0]
+
+        highest = float(weight.max() * lost.max()) * lost.shape[0] + 1.0
+        affordable = full_at(lowest_price(lambda price: full_at(price).mean() > budget, highest, _N_HALVINGS))
         perturbation = _follow_given(lost, affordable).mean(1)
         if (squared := float((perturbation**2).mean())) < least:
             best, least = affordable, squared

@@ -11,6 +11,7 @@ from policies import Selection
 from traces.sensitivity import Sensitivity
 from traces.size_losses import SizeLosses
 from tuning.divide.allocation import STRIDES, loss_by_stride
+from tuning.divide.price import lowest_price
 from tuning.divide.tuning_data import cost_of_lost_mass
 
 # Bisections of each of the two prices.
@@ -80,25 +81,17 @@ def allocate_sizes(
     def at(token_price: float) -> np.ndarray:
         """The index of each unit's size, with full steps priced to keep the budget."""
         priced = loss + token_price * sizes[:, None, None]
-        low, high = 0.0, float(loss.max()) * float(strides[-1]) + 1.0
-        for _ in range(_N_HALVINGS):
-            price = (low + high) / 2
-            chosen = (priced + price * rates[:, None]).reshape(-1, loss.shape[2]).argmin(0)
-            if rates[chosen % len(strides)].mean() > budget:
-                low = price
-            else:
-                high = price
-        chosen = (priced + high * rates[:, None]).reshape(-1, loss.shape[2]).argmin(0)
-        found: np.ndarray = chosen // len(strides)
+
+        def chosen(price: float) -> np.ndarray:
+            best: np.ndarray = (priced + price * rates[:, None]).reshape(-1, loss.shape[2]).argmin(0)
+            return best
+
+        highest = float(loss.max()) * float(strides[-1]) + 1.0
+        price = lowest_price(lambda price: rates[chosen(price) % len(strides)].mean() > budget, highest, _N_HALVINGS)
+        found: np.ndarray = chosen(price) // len(strides)
         return found
 
-    low, high = 0.0, float(loss.max()) + 1.0
-    if sizes[at(low)].mean() <= k:
-        return np.asarray(sizes[at(low)])
-    for _ in range(_N_HALVINGS):
-        price = (low + high) / 2
-        if sizes[at(price)].mean() > k:
-            low = price
-        else:
-            high = price
-    return np.asarray(sizes[at(high)])
+    if sizes[at(0.0)].mean() <= k:
+        return np.asarray(sizes[at(0.0)])
+    token_price = lowest_price(lambda price: sizes[at(price)].mean() > k, float(loss.max()) + 1.0, _N_HALVINGS)
+    return np.asarray(sizes[at(token_price)])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import recycler.measure.ablation
-import recycler.measure.store
+import recycler.measure.closed_loop
 import recycler.record.folder
 import recycler.record.size_losses
 import tuning.optimize
@@ -38,7 +38,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *functions: str) -> None:
 
 RECORDING = "recycler.record.folder.record_trace"
 ABLATING = "recycler.measure.ablation.run_closed_loop"
-COMPARING = "recycler.measure.store.run_closed_loop"
+COMPARING = "recycler.measure.closed_loop.run_closed_loop"
 
 
 def trials(folder: Path) -> dict[str, int]:
@@ -90,8 +90,8 @@ def test_a_run_that_is_interrupted_at_every_stage_ends_as_if_uninterrupted(
         (recycler.record.folder, "record_trace", 7),
         (tuning.optimize, "search_family", 4),
         # Six runs choose winners; the six after these confirm them.
-        (recycler.measure.store, "run_closed_loop", 4),
-        (recycler.measure.store, "run_closed_loop", 4),
+        (recycler.measure.closed_loop, "run_closed_loop", 4),
+        (recycler.measure.closed_loop, "run_closed_loop", 4),
         (tuning.optimize, "write_report", 0),
     ]
     for module, function, n_calls in stages:
