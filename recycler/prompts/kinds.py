@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 
 import numpy as np
-import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
+from recycler.prompts.hiding import MOST_NEEDLES, TOKENS_PER_NEEDLE, needle, spliced
 from recycler.prompts.prompt import Prompt
 from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import (
@@ -23,9 +22,6 @@ from recycler.prompts.texts import (
     key_words,
 )
 
-# With more keys in one text the default model finds fewer than half of them.
-_MAX_NEEDLES = 8
-_TOKENS_PER_NEEDLE = 128
 # Room for the first lines that are asked for, so that the continuation does not start cold.
 _ASKED_TOKENS = 32
 _TASK_LICENCE = "Apache-2.0 (this project)"
@@ -67,11 +63,9 @@ def needles(request: PromptRequest) -> Prompt:
     continuation is full. The prompt ends with the first answer.
     """
     rng = request.rng()
-    n_needles = max(1, min(_MAX_NEEDLES, request.n_context // _TOKENS_PER_NEEDLE))
+    n_needles = max(1, min(MOST_NEEDLES, request.n_context // TOKENS_PER_NEEDLE))
     numbers = dict(zip(rng.sample(key_words(), n_needles), rng.sample(range(10**6, 10**7), n_needles), strict=True))
-    hidden = [
-        request.encode(f" One of the special magic numbers for {key} is: {number}.") for key, number in numbers.items()
-    ]
+    hidden = [request.encode(needle(key, number)) for key, number in numbers.items()]
     asked = [
         request.encode(f"What is the special magic number for {key}? {number}\n") for key, number in numbers.items()
     ]
@@ -85,8 +79,7 @@ def needles(request: PromptRequest) -> Prompt:
         raise ValueError(f"{request.context_tokens} tokens of context are too few to hide {n_needles} numbers in")
     hay = text.passage(request.index, request.n_context)[:n_hay]
     depths = sorted(rng.sample(range(n_hay), n_needles))
-    pieces = np.split(hay, sentence_ends(hay, depths, request.tokenizer))
-    haystack = chain(pieces[0], *(chain(needle, piece) for needle, piece in zip(hidden, pieces[1:], strict=True)))
+    haystack = spliced(hay, hidden, depths, request.tokenizer)
     answers = islice(chain.from_iterable(questions), request.n_steps)
     return request.prompt(
         [*haystack, *separator, *first_question, *answers],
@@ -127,20 +120,6 @@ def _reshuffled(lines: Sequence[list[int]], rng: random.Random) -> Iterator[list
     """All of `lines` in a drawn order, then all of them in another, without end."""
     while True:
         yield from rng.sample(lines, len(lines))
-
-
-def sentence_ends(
-    tokens: npt.NDArray[np.int32], depths: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """For each depth the end of the sentence there; the depth itself where no end follows."""
-    closing = [token for token in np.unique(tokens).tolist() if _closes_sentence(str(tokenizer.decode([token])))]
-    ends = np.flatnonzero(np.isin(tokens, closing)) + 1
-    following = np.searchsorted(ends, depths)
-    return [int(ends[i]) if i < len(ends) else depth for i, depth in zip(following, depths, strict=True)]
-
-
-def _closes_sentence(piece: str) -> bool:
-    return piece.rstrip("\"')\n").endswith((".", "?", "!"))
 
 
 def _task_licence(corpus: Corpus) -> str:

@@ -3,11 +3,8 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
-import numpy as np
-
-from recycler.prompts.kinds import sentence_ends
+from recycler.prompts.hiding import spliced
 from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import Corpus, haystack_text
 
@@ -46,8 +43,4 @@ def haystack(
     hay = request.texts(repeated_essays).passage(request.index, request.n_context)[:n_hay]
     low, high = (round(depth * n_hay) for depth in depths)
     drawn = sorted(rng.randrange(low, high) for _ in hidden)
-    pieces = np.split(hay, sentence_ends(hay, drawn, request.tokenizer))
-    return [
-        *pieces[0],
-        *chain.from_iterable(chain(thing, piece) for thing, piece in zip(hidden, pieces[1:], strict=True)),
-    ]
+    return spliced(hay, hidden, drawn, request.tokenizer)

@@ -10,6 +10,7 @@ to the token and so may end within a sentence; only the essays are a haystack.
 from collections.abc import Sequence
 from functools import partial
 
+from recycler.prompts.hiding import MOST_NEEDLES, TOKENS_PER_NEEDLE, needle
 from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import key_words
 from recycler.tasks.haystack import haystack, repeated_essays
@@ -17,9 +18,6 @@ from recycler.tasks.scores import strings_found
 from recycler.tasks.task import Task, TaskPrompt, answered, room_left
 
 _SOURCE = "RULER (arXiv 2404.06654)"
-# With more keys in one text the default model finds fewer than half of them.
-_MAX_KEYS = 8
-_TOKENS_PER_KEY = 128
 # What RULER has in its variants with several values and several queries.
 _N_SEVERAL = 4
 
@@ -29,7 +27,7 @@ def _single(request: PromptRequest) -> TaskPrompt:
 
 
 def _multi_key(request: PromptRequest) -> TaskPrompt:
-    n_keys = max(2, min(_MAX_KEYS, request.n_context // _TOKENS_PER_KEY))
+    n_keys = max(2, min(MOST_NEEDLES, request.n_context // TOKENS_PER_NEEDLE))
     return _hidden_numbers(request, n_keys=n_keys, n_values=1, n_asked=1)
 
 
@@ -52,7 +50,7 @@ def _hidden_numbers(request: PromptRequest, *, n_keys: int, n_values: int, n_ask
 
     head, tail = _wording(_listed(asked), several=len(expected) > 1)
     opening, question = request.encode(head), request.encode(tail)
-    hidden = [request.encode(f" One of the special magic numbers for {key} is: {number}.") for key, number in needles]
+    hidden = [request.encode(needle(key, number)) for key, number in needles]
     n_hidden = sum(map(len, hidden))
     # At least as much hay as needles, or nothing would be hidden.
     n_room = room_left(request, len(opening) + len(question), 2 * n_hidden)
