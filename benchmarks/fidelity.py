@@ -23,7 +23,7 @@ from replay_validity import Validity, draw_validity, measure_validity, spread_of
 from policies import PolicyFile
 from recycler.evaluate import __main__ as evaluate
 from recycler.evaluate.sentence_ends import sentence_end_tokens
-from recycler.measure.store import ClosedLoopStore
+from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
 from traces import TraceFolder
 from traces.reporting.command import run_command

@@ -14,7 +14,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from policies import CosineThreshold, FixedStride, MaxAge, NeverFull, RandomRefresh, SentenceBoundary, StepPolicy
-from recycler.measure.store import ClosedLoopStore
+from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import LoadedModel
 from traces import TraceFile
 from traces.reporting import picture_style as style

@@ -26,28 +26,31 @@ from machine import machine_name
 from schedulers_picture import draw_schedulers
 from schedulers_report import BUDGETS, MAIN_BUDGET, Setting, kept, report, rows, targets
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from policies import FixedStride, Selection, StepPolicy, StepSignals
 from policies.arrays import Array, like
-from recycler.evaluate.baselines import refreshkv_set
-from recycler.evaluate.fresh_top_k import FreshTopK
-from recycler.evaluate.method import EveryStep, Method, Scheduled
+from recycler.decode.read_prompt import ReadPrompt
+from recycler.decode.rows import Rows, decode_rows
+from recycler.evaluate.answers import measure_once
+from recycler.evaluate.baselines import fresh_top_k, refreshkv_set
+from recycler.evaluate.method import Method, Scheduled
 from recycler.evaluate.outcome import PromptOutcome
-from recycler.evaluate.store import FidelityStore
-from recycler.measure.closed_loop import ClosedLoop
-from recycler.measure.store import ClosedLoopStore
+from recycler.measure.ablation import measure_prompt_sensitivity
+from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore
+from recycler.measure.store import Store
 from recycler.model.loading import LoadedModel, load_model
 from recycler.prompts import Prompt, default_prompts
 from recycler.record.folder import record_prompts
+from recycler.record.size_losses import measure_size_losses
 from recycler.tasks import TaskPrompt
 from traces import TraceFile
 from traces.reporting.command import run_command
 from tuning.confirm.winners import Winner, choose_winners
 from tuning.divide.hindsight import hindsight
-from tuning.divide.set_sizes import SizedSets
+from tuning.divide.set_sizes import SizedSets, size_sets
 from tuning.divide.tuning_data import TuningData
 from tuning.families import FAMILIES
-from tuning.optimize import sized_sets
 from tuning.replay.trace_batch import TraceBatch
 from tuning.search.split import Split, split_by_prompt
 from tuning.search.study import search_family
@@ -78,14 +81,27 @@ class Foreseen(StepPolicy):
 
 
 @dataclass(frozen=True)
-class ForeseenMethod(Scheduled):
-    """A schedule that is another one for every prompt, and so has no place in a policy file."""
+class ForeseenMethod(Method):
+    """A schedule that is another one for every prompt, and so has no place in a policy file.
+
+    Attributes:
+        policy: When units run full.
+        selection: How sets are chosen.
+    """
 
     policy: Foreseen
+    selection: Selection
+
+    @property
+    def prompt_queries(self) -> int | None:
+        return self.selection.prompt_queries
 
     def settings(self) -> dict[str, Any]:
         digest = hashlib.sha256(np.array(self.policy.full).tobytes()).hexdigest()
         return {"foreseen": digest, "selection": dataclasses.asdict(self.selection)}
+
+    def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
+        return decode_rows(model, prompt, [self.policy], self.selection, fast=fast)
 
 
 def main(
@@ -160,7 +176,9 @@ def _prompts(loaded: LoadedModel, setting: Setting) -> list[Prompt]:
 def _tuned(loaded: LoadedModel, setting: Setting, folder: Path) -> _Tuned:
     prompts = _prompts(loaded, setting)
     split = split_by_prompt(prompts)
-    sized = sized_sets(loaded, split, Selection.unpooled(setting.k), folder / "set_sizes")
+    selection, measured_in = Selection.unpooled(setting.k), folder / "set_sizes"
+    sensitivity = measure_prompt_sensitivity(loaded, measured_in, split.ablate, selection)
+    sized = size_sets(selection, measure_size_losses(loaded, split.tune, selection, measured_in), sensitivity)
     files = record_prompts(loaded, prompts, sized.selection, folder / "traces", max_age=setting.steps)
     of_files = split_by_prompt(files)
     data = TuningData(TraceBatch(of_files.tune), MAIN_BUDGET, sized.unit_cost)
@@ -175,11 +193,11 @@ def _measure(loaded: LoadedModel, setting: Setting, out: Path) -> tuple[list[Pro
         name: {"family": one.search.family, **one.candidate.parameters} for name, one in tuned.winners.items()
     }
     policies = {name: winner.candidate.policy for name, winner in tuned.winners.items()}
-    store = FidelityStore(out / setting.name / "outcomes")
+    store = Store(out / setting.name / "outcomes")
     if setting is not source:
         methods = _methods(_in_proportion(tuned.sized.selection, setting.k), policies)
         bar = tqdm(_prompts(loaded, setting), desc=f"comparing, {setting.name}", unit="prompt")
-        return [store.measure(loaded, _teacher_forced(prompt), methods) for prompt in bar], parameters
+        return [measure_once(store, loaded, _teacher_forced(prompt), methods) for prompt in bar], parameters
     selection = tuned.sized.selection
     foreseen = hindsight(TraceBatch(tuned.files), tuned.sized.unit_cost, MAIN_BUDGET).astype(float)
     outcomes = []
@@ -187,7 +205,7 @@ def _measure(loaded: LoadedModel, setting: Setting, out: Path) -> tuple[list[Pro
     for place, prompt in enumerate(bar):
         oracle = Foreseen(tuple(tuple(tuple(row) for row in step) for step in foreseen[:, place].tolist()))
         methods = [*_methods(selection, policies), ForeseenMethod("hindsight 0.1", "future", oracle, selection)]
-        outcomes.append(store.measure(loaded, _teacher_forced(prompt), methods))
+        outcomes.append(measure_once(store, loaded, _teacher_forced(prompt), methods))
     return outcomes, parameters
 
 
@@ -249,7 +267,7 @@ def _methods(selection: Selection, tuned: Mapping[str, StepPolicy]) -> list[Meth
     # Sizes are for a schedule: units that always run full have the least.
     fresh = {"": Selection(k), ", unpooled": dataclasses.replace(selection, unit_k=None)}
     for suffix, some in fresh.items():
-        methods.append(EveryStep(f"new set at every step{suffix}", "ceiling", FreshTopK(some)))
+        methods.append(fresh_top_k(f"new set at every step{suffix}", "ceiling", some))
     return methods
 
 

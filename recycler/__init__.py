@@ -3,8 +3,7 @@
 from recycler.decode.per_row import PerRow
 from recycler.decode.receipt import Receipt
 from recycler.decode.session import Session, recycled
-from recycler.measure.closed_loop import ClosedLoop, run_closed_loop
-from recycler.measure.store import ClosedLoopStore
+from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore, run_closed_loop
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import model_shape
 from recycler.prompts import Prompt, default_prompts, prompts_from_files

@@ -52,6 +52,17 @@ class GrowingTokens:
         self.own = larger
         return True
 
+    def append(self, token: Tensor) -> None:
+        """Add one token to every row, `(rows, kv_heads, 1, head_dim)`."""
+        self.make_room()
+        self.own[:, :, self.n_own] = token[:, :, 0]
+        self.n_own += 1
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """All tokens where they lie: the prompt's, and the rows' own."""
+        return self.prompt, self.own[:, :, : self.n_own]
+
     def joined(self) -> Tensor:
         """All tokens as one tensor; a copy unless there is only the prompt."""
         if self.n_own == 0:

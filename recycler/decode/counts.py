@@ -29,6 +29,51 @@ class Totals:
     reasons: Mapping[str, np.ndarray]
 
 
+class RunningTotals:
+    """Adds up what becomes `Totals`.
+
+    Args:
+        shape: `(rows, layers, kv_heads)`.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._full_steps, self._keys_only_steps = np.zeros((2, *shape), dtype=np.int64)
+        self._tokens_read = np.zeros(shape)
+        self._reasons: dict[str, np.ndarray] = {}
+
+    def add(
+        self,
+        full: np.ndarray,
+        keys_only: np.ndarray,
+        read: np.ndarray,
+        reasons: Mapping[str, np.ndarray],
+        layer: int | slice = slice(None),
+    ) -> None:
+        """Add a step.
+
+        Args:
+            full: bool: decisions, of all layers or of one.
+            keys_only: bool of the same shape: those of them that were keys-only refreshes.
+            read: float64 of the same shape, as in `Totals`.
+            reasons: bool of the same shape: what was overruled, by reason.
+            layer: Which one, where it is one.
+        """
+        self._full_steps[:, layer] += full
+        self._keys_only_steps[:, layer] += keys_only
+        self._tokens_read[:, layer] += read
+        for reason, overruled in reasons.items():
+            self._reasons.setdefault(reason, np.zeros_like(self._full_steps))[:, layer] += overruled
+
+    def totals(self) -> Totals:
+        """What was added so far."""
+        return Totals(
+            full_steps=self._full_steps.copy(),
+            keys_only_steps=self._keys_only_steps.copy(),
+            tokens_read=self._tokens_read.copy(),
+            reasons={reason: counts.copy() for reason, counts in self._reasons.items()},
+        )
+
+
 def keys_only_units(policy: StepPolicy, units: tuple[int, int]) -> np.ndarray:
     """The units whose full decisions are keys-only refreshes.
 
@@ -65,3 +110,15 @@ def tokens_read(full: np.ndarray, keys_only: np.ndarray, dense: np.ndarray, in_s
     """
     read: np.ndarray = in_set + full_counts(full, keys_only) * (dense - in_set)
     return read
+
+
+def dense_tokens(start: np.ndarray, n_prompt: int, n_steps: int) -> int:
+    """What full attention would have read, in tokens, summed over rows and steps.
+
+    Args:
+        start: int64 `(rows,)`: place of each row's first token.
+        n_prompt: Tokens in the cache before the first step, padding included.
+        n_steps: How many steps, each of which adds a token and reads it too.
+    """
+    held = n_steps * (2 * n_prompt + n_steps + 1) // 2
+    return int((held - n_steps * start).sum())

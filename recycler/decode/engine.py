@@ -1,4 +1,4 @@
-"""What a fast decoder offers to the session, whatever it runs on."""
+"""What a decoder offers, whatever it runs on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from policies import StepPolicy
 from recycler.decode.cache import KvLayer
 from recycler.decode.counts import Totals
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.first_sets import FirstSets
 
 
 class Decoding(ABC):
@@ -61,16 +61,13 @@ class Engine(ABC):
     name: str
 
     @abstractmethod
-    def begin(
-        self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
-    ) -> Decoding:
+    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> Decoding:
         """Start decoding after a prompt.
 
         Args:
             layers: The cache, with the prompt in it; the engine appends to it.
-            units: What prefill left behind, layer by layer: the first sets.
+            first: What the prompt left behind.
             policy: Who decides.
-            start: int64 `(rows,)`: place of each row's first token, after left padding.
 
         Raises:
             NotCovered: If the engine does not run this.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,9 +11,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from policies import StepPolicy
 from recycler.decode.cache import growing_layers
 from recycler.decode.cache_watch import CACHE_CHANGED, other_padding
+from recycler.decode.counts import dense_tokens
 from recycler.decode.engine import Engine
+from recycler.decode.first_sets import FirstSets
 from recycler.decode.forward_call import ForwardCall
-from recycler.decode.plain.units import LayerUnits
 from recycler.decode.receipt import Tally
 from recycler.model.decoder_parts import NotCovered
 
@@ -30,14 +29,14 @@ class EngineRun:
         engine: What runs them.
         call: The first of them.
         policy: Who decides.
-        units: What prefill left behind, layer by layer.
+        first: What the prompt left behind.
 
     Raises:
         NotCovered: If the engine does not run them.
         ValueError: If the cache is not the one that prefill filled.
     """
 
-    def __init__(self, engine: Engine, call: ForwardCall, policy: StepPolicy, units: Sequence[LayerUnits]) -> None:
+    def __init__(self, engine: Engine, call: ForwardCall, policy: StepPolicy, first: FirstSets) -> None:
         cache = call.arguments.get("past_key_values")
         if cache is not None and not isinstance(cache, DynamicCache):
             raise NotCovered(f"it runs a DynamicCache, and this is a {type(cache).__name__}")
@@ -45,9 +44,9 @@ class EngineRun:
         if cache is None:
             raise ValueError(CACHE_CHANGED)
         rows = len(call.tokens)
-        self._start = units[0].starts
+        self._start = first.start
         self._device = call.tokens.device
-        if cache.get_seq_length() != units[0].end or len(self._start) != rows:
+        if cache.get_seq_length() != first.end or len(self._start) != rows:
             raise ValueError(CACHE_CHANGED)
         try:
             self._layers = growing_layers(cache)
@@ -55,12 +54,12 @@ class EngineRun:
             raise NotCovered(f"the cache has a {error}") from error
         self._cache = cache
         self._revisions = [layer.revision for layer in self._layers]
-        self._n_tokens = units[0].end
+        self._n_tokens = first.end
         self.engine = engine.name
         self._dtype = self._layers[0].dtype
         self._n_prompt = self._n_tokens
         self._mask: Tensor | None = None
-        self.decoding = engine.begin(self._layers, units, policy, self._start)
+        self.decoding = engine.begin(self._layers, first, policy)
 
     def add_to(self, tally: Tally) -> None:
         """Tell what was done so far.
@@ -72,9 +71,7 @@ class EngineRun:
         if n_steps:
             if self._device.type != "cpu":
                 self._refuse_other_padding(self._mask, self._n_tokens)
-            # Per row, as many as the cache held at each step, less the padding.
-            held = n_steps * (self._n_prompt + self._n_tokens + 1) // 2
-            tokens_dense = int((held - n_steps * self._start).sum())
+            tokens_dense = dense_tokens(self._start, self._n_prompt, n_steps)
             tally.add_run(self.engine, n_steps, tokens_dense, self.decoding.totals())
 
     def step(self, call: ForwardCall) -> CausalLMOutputWithPast:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 from transformers import PreTrainedModel
 
-from recycler.decode.engine import Engine
+from policies import StepPolicy
+from recycler.decode.cache import KvLayer
+from recycler.decode.engine import Decoding, Engine
+from recycler.decode.first_sets import FirstSets
+from recycler.decode.plain.decoding import PlainEngine
 from recycler.model.decoder_parts import NotCovered
 
 
 def engine_for(model: PreTrainedModel) -> Engine:
-    """The engine for a model's device.
+    """The fast engine for a model's device, imported when somebody asks for it.
 
     Raises:
         NotCovered: If there is none, or it does not run the model.
@@ -27,3 +34,21 @@ def engine_for(model: PreTrainedModel) -> Engine:
             raise NotCovered(f"the cuda engine needs triton, which is not installed ({error})") from error
         return CudaEngine(model)
     raise NotCovered(f"there is no engine for {model.device.type} yet")
+
+
+def begin_decoding(
+    model: PreTrainedModel, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, *, fast: bool = True
+) -> Decoding:
+    """Begin on the model's engine, or on the plain path where that does not cover the model or the selection.
+
+    Args:
+        model: The model.
+        layers: As in `Engine.begin`, like what follows.
+        first: What the prompt left behind.
+        policy: Who decides.
+        fast: False keeps to the plain path, which is slower, and as right.
+    """
+    if fast:
+        with suppress(NotCovered):
+            return engine_for(model).begin(layers, first, policy)
+    return PlainEngine(model).begin(layers, first, policy)

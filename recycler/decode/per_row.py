@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from policies import PerUnit, StepPolicy, StepSignals
+from policies import StepPolicy, StepSignals
 from policies.arrays import Array
 
 
@@ -18,7 +18,8 @@ class PerRow(StepPolicy):
     """Row i of the batch follows `rows[i]`.
 
     Many policies are compared on one prompt at the price of reading the weights once. A tool of measurement: it has no
-    place in a policy file, and its receipt names no reasons.
+    place in a policy file, and its receipt names no reasons. Rows may refresh their sets in different ways: then
+    `keys_only` raises, and `recycler.decode.counts.keys_only_units` asks them one by one.
 
     Attributes:
         rows: As many policies as the batch has rows.
@@ -26,22 +27,6 @@ class PerRow(StepPolicy):
 
     rows: tuple[StepPolicy, ...]
     kind: ClassVar[str] = "per_row"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(policy.needs for policy in self.rows))
-
-    @property
-    def keys_only(self) -> PerUnit:
-        """What all rows say, if they say the same; `recycler.decode.counts` asks them one by one.
-
-        Raises:
-            ValueError: If they do not.
-        """
-        first, *others = (policy.keys_only for policy in self.rows)
-        if any(other != first for other in others):
-            raise ValueError("rows that refresh their sets in different ways have no keys_only in common.")
-        return first
 
     def decide(self, signals: StepSignals) -> Array:
         self.check_rows(signals.age.shape[0])

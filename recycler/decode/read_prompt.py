@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import Selection
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.cache import GrowingTokens, KvLayer
+from recycler.decode.first_sets import FirstSets, first_sets_of_layer
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.prefill import prefill
 from recycler.model.shape import check_positions
@@ -37,23 +39,6 @@ class PromptLayer:
     probabilities: Tensor
     votes: Mapping[int | None, Tensor]
 
-    def units(self, layer: int, selection: Selection, needs: Set[str], n_rows: int) -> LayerUnits:
-        """The units of rows that decode from here.
-
-        Args:
-            layer: Index of the layer.
-            selection: How their sets are chosen; its `prompt_queries` must be among those that were asked for.
-            needs: Measured signals that are wanted.
-            n_rows: How many rows.
-        """
-        query, last, votes = (
-            part.expand(n_rows, -1, -1, -1)
-            for part in (self.query, self.probabilities, self.votes.get(selection.prompt_queries, self.probabilities))
-        )
-        if selection.prompt_queries != 1 and selection.prompt_queries not in self.votes:
-            raise ValueError(f"the prompt was not read for prompt_queries={selection.prompt_queries}.")
-        return LayerUnits(layer, selection, needs, query, last, 0, self.key.shape[2], votes)
-
 
 @dataclass(frozen=True)
 class ReadPrompt:
@@ -68,6 +53,34 @@ class ReadPrompt:
     layers: tuple[PromptLayer, ...]
     logits: Tensor
     n_tokens: int
+
+    def first_sets(self, selection: Selection, n_rows: int) -> FirstSets:
+        """Choose the sets from which rows decode.
+
+        Args:
+            selection: How; its `prompt_queries` must be among those that were asked for.
+            n_rows: How many rows.
+
+        Raises:
+            ValueError: If the prompt was not read for these queries.
+        """
+        queries = selection.prompt_queries
+        if queries != 1 and queries not in self.layers[0].votes:
+            raise ValueError(f"the prompt was not read for prompt_queries={queries}.")
+        chosen = [
+            first_sets_of_layer(
+                index, selection, layer.query, layer.probabilities, 0, self.n_tokens, layer.votes.get(queries)
+            )
+            for index, layer in enumerate(self.layers)
+        ]
+        return FirstSets.of(chosen, np.zeros(1, dtype=np.int64), self.n_tokens, n_rows=n_rows)
+
+    def caches(self, n_rows: int) -> list[KvLayer]:
+        """Caches of rows that decode from here; they share the prompt's tokens, and each has its own from there on."""
+        return [
+            KvLayer(GrowingTokens.after(layer.key, n_rows), GrowingTokens.after(layer.value, n_rows))
+            for layer in self.layers
+        ]
 
 
 def read_prompt(

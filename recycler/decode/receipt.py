@@ -124,36 +124,6 @@ class Tally:
         self._tokens_read = np.zeros(units)
         self._reasons: dict[str, np.ndarray] = {}
 
-    def add_layer(
-        self,
-        engine: str,
-        layer: int,
-        full: np.ndarray,
-        keys_only: np.ndarray,
-        read: np.ndarray,
-        dense: np.ndarray,
-        reasons: Mapping[str, np.ndarray],
-    ) -> None:
-        """Add one layer of a step; a step begins with layer 0.
-
-        Args:
-            engine: What ran it.
-            layer: Index of the layer.
-            full: bool `(rows, kv_heads)`: decisions.
-            keys_only: bool of the same shape: those of them that were keys-only refreshes.
-            read: What was read of the cache, in tokens, of the same shape.
-            dense: Tokens in the cache, `(rows, 1)`.
-            reasons: What was overruled, bool of the shape of `full`.
-        """
-        if layer == 0:
-            self._begin_steps(engine, len(full))
-        self._full_steps[layer] += full.sum(0)
-        self._keys_only_steps[layer] += keys_only.sum(0)
-        self._tokens_read[layer] += read.sum(0)
-        self._tokens_dense[layer] += int(dense.sum())
-        for reason, overruled in reasons.items():
-            self._reasons.setdefault(reason, np.zeros_like(self._full_steps))[layer] += overruled.sum(0)
-
     def add_run(self, engine: str, n_steps: int, tokens_dense: int, totals: Totals) -> None:
         """Add steps that an engine took with all layers.
 
@@ -163,7 +133,12 @@ class Tally:
             tokens_dense: Tokens in the cache, summed over rows and steps.
             totals: What was done.
         """
-        self._begin_steps(engine, len(totals.full_steps), n_steps)
+        n_rows = len(totals.full_steps)
+        if engine not in self._engines:
+            self._engines.append(engine)
+        self._n_steps += n_steps
+        self._n_rows = max(self._n_rows, n_rows)
+        self._row_steps += n_rows * n_steps
         self._full_steps += totals.full_steps.sum(0)
         self._keys_only_steps += totals.keys_only_steps.sum(0)
         self._tokens_read += totals.tokens_read.sum(0)
@@ -186,10 +161,3 @@ class Tally:
             reasons={reason: units.copy() for reason, units in self._reasons.items()},
             why_plain=why_plain if "plain" in self._engines else "",
         )
-
-    def _begin_steps(self, engine: str, n_rows: int, n_steps: int = 1) -> None:
-        if engine not in self._engines:
-            self._engines.append(engine)
-        self._n_steps += n_steps
-        self._n_rows = max(self._n_rows, n_rows)
-        self._row_steps += n_rows * n_steps

@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policies import ModelShape, Selection, StepPolicy, check_fits
-from recycler.decode.cache_watch import CacheWatch
-from recycler.decode.counts import keys_only_units, tokens_read
+from recycler.decode import engines
+from recycler.decode.cache_watch import CACHE_CHANGED, CacheWatch
 from recycler.decode.engine import Engine
 from recycler.decode.engine_run import EngineRun
-from recycler.decode.engines import engine_for
+from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_layer
 from recycler.decode.forward_call import ForwardCall
-from recycler.decode.plain.attention import attend_by_index, score_by_index
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt, Tally
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.decoder_parts import NotCovered
@@ -56,7 +56,7 @@ def recycled(
     session = Session(model_shape(model), policy, selection)
     if fast:
         try:
-            session.use(engine_for(model))
+            session.use(engines.engine_for(model))
         except NotCovered as reason:
             session.stay_plain(str(reason))
     else:
@@ -67,7 +67,7 @@ def recycled(
 
 
 class Session:
-    """The state of one `recycled` block: the units of every layer and the receipt.
+    """The state of one `recycled` block: what the last prompt left, the run that decodes after it, and the receipt.
 
     Args:
         shape: The model's.
@@ -81,15 +81,15 @@ class Session:
         self._shape = shape
         self._policy = policy
         self._selection = selection
-        self._layers: dict[int, LayerUnits] = {}
-        self._caches: dict[int, CacheWatch] = {}
+        self._prompt: dict[int, LayerFirstSets] = {}
+        self._start: Tensor | int = 0
+        self._end = 0
+        self._watches: dict[int, CacheWatch] = {}
         self._votes: dict[int, PromptVotes] = {}
-        self._keys_only = torch.from_numpy(keys_only_units(policy, shape.units))
         self._tally = Tally(shape.units)
         self._engine: Engine | None = None
         self._why_plain = ""
-        self._run: EngineRun | None = None
-        self._refused = False
+        self._run: EngineRun | PlainRun | None = None
         # Ids that the model's forward is running on, `(rows, tokens)`.
         self._fed: Tensor | None = None
         self.in_prefill = False
@@ -109,32 +109,19 @@ class Session:
         @wraps(stock)
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = ForwardCall(args, kwargs)
-            if self.in_prefill or not call.is_one_token or len(self._layers) < self._shape.layers:
+            if self.in_prefill or not call.is_one_token or not self._has_prompt:
                 self._end_run()
                 return self._plainly(call, stock, args, kwargs)
-            if self._run is None and self._engine is not None and not self._refused:
-                try:
-                    self._check_prompt(call.arguments.get("past_key_values"))
-                    self._run = EngineRun(self._engine, call, self._policy, list(self._layers.values()))
-                except NotCovered as reason:
-                    self._refused, self._why_plain = True, str(reason)
             if self._run is None:
-                return self._plainly(call, stock, args, kwargs)
-            return self._run.step(call)
+                self._run = self._begin_run(call)
+            if isinstance(self._run, EngineRun):
+                return self._run.step(call)
+            return self._plainly(call, stock, args, kwargs)
 
         # `generate` compiles the model's call for a static cache on a GPU. What a session remembers between steps is
         # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
         untraced: Callable[..., Any] = torch.compiler.disable(forward)
         return untraced
-
-    def _plainly(self, call: ForwardCall, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the model's own forward, with its tokens known to the attention meanwhile."""
-        self._fed = call.known_tokens
-        try:
-            return stock(*args, **kwargs)
-        finally:
-            # Else a call of an inner module would be taken for one with these tokens.
-            self._fed = None
 
     def attention(self, stock: AttentionFunction) -> AttentionFunction:
         """The attention function of this session, given the one that it replaces."""
@@ -142,18 +129,23 @@ class Session:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
-            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            layer, scaling = int(module.layer_idx), kwargs["scaling"]  # type: ignore[arg-type]
             end, visible = _visible(query, key, mask)
             refuse_full_window(layer, end, kwargs.get("sliding_window"))
-            kept = key[:, :, :end], value[:, :, :end]
-            if self.in_prefill or query.shape[2] > 1 or layer not in self._layers:
-                self._begin(layer, query, kept[0], visible, kwargs["scaling"])
+            keys, values = key[:, :, :end], value[:, :, :end]
+            if self.in_prefill or query.shape[2] > 1 or not self._has_prompt:
+                self._read(layer, query, keys, visible, scaling)
                 return stock(module, query, key, value, mask, **kwargs)
-
-            def stock_output() -> Tensor:
-                return stock(module, query, key, value, mask, **kwargs)[0]
-
-            return self._step(layer, query, *kept, visible, kwargs["scaling"], stock_output), None
+            # Whoever calls inner modules of the model comes here without a call of its forward.
+            if self._run is None:
+                self._run = self._plain_run()
+            if isinstance(self._run, EngineRun):
+                raise ValueError(CACHE_CHANGED)
+            attended = self._run.attend(layer, query, keys, values, visible, scaling, self._fed)
+            if not attended.recycled[0].numel():
+                # The very numbers of the stock function, so that always full is the stock decoder.
+                return stock(module, query, key, value, mask, **kwargs)
+            return attended.output.flatten(1, 2)[:, None], None
 
         return attend
 
@@ -168,79 +160,64 @@ class Session:
         """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
         self._end_run()
 
+    @property
+    def _has_prompt(self) -> bool:
+        """Whether all layers have read one, from which decoding can begin."""
+        return len(self._prompt) == self._shape.layers
+
+    def _begin_run(self, call: ForwardCall) -> EngineRun | PlainRun:
+        """On the engine, if there is one and it covers this."""
+        if self._engine is not None:
+            try:
+                self._check_prompt(call.arguments.get("past_key_values"))
+                return EngineRun(self._engine, call, self._policy, self._first_sets())
+            except NotCovered as reason:
+                self._why_plain = str(reason)
+        return self._plain_run()
+
+    def _plain_run(self) -> PlainRun:
+        return PlainRun(self._first_sets(), self._policy, dict(self._watches))
+
     def _end_run(self) -> None:
-        run, self._run, self._refused = self._run, None, False
+        run, self._run = self._run, None
         if run is not None:
             run.add_to(self._tally)
 
+    def _plainly(self, call: ForwardCall, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the model's own forward, with its tokens known to the attention meanwhile."""
+        self._fed = call.known_tokens
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            # Else a call of an inner module would be taken for one with these tokens.
+            self._fed = None
+
     def _check_prompt(self, cache: Any) -> None:
         """Refuse a cache that is not as prefill left it."""
-        for watch, layer in zip(self._caches.values(), getattr(cache, "layers", ()), strict=False):
+        for watch, layer in zip(self._watches.values(), getattr(cache, "layers", ()), strict=False):
             watch.check(layer.keys)
 
-    def _begin(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
-        """Choose the first sets at the end of a prompt or of a chunk of it."""
-        start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
-        grouped = _by_unit(query[:, :, -1:], self._shape)
+    def _first_sets(self) -> FirstSets:
+        layers = [self._prompt[layer] for layer in range(self._shape.layers)]
+        if isinstance(self._start, int):
+            return FirstSets.of(layers, np.full(1, self._start), self._end)
+        return FirstSets.of(layers, self._start[:, 0, 0].cpu().numpy(), self._end)
+
+    def _read(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
+        """Choose the first sets of a layer at the end of a prompt or of a chunk of it."""
+        self._end_run()
+        self._start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
+        self._end, votes = key.shape[2], None
+        grouped = query.unflatten(1, (self._shape.kv_heads, -1))
         seen = None if visible is None else visible[:, None, None]
-        weights = probabilities(grouped @ key.transpose(-1, -2) * scaling, seen)
-        end, votes = key.shape[2], None
+        weights = probabilities(grouped[:, :, :, -1] @ key.transpose(-1, -2) * scaling, seen)
         if self._selection.prompt_queries != 1:
             watching = self._votes.setdefault(layer, PromptVotes(self._selection.prompt_queries))
-            votes = watching.see(query.unflatten(1, (self._shape.kv_heads, -1)), key, visible, scaling)
-        self._layers[layer] = LayerUnits(
-            layer, self._selection, self._policy.needs, grouped, weights, start, end, votes
+            votes = watching.see(grouped, key, visible, scaling)
+        self._prompt[layer] = first_sets_of_layer(
+            layer, self._selection, grouped[:, :, :, -1], weights, self._start, self._end, votes
         )
-        self._caches[layer] = CacheWatch(key, start)
-
-    def _step(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        visible: Tensor | None,
-        scaling: float,
-        stock_output: Callable[[], Tensor],
-    ) -> Tensor:
-        units = self._layers[layer]
-        self._caches[layer].follow(key, visible)
-        grouped = _by_unit(query, self._shape)
-        reasons: dict[str, Tensor] = {}
-        full = units.decide(self._policy, grouped, reasons, self._fed)
-        keys_only = full & self._keys_only[:, layer].to(full.device)
-        refreshed = keys_only.nonzero(as_tuple=True)
-        if refreshed[0].numel():
-            units.refresh_at_once(refreshed, score_by_index(grouped, key, visible, refreshed, scaling))
-        attended = attend_by_index(grouped, key, value, visible, full & ~keys_only, units.recycled, scaling)
-        self._count(layer, full, keys_only, units, key.shape[2], visible, reasons)
-        units.settle(full, attended)
-        if not attended.recycled[0].numel():
-            # The very numbers of the stock function, so that always full is the stock decoder.
-            return stock_output()
-        return attended.output.flatten(1, 2)[:, None]
-
-    def _count(
-        self,
-        layer: int,
-        full: Tensor,
-        keys_only: Tensor,
-        units: LayerUnits,
-        end: int,
-        visible: Tensor | None,
-        reasons: dict[str, Tensor],
-    ) -> None:
-        dense = full.new_full((full.shape[0], 1), end, dtype=torch.int64) if visible is None else visible.sum(-1, True)
-        in_set = units.recycled.filled.sum(-1)
-        counted = (full.cpu().numpy(), keys_only.cpu().numpy())
-        self._tally.add_layer(
-            "plain",
-            layer,
-            *counted,
-            tokens_read(*counted, dense.cpu().numpy(), in_set.cpu().numpy()),
-            dense.cpu().numpy(),
-            {reason: overruled.cpu().numpy() for reason, overruled in reasons.items()},
-        )
+        self._watches[layer] = CacheWatch(key, self._start)
 
 
 @contextmanager
@@ -280,9 +257,3 @@ def _visible(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[int, Tens
     # Not the end of any one row: a row may be padding on the right, or all of it so far.
     end = int((visible * torch.arange(1, visible.shape[1] + 1, device=visible.device)).amax())
     return end, visible[:, :end]
-
-
-def _by_unit(query: Tensor, shape: ModelShape) -> Tensor:
-    """`(rows, query_heads, 1, head_dim)` to `(rows, kv_heads, group, head_dim)`."""
-    rows, query_heads, _, head_dim = query.shape
-    return query.reshape(rows, shape.kv_heads, query_heads // shape.kv_heads, head_dim)

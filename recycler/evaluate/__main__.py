@@ -17,15 +17,15 @@ from recycler.evaluate.comparison import Comparison, check_lengths, compare
 from recycler.evaluate.competitors import competitors, under_test
 from recycler.evaluate.method import Method
 from recycler.evaluate.pictures import draw_curves, draw_ranking
-from recycler.evaluate.store import FidelityStore
 from recycler.evaluate.summary import ALL_TASKS, curves, kl_shares, rows_to_json, summarise
 from recycler.evaluate.table import share_table, source_table, tables
+from recycler.measure.store import Store
 from recycler.model.loading import load_model
 from recycler.model.shape import model_shape
 from recycler.model.versions import versions
 from recycler.tasks import TASKS, task_prompts
 from traces.reporting.command import run_command
-from traces.reporting.whole_file import write_beside
+from traces.reporting.whole_file import write_text
 
 # Shown along the continuation, beside the policies under evaluation.
 _CURVES = ("streaming_llm", "snapkv", "quest", "refreshkv_s10", "refreshkv_s10_our_set", "fresh_top_k_ceiling")
@@ -75,7 +75,7 @@ def main(
     except OSError as error:
         raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
     rivals = competitors(loaded, shape, files[0], _named(methods), out, context_tokens, steps, seed)
-    comparison = compare(loaded, todo, [*rivals, *tested], FidelityStore(out / "outcomes"))
+    comparison = compare(loaded, todo, [*rivals, *tested], Store(out / "outcomes"))
     return report(comparison, loaded.id, k, context_tokens, rivals, tested, out)
 
 
@@ -84,8 +84,8 @@ def report(
     model_id: str,
     k: int,
     context_tokens: int,
-    competitors: Sequence[Method],
-    under_test: Sequence[Method],
+    rivals: Sequence[Method],
+    tested: Sequence[Method],
     out: Path,
 ) -> dict[str, Any]:
     """Write tables, pictures and `results.json`, and print the tables; the last line of the command.
@@ -95,19 +95,19 @@ def report(
         model_id: Name of the model.
         k: Tokens of a set.
         context_tokens: Prompt tokens.
-        competitors: The baselines.
-        under_test: The methods that stand out in the pictures.
+        rivals: The baselines.
+        tested: The methods that stand out in the pictures.
         out: Folder.
     """
     rows = summarise(comparison.outcomes)
     console = Console(highlight=False, width=None if os.isatty(1) else 160)
-    named = [method.name for method in under_test]
+    named = [method.name for method in tested]
     found = tables(rows, comparison.screened)
-    if competitors:
+    if rivals:
         found += [share_table(name, kl_shares(comparison.outcomes, name)) for name in named]
     for table in found:
         table.print(console)
-    sources = source_table([*competitors, *under_test])
+    sources = source_table([*rivals, *tested])
     n_prompts = sum(len(outcome.methods) > 1 for outcome in comparison.outcomes)
     caption = f"{model_id}, k = {k} tokens, {context_tokens:,} tokens of context, {n_prompts} prompts"
     by_step = curves(comparison.outcomes, list(dict.fromkeys(row.method for row in rows)))
@@ -117,9 +117,7 @@ def report(
     last_line = {"model": model_id, "k": k, "context_tokens": context_tokens, "rows": rows_to_json(rows)}
     everything = {
         **last_line,
-        "methods": {
-            method.name: {"source": method.source, **method.settings()} for method in (*competitors, *under_test)
-        },
+        "methods": {method.name: {"source": method.source, **method.settings()} for method in (*rivals, *tested)},
         "screened": [asdict(one) for one in comparison.screened],
         "curves": {
             task: {name: [round(value, 5) for value in values] for name, values in methods.items()}
@@ -127,8 +125,8 @@ def report(
         },
         "versions": versions(),
     }
-    write_beside(out / "results.json", json.dumps(everything))
-    write_beside(
+    write_text(out / "results.json", json.dumps(everything))
+    write_text(
         out / "tables.md",
         "\n\n".join(f"### {table.title}\n\n{table.to_markdown()}" for table in (*found, sources)) + "\n",
     )

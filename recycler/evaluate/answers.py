@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from policies import AlwaysFull, Selection
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
-from recycler.decode.rows import DecodeRows, RowsStep
+from recycler.decode.rows import Rows
 from recycler.evaluate.method import Method, Scheduled, begin
 from recycler.evaluate.outcome import Outcome, PromptOutcome
+from recycler.measure.closed_loop import Followed, follow
+from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.loading import LoadedModel
 from recycler.tasks import TaskPrompt
 
@@ -46,20 +49,54 @@ def measure(loaded: LoadedModel, task: TaskPrompt, methods: Sequence[Method], *,
         prompt_queries={method.prompt_queries for method in methods},
     )
     reference = tokens[n_prompt:]
-    ((_, rows),) = begin(loaded.model, prompt, [FULL], fast=fast)
-    log_p, (full,) = _follow(rows, 1, reference, None)
+    full_log_p: list[Tensor] = []
+
+    def noted(step: int, log_p: Tensor) -> Tensor:
+        full_log_p.append(log_p[0])
+        return log_p[0]
+
+    (full,) = _outcomes(follow(FULL.begin(loaded.model, prompt, fast=fast), reference, noted))
     outcomes = {FULL.name: full}
     for places, rows in begin(loaded.model, prompt, methods, fast=fast):
-        _, found = _follow(rows, len(places), reference, log_p)
+        found = _outcomes(follow(rows, reference, lambda step, _: full_log_p[step]))
         outcomes |= {methods[place].name: outcome for place, outcome in zip(places, found, strict=True)}
-    del log_p
+    full_log_p.clear()
     if task.n_new_tokens:
         everyone = [FULL, *methods]
         for places, rows in begin(loaded.model, prompt, everyone, fast=fast):
-            for place, answered in zip(places, _answers(loaded, prompt, rows, len(places), task), strict=True):
+            for place, answered in zip(places, _answers(loaded, prompt, rows, task), strict=True):
                 name = everyone[place].name
                 outcomes[name] = dataclasses.replace(outcomes[name], **answered._asdict())
     return PromptOutcome(task.prompt.name, task.prompt.kind, n_prompt, {name: outcomes[name] for name in names})
+
+
+def measure_once(store: Store, loaded: LoadedModel, task: TaskPrompt, methods: Sequence[Method]) -> PromptOutcome:
+    """`measure`, or what an equal measurement left in a store; answers are scored anew, whoever wrote them down.
+
+    Args:
+        store: Where outcomes are kept.
+        loaded: As in `measure`, like what follows.
+        task: The prompt.
+        methods: What to compare with full attention.
+    """
+    depends_on = {
+        "methods on": digest_of_tokens(task.prompt.tokens),
+        "name": task.prompt.name,
+        "task": task.prompt.kind,
+        "n_prompt_tokens": task.prompt.n_prompt_tokens,
+        "n_new_tokens": task.n_new_tokens,
+        "methods": {method.name: method.settings() for method in methods},
+    }
+
+    def compute() -> dict[str, np.ndarray]:
+        return {"outcome": np.array(json.dumps(measure(loaded, task, methods).to_json()))}
+
+    kept = PromptOutcome.from_json(json.loads(str(store.get(loaded, depends_on, compute)["outcome"])))
+    rescored = {
+        name: one if one.answer is None else dataclasses.replace(one, score=task.score(one.answer))
+        for name, one in kept.methods.items()
+    }
+    return dataclasses.replace(kept, methods=rescored)
 
 
 class _Answer(NamedTuple):
@@ -71,73 +108,30 @@ class _Answer(NamedTuple):
     answer_read_share: float
 
 
-class _Shares:
-    """Full share and share of dense reading of some rows, over the steps at which they are alive."""
-
-    def __init__(self) -> None:
-        self._full: list[np.ndarray] = []
-        self._read: list[np.ndarray] = []
-        self._alive: list[np.ndarray] = []
-
-    def add(self, step: RowsStep, alive: np.ndarray) -> None:
-        self._full.append(step.full.mean((1, 2)))
-        self._read.append(step.tokens_read.mean((1, 2)) / step.dense_tokens)
-        self._alive.append(alive)
-
-    def of(self, row: int) -> tuple[float, float]:
-        alive = [one[row] for one in self._alive]
-        if not any(alive):
-            return 0.0, 0.0
-        full, read = (np.array([one[row] for one in part])[alive].mean() for part in (self._full, self._read))
-        return float(full), float(read)
-
-
-def _follow(
-    rows: DecodeRows, n_rows: int, reference: Tensor, full_log_p: list[Tensor] | None
-) -> tuple[list[Tensor], list[Outcome]]:
-    """Feed the reference to all rows, and compare them with full attention; None if they are full attention."""
-    log_ps: list[Tensor] = []
-    kl: list[np.ndarray] = []
-    agreement: list[np.ndarray] = []
-    accuracy: list[np.ndarray] = []
-    nll_change: list[np.ndarray] = []
-    shares = _Shares()
-    for step, token in enumerate(reference):
-        done = rows.step(token.expand(n_rows))
-        shares.add(done, np.ones(n_rows, dtype=bool))
-        log_p = done.logits.to(torch.promote_types(done.logits.dtype, torch.float32)).log_softmax(-1)
-        full = log_p[0] if full_log_p is None else full_log_p[step]
-        if full_log_p is None:
-            log_ps.append(full)
-        kl.append((full.exp() * (full - log_p)).sum(-1).clamp(min=0).double().cpu().numpy())
-        agreement.append((log_p.argmax(-1) == full.argmax(-1)).cpu().numpy())
-        if step + 1 < len(reference):
-            following = int(reference[step + 1])
-            accuracy.append((log_p.argmax(-1) == following).cpu().numpy())
-            nll_change.append((full[following] - log_p[:, following]).double().cpu().numpy())
-    outcomes = []
-    for row in range(n_rows):
-        full_share, read_share = shares.of(row)
-        outcomes.append(
-            Outcome(
-                kl=np.array([one[row] for one in kl]),
-                agreement=np.array([one[row] for one in agreement], dtype=bool),
-                accuracy=np.array([one[row] for one in accuracy], dtype=bool),
-                nll_change=np.array([one[row] for one in nll_change]),
-                full_share=full_share,
-                read_share=read_share,
-            )
+def _outcomes(found: Followed) -> list[Outcome]:
+    """One for each row."""
+    return [
+        Outcome(
+            kl=found.kl[row],
+            agreement=found.agreement[row],
+            # The last step has no next token in the text.
+            accuracy=found.accuracy[row, :-1],
+            nll_change=found.nll_change[row, :-1],
+            full_share=float(found.full[row].mean()),
+            read_share=float(found.read_share[row].mean()),
         )
-    return log_ps, outcomes
+        for row in range(len(found.kl))
+    ]
 
 
-def _answers(loaded: LoadedModel, prompt: ReadPrompt, rows: DecodeRows, n_rows: int, task: TaskPrompt) -> list[_Answer]:
+def _answers(loaded: LoadedModel, prompt: ReadPrompt, rows: Rows, task: TaskPrompt) -> list[_Answer]:
     """Let every row write on greedily, as stock `generate` does."""
     ends = _end_tokens(loaded)
-    tokens = prompt.logits.argmax(-1).expand(n_rows)
+    tokens = prompt.logits.argmax(-1).expand(rows.n_rows)
     written: list[np.ndarray] = []
-    alive = np.ones(n_rows, dtype=bool)
-    shares = _Shares()
+    alive = np.ones(rows.n_rows, dtype=bool)
+    # Of each step, by row; NaN once a row has ended.
+    full_shares, read_shares = [], []
     while True:
         fed = tokens.cpu().numpy()
         written.append(fed)
@@ -145,16 +139,23 @@ def _answers(loaded: LoadedModel, prompt: ReadPrompt, rows: DecodeRows, n_rows: 
         if len(written) == task.n_new_tokens or not alive.any():
             break
         done = rows.step(tokens)
-        shares.add(done, alive)
+        full_shares.append(np.where(alive, done.full.mean((1, 2)), np.nan))
+        read_shares.append(np.where(alive, done.tokens_read.mean((1, 2)) / done.dense_tokens, np.nan))
         tokens = done.logits.argmax(-1)
     found = []
-    for row in range(n_rows):
+    for row in range(rows.n_rows):
         own = [int(step[row]) for step in written]
         end = next((place for place, token in enumerate(own) if token in ends), len(own))
         text = str(loaded.tokenizer.decode(own[:end]))
-        full_share, read_share = shares.of(row)
-        found.append(_Answer(text, task.score(text), full_share, read_share))
+        shares = (_mean_while_alive([one[row] for one in of_steps]) for of_steps in (full_shares, read_shares))
+        found.append(_Answer(text, task.score(text), *shares))
     return found
+
+
+def _mean_while_alive(values: Sequence[float]) -> float:
+    """Mean over the steps that a row took; 0 if it took none."""
+    taken = [value for value in values if not np.isnan(value)]
+    return float(np.mean(taken)) if taken else 0.0
 
 
 def _end_tokens(loaded: LoadedModel) -> list[int]:

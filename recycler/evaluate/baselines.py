@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from policies import (
+    AlwaysFull,
     FixedStride,
     GroupPooling,
     LayerCosine,
@@ -13,13 +15,13 @@ from policies import (
     NeverFull,
     RandomRefresh,
     Ranking,
+    RefreshKeys,
     Selection,
     SentenceBoundary,
     StepPolicy,
     check_fits,
 )
-from recycler.evaluate.fresh_top_k import FreshTopK
-from recycler.evaluate.method import EveryStep, Method, Scheduled
+from recycler.evaluate.method import Method, Scheduled
 from recycler.evaluate.quest import Quest
 
 STRIDES = (5, 10, 25, 50)
@@ -84,17 +86,46 @@ def tova_set(k: int) -> Selection:
     )
 
 
+@dataclass(frozen=True)
+class DynamicSchedule:
+    """RefreshKV's dynamic schedule with a threshold that is tuned to the budget (`calibrated_thresholds`).
+
+    Attributes:
+        check_every: Steps between two looks at the cosine.
+        with_our_set: Whether it runs with our set instead of RefreshKV's.
+    """
+
+    check_every: int
+    with_our_set: bool
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return f"refreshkv_qc{self.check_every}_tuned" + (OUR_SET if self.with_our_set else "")
+
+    def method(self, threshold: float, k: int, our_set: Selection | None) -> Scheduled:
+        """The method at a threshold; `our_set` is the tuned one, which schedules get pooled."""
+        selection = our_set.pooled() if self.with_our_set and our_set is not None else refreshkv_set(k)
+        policy = LayerCosine(threshold, self.check_every)
+        return Scheduled(self.name, "RefreshKV dynamic, threshold tuned", policy, selection)
+
+
+def dynamic_schedules(our_set: Selection | None) -> tuple[DynamicSchedule, ...]:
+    """Those that there are, with RefreshKV's set and, if there is one, with ours."""
+    with_our_set = (False,) if our_set is None else (False, True)
+    return tuple(DynamicSchedule(every, ours) for ours in with_our_set for every in CHECKS_EVERY)
+
+
 def baselines(
     k: int,
     shape: ModelShape,
     budget: float,
     sentence_ends: Sequence[int],
     *,
-    thresholds: Mapping[str, float] | None = None,
     our_set: Selection | None = None,
     seed: int = 0,
 ) -> list[Method]:
-    """All methods to compare with, each with its paper's recipe, and the schedules again with our set.
+    """All methods to compare with that have nothing to tune, by their papers' recipes; schedules again with our set.
 
     Deviations that all share: the prompt is read with full attention; a set never holds more than k tokens, those that
     arrived since included (SnapKV and TOVA attend to the new token besides); tokens keep their own positions
@@ -105,8 +136,6 @@ def baselines(
         shape: The model's.
         budget: Share of unit-steps that `random` runs full, in [0, 1].
         sentence_ends: Tokens at which SFI looks again.
-        thresholds: By name, cosine thresholds of the dynamic schedules that were tuned to the budget
-            (`calibrated_thresholds`); None leaves these schedules out.
         our_set: The selection to run the schedules with once more, or None; its k must be `k`, where units have sizes
             of their own (`unit_k`) their mean. Schedules get its pooled form (`Selection.pooled`), which serves them
             better; sizes are of no use to them.
@@ -126,23 +155,27 @@ def baselines(
         _kept("snapkv", "SnapKV, arXiv 2404.14469", snapkv_set(k)),
         _kept("h2o", "H2O, arXiv 2306.14048", h2o_set(k)),
         _kept("tova", "TOVA, arXiv 2401.06104", tova_set(k)),
-        EveryStep("quest", "Quest, arXiv 2406.10774", Quest(k)),
+        Quest("quest", "Quest, arXiv 2406.10774", k),
     ]
     sets = {"": refreshkv_set(k)} | ({} if our_set is None else {OUR_SET: our_set})
     for suffix, selection in sets.items():
-        tuned = {name: value for name, value in (thresholds or {}).items() if name.endswith(OUR_SET) == bool(suffix)}
         for name, (source, policy) in schedules(shape, budget, sentence_ends, seed).items():
             methods.append(Scheduled(name + suffix, source, policy, selection))
-        for name, threshold in tuned.items():
-            policy = LayerCosine(threshold, _check_every(name))
-            methods.append(Scheduled(name, "RefreshKV dynamic, threshold tuned", policy, selection))
         never = "never refreshed: the prompt's last query chooses once"
         methods.append(Scheduled("never" + suffix, never, NeverFull(), selection))
-        methods.append(EveryStep("fresh_top_k" + suffix, "the set of a full step, at every step", FreshTopK(selection)))
+        methods.append(fresh_top_k("fresh_top_k" + suffix, "the set of a full step, at every step", selection))
     unpooled = dataclasses.replace(our_set or Selection(k), pool_backward=0, pool_forward=0)
     ceiling = "sinks, window and the best tokens, chosen at every step: the ceiling"
-    methods.append(EveryStep("fresh_top_k_ceiling", ceiling, FreshTopK(unpooled)))
+    methods.append(fresh_top_k("fresh_top_k_ceiling", ceiling, unpooled))
     return methods
+
+
+def fresh_top_k(name: str, source: str, selection: Selection) -> Scheduled:
+    """A new set at every step, which no schedule with the same selection can beat but by chance.
+
+    It is no method to run, as it reads all keys at every step; its full share is that of keys-only refreshes.
+    """
+    return Scheduled(name, source, RefreshKeys(AlwaysFull()), selection)
 
 
 def schedules(
@@ -154,20 +187,11 @@ def schedules(
     }
     for every in CHECKS_EVERY:
         source = "RefreshKV dynamic, arXiv 2411.05787"
-        found[dynamic_name(every, "published")] = source, LayerCosine(PUBLISHED_THRESHOLD, every)
+        found[f"refreshkv_qc{every}_published"] = source, LayerCosine(PUBLISHED_THRESHOLD, every)
     found["sfi"] = "SFI, arXiv 2603.12038", SentenceBoundary(tuple(sentence_ends), SFI_MAX_AGE)
     drawn = RandomRefresh.drawn(budget, (shape.layers, shape.kv_heads), seed)
     found["random"] = "full at random, each unit for itself", drawn
     return found
-
-
-def dynamic_name(check_every: int, which: str) -> str:
-    """Name of RefreshKV's dynamic schedule."""
-    return f"refreshkv_qc{check_every}_{which}"
-
-
-def _check_every(name: str) -> int:
-    return next(every for every in CHECKS_EVERY if name.startswith(dynamic_name(every, "")))
 
 
 def _kept(name: str, source: str, selection: Selection) -> Scheduled:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import LayerCosine, Selection
-from recycler.evaluate.baselines import CHECKS_EVERY, OUR_SET, dynamic_name, refreshkv_set
+from recycler.evaluate.baselines import DynamicSchedule, dynamic_schedules, refreshkv_set
 from recycler.measure.closed_loop import run_closed_loop
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
@@ -18,7 +19,7 @@ _THRESHOLDS = tuple(round(0.30 + 0.03 * i, 2) for i in range(24))
 
 def calibrated_thresholds(
     loaded: LoadedModel, prompts: Sequence[Prompt], k: int, budget: float, our_set: Selection | None
-) -> dict[str, float]:
+) -> dict[DynamicSchedule, float]:
     """The highest cosine thresholds whose full share in closed loop stays within a budget.
 
     A higher threshold runs full more often, so the highest one that the budget allows is the best of its kind.
@@ -31,22 +32,21 @@ def calibrated_thresholds(
         our_set: The selection of the second half of the methods, or None.
 
     Returns:
-        Thresholds by name of the method; 1, always full at a check, where looking at all is rare enough.
+        The thresholds; 1, always full at a check, where looking at all is rare enough.
     """
-    sets: Mapping[str, Selection] = {"": refreshkv_set(k)} | ({} if our_set is None else {OUR_SET: our_set})
-    found: dict[str, float] = {}
-    for suffix, selection in sets.items():
-        wanted = [every for every in CHECKS_EVERY if 1 / every > budget]
-        policies = [LayerCosine(threshold, every) for every in wanted for threshold in _THRESHOLDS]
+    found: dict[DynamicSchedule, float] = {}
+    for with_our_set, of_set in itertools.groupby(dynamic_schedules(our_set), lambda one: one.with_our_set):
+        some = tuple(of_set)
+        selection = our_set if with_our_set and our_set is not None else refreshkv_set(k)
+        wanted = [one for one in some if 1 / one.check_every > budget]
+        policies = [LayerCosine(threshold, one.check_every) for one in wanted for threshold in _THRESHOLDS]
         shares = [
             run_closed_loop(loaded.model, prompt.tokens, prompt.n_prompt_tokens, policies, selection).full_share
             for prompt in tqdm(prompts if wanted else (), desc="tuning thresholds", unit="prompt", disable=not wanted)
         ]
         mean = np.mean(shares, axis=0).reshape(len(wanted), len(_THRESHOLDS)) if wanted else np.empty((0, 0))
-        for every in CHECKS_EVERY:
-            best = 1.0
-            if every in wanted:
-                within = np.flatnonzero(mean[wanted.index(every)] <= budget)
-                best = _THRESHOLDS[within[-1]] if len(within) else -1.0
-            found[dynamic_name(every, "tuned") + suffix] = best
+        found |= dict.fromkeys(some, 1.0)
+        for one, by_threshold in zip(wanted, mean, strict=True):
+            within = np.flatnonzero(by_threshold <= budget)
+            found[one] = _THRESHOLDS[within[-1]] if len(within) else -1.0
     return found

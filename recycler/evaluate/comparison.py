@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from recycler.evaluate.answers import measure_once
 from recycler.evaluate.method import Method
 from recycler.evaluate.outcome import PromptOutcome
-from recycler.evaluate.store import FidelityStore
 from recycler.evaluate.summary import can_do
+from recycler.measure.store import Store
 from recycler.model.loading import LoadedModel
 from recycler.model.shape import check_positions
 from recycler.tasks import TASKS, TaskPrompt
@@ -63,9 +64,7 @@ def check_lengths(loaded: LoadedModel, prompts: Sequence[TaskPrompt]) -> None:
             raise ValueError(f"task {task.prompt.kind}: {error}") from error
 
 
-def compare(
-    loaded: LoadedModel, prompts: Sequence[TaskPrompt], methods: Sequence[Method], store: FidelityStore
-) -> Comparison:
+def compare(loaded: LoadedModel, prompts: Sequence[TaskPrompt], methods: Sequence[Method], store: Store) -> Comparison:
     """Run all methods on the prompts of the tasks that full attention can do.
 
     Args:
@@ -86,13 +85,13 @@ def compare(
     ]
     alone: dict[str, list[PromptOutcome]] = {}
     for prompt in tqdm(screening, desc="what full attention can do", unit="prompt"):
-        alone.setdefault(prompt.prompt.kind, []).append(store.measure(loaded, prompt, ()))
+        alone.setdefault(prompt.prompt.kind, []).append(measure_once(store, loaded, prompt, ()))
     screened = tuple(_screened(task, alone.get(task, [])) for task in by_task)
     compared = {one.task for one in screened if one.compared}
     outcomes = [outcome for task, some in alone.items() if task not in compared for outcome in some]
     todo = [prompt for prompt in prompts if prompt.prompt.kind in compared]
     for prompt in tqdm(todo, desc="comparing", unit="prompt"):
-        outcomes.append(store.measure(loaded, prompt, methods))
+        outcomes.append(measure_once(store, loaded, prompt, methods))
     order = {task: place for place, task in enumerate(by_task)}
     return Comparison(tuple(sorted(outcomes, key=lambda outcome: order[outcome.task])), screened)
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policies import ModelShape, PolicyFile, Selection
-from recycler.evaluate.baselines import CHECKS_EVERY, OUR_SET, baselines, dynamic_name
+from recycler.evaluate.baselines import baselines, dynamic_schedules
 from recycler.evaluate.calibrate import calibrated_thresholds
 from recycler.evaluate.method import Method, Scheduled
 from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.model.loading import LoadedModel
 from recycler.model.versions import versions
 from recycler.prompts import default_prompts
-from traces.reporting.whole_file import write_beside
+from traces.reporting.whole_file import write_text
 
 _DEFAULT_BUDGET = 0.1
 
@@ -49,25 +49,24 @@ def competitors(
     selection, k = file.selection, file.selection.k
     budget = float(file.provenance.get("budget", _DEFAULT_BUDGET))
     ends = sentence_end_tokens(loaded.tokenizer)
-    tuned = [dynamic_name(every, "tuned") + suffix for every in CHECKS_EVERY for suffix in ("", OUR_SET)]
-    untuned = dict.fromkeys(tuned, 1.0)
-    everyone = baselines(k, shape, budget, ends, thresholds=untuned, our_set=selection, seed=seed)
-    known = [method.name for method in everyone]
+    methods = baselines(k, shape, budget, ends, our_set=selection, seed=seed)
+    dynamic = dynamic_schedules(selection)
+    known = [*(method.name for method in methods), *(schedule.name for schedule in dynamic)]
     for name in wanted:
         if name not in known:
             raise ValueError(f"the method {name!r} is unknown: use some of {', '.join(known)}, or none.")
     chosen = set(wanted or known)
-    thresholds = untuned
-    if chosen & set(tuned):
+    asked = [schedule for schedule in dynamic if schedule.name in chosen]
+    if asked:
         thresholds = _thresholds(loaded, selection, budget, out, context_tokens, steps, seed)
-    methods = baselines(k, shape, budget, ends, thresholds=thresholds, our_set=selection, seed=seed)
+        methods += [schedule.method(thresholds[schedule.name], k, selection) for schedule in asked]
     return [method for method in methods if method.name in chosen]
 
 
 def _thresholds(
     loaded: LoadedModel, selection: Selection, budget: float, out: Path, context_tokens: int, steps: int, seed: int
 ) -> dict[str, float]:
-    """Thresholds of the dynamic schedules, tuned on the first prompt of each kind, or read where that was done."""
+    """Thresholds by name of the schedule, tuned on the first prompt of each kind, or read where that was done."""
     settings = {
         "model": loaded.id,
         "dtype": str(loaded.model.dtype),
@@ -84,6 +83,7 @@ def _thresholds(
         if known.get("settings") == settings:
             return {name: float(value) for name, value in known["thresholds"].items()}
     prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=context_tokens, n_steps=steps, seed=seed)
-    found = calibrated_thresholds(loaded, prompts, selection.k, budget, selection.pooled())
-    write_beside(path, json.dumps({"settings": settings, "thresholds": found}))
+    tuned = calibrated_thresholds(loaded, prompts, selection.k, budget, selection.pooled())
+    found = {schedule.name: threshold for schedule, threshold in tuned.items()}
+    write_text(path, json.dumps({"settings": settings, "thresholds": found}))
     return found

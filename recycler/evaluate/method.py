@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from transformers import PreTrainedModel
 
 from policies import Selection, StepPolicy, policy_to_json
 from recycler.decode.read_prompt import ReadPrompt
-from recycler.decode.rows import DecodeRows, decode_rows
-from recycler.evaluate.selecting_rows import SelectingRows
-from recycler.evaluate.token_selector import TokenSelector
+from recycler.decode.rows import Rows, decode_rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,16 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """All that its outcome depends on, as JSON values."""
 
+    @abstractmethod
+    def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
+        """Begin to decode, with one row.
+
+        Args:
+            model: The model that read the prompt.
+            prompt: Where decoding begins.
+            fast: False keeps to the plain path.
+        """
+
 
 @dataclass(frozen=True)
 class Scheduled(Method):
@@ -58,29 +65,13 @@ class Scheduled(Method):
     def settings(self) -> dict[str, Any]:
         return {"policy": policy_to_json(self.policy), "selection": self.selection.to_json()}
 
-
-@dataclass(frozen=True)
-class EveryStep(Method):
-    """A choice at every step.
-
-    Attributes:
-        selector: How.
-    """
-
-    selector: TokenSelector
-
-    @property
-    def prompt_queries(self) -> int | None:
-        return 1
-
-    def settings(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self.selector)  # type: ignore[call-overload]
-        return {"selector": type(self.selector).__name__, **fields}
+    def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
+        return decode_rows(model, prompt, [self.policy], self.selection, fast=fast)
 
 
 def begin(
     model: PreTrainedModel, prompt: ReadPrompt, methods: Sequence[Method], *, fast: bool = True
-) -> list[tuple[list[int], DecodeRows]]:
+) -> list[tuple[list[int], Rows]]:
     """Begin to decode by several methods, as many in one batch as can share one.
 
     Args:
@@ -92,17 +83,14 @@ def begin(
     Returns:
         Batches, each with the places in `methods` of its rows.
     """
-    batches: dict[Selection | None, list[int]] = {}
+    begun: list[tuple[list[int], Rows]] = []
+    together: dict[Selection, list[int]] = {}
     for place, method in enumerate(methods):
-        batches.setdefault(method.selection if isinstance(method, Scheduled) else None, []).append(place)
-    begun: list[tuple[list[int], DecodeRows]] = []
-    for selection, places in batches.items():
-        chosen = [methods[place] for place in places]
-        rows: DecodeRows
-        if selection is None:
-            rows = SelectingRows(model, prompt, [one.selector for one in chosen if isinstance(one, EveryStep)])
+        if isinstance(method, Scheduled):
+            together.setdefault(method.selection, []).append(place)
         else:
-            policies = [one.policy for one in chosen if isinstance(one, Scheduled)]
-            rows = decode_rows(model, prompt, policies, selection, fast=fast)
-        begun.append((places, rows))
+            begun.append(([place], method.begin(model, prompt, fast=fast)))
+    for selection, places in together.items():
+        policies = [one.policy for place in places if isinstance(one := methods[place], Scheduled)]
+        begun.append((places, decode_rows(model, prompt, policies, selection, fast=fast)))
     return begun

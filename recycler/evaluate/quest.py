@@ -1,17 +1,42 @@
-"""Pages of the cache, chosen at every step by a bound on their attention."""
+"""Quest: pages of the cache, chosen at every step by a bound on their attention."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from recycler.evaluate.token_selector import Chosen, TokenSelector
+from recycler.decode.cache import KvLayer
+from recycler.decode.counts import RunningTotals, Totals
+from recycler.decode.engine import Decoding
+from recycler.decode.plain.decoding import step_on_modules
+from recycler.decode.read_prompt import ReadPrompt
+from recycler.decode.rows import Rows
+from recycler.evaluate.method import Method
+from recycler.model.shape import model_shape
+from recycler.sets.scores import probabilities
+
+
+class Chosen(NamedTuple):
+    """What a layer attends to at a step.
+
+    Attributes:
+        allowed: bool `(kv_heads, group, tokens)`.
+        tokens_read: float64 `(kv_heads,)`: what choosing and attending read of the cache, in tokens: keys and values of
+            one token count 1, keys alone one half.
+    """
+
+    allowed: Tensor
+    tokens_read: Tensor
 
 
 @dataclass(frozen=True)
-class Quest(TokenSelector):
+class Quest(Method):
     """The pages whose keys could score highest, for each query head.
 
     Source: Quest (arXiv 2406.10774): of each page the smallest and the largest value of every key channel are kept;
@@ -35,7 +60,26 @@ class Quest(TokenSelector):
                 f"Quest attends to whole pages: k must be a multiple of {self.page_tokens} tokens, not {self.k}."
             )
 
-    def choose(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Chosen:
+    @property
+    def prompt_queries(self) -> int | None:
+        return 1
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "quest": {"k": self.k, "page_tokens": self.page_tokens, "dense_layers": self.dense_layers},
+        }
+
+    def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
+        return Rows(QuestDecoding(model, prompt.caches(1), self), 1, prompt.n_tokens)
+
+    def choose(self, layer: int, query: Tensor, key: Tensor) -> Chosen:
+        """Choose for one layer.
+
+        Args:
+            layer: Index of the layer.
+            query: `(kv_heads, group, head_dim)`.
+            key: `(kv_heads, tokens, head_dim)`, the whole cache, the newest token last.
+        """
         kv_heads, tokens, _ = key.shape
         group = query.shape[1]
         if layer < self.dense_layers or tokens <= self.k:
@@ -57,3 +101,50 @@ class Quest(TokenSelector):
         low, high = pages.amin(2), pages.amax(2)
         bound: Tensor = query.clamp(min=0) @ high.transpose(-1, -2) + query.clamp(max=0) @ low.transpose(-1, -2)
         return bound
+
+
+class QuestDecoding(Decoding):
+    """One row on the model's own modules; every step computes all scores and masks them.
+
+    Args:
+        model: The model that read the prompt.
+        layers: The cache, with the prompt in it, of one row.
+        quest: What to attend to.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[KvLayer], quest: Quest) -> None:
+        self._model, self._layers, self._quest = model, layers, quest
+        shape = (1, *model_shape(model).units)
+        self._full, self._tokens_read = np.zeros(shape, dtype=bool), np.zeros(shape)
+        self._running = RunningTotals(shape)
+
+    @property
+    def full(self) -> np.ndarray:
+        return self._full.copy()
+
+    @property
+    def keys_only(self) -> np.ndarray:
+        return np.zeros_like(self._full)
+
+    @property
+    def tokens_read(self) -> np.ndarray:
+        return self._tokens_read.copy()
+
+    def totals(self) -> Totals:
+        return self._running.totals()
+
+    def step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            cached = self._layers[layer].parts
+            for part, new in zip(cached, (key, value), strict=True):
+                part.append(new)
+            keys, values = (part.joined() for part in cached)
+            chosen = self._quest.choose(layer, query[0], keys[0])
+            self._full[0, layer] = chosen.allowed.all(-1).all(-1).cpu().numpy()
+            self._tokens_read[0, layer] = chosen.tokens_read.cpu().numpy()
+            weights = probabilities(query @ keys.transpose(-1, -2) * scaling, chosen.allowed[None])
+            return weights.to(values.dtype) @ values
+
+        logits = step_on_modules(self._model, tokens, places, attend)
+        self._running.add(self._full, self.keys_only, self._tokens_read, {})
+        return logits

@@ -1,26 +1,31 @@
-"""Closed-loop runs kept on disk, so that an interrupted comparison goes on where it stopped."""
+"""Results kept on disk under all that they were computed from, so that an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from policies import Selection, StepPolicy, policy_to_json
-from recycler.measure.closed_loop import ClosedLoop, run_closed_loop
 from recycler.model.loading import LoadedModel
 from recycler.model.versions import versions
-from traces import TraceFile
+from traces.reporting.whole_file import whole_file
+
+Arrays = Mapping[str, np.ndarray]
+# In a result's file, beside its arrays.
+_IDENTITY = "identity"
 
 
-@dataclasses.dataclass(frozen=True)
-class ClosedLoopStore:
-    """A folder of results, one file per prompt and list of policies.
+@dataclass(frozen=True)
+class Store:
+    """A folder of results, one file for each identity.
 
     Attributes:
         folder: Made when the first result is kept. Deleting it only costs time.
@@ -28,44 +33,47 @@ class ClosedLoopStore:
 
     folder: Path
 
-    def run(
-        self,
-        loaded: LoadedModel,
-        trace: TraceFile,
-        policies: Sequence[StepPolicy],
-        selection: Selection | None = None,
-    ) -> ClosedLoop:
-        """Run policies on the prompt of a trace, or read the result of an equal run.
+    def get(self, loaded: LoadedModel, depends_on: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
+        """Compute a result, or read what an equal computation gave.
 
-        Runs are equal if model, precision, tokens, selection, policies and package versions are.
+        Computations are equal if the model's name, precision and weights, package versions and `depends_on` are. A file
+        that is damaged, or is not what its name says, is computed anew, with a warning.
 
         Args:
-            loaded: The model of the trace.
-            trace: Its prompt and continuation are used.
-            policies: Rows of the batch.
-            selection: How sets are chosen; None for as in the trace.
+            loaded: The model.
+            depends_on: All else that the result depends on, as JSON values.
+            compute: Gives arrays, none of them named "identity".
         """
-        selection = selection or Selection(**trace.header.selection)
-        tokens = trace.array("tokens")
-        n_prompt_tokens = int(trace.header.prompt["n_prompt_tokens"])
-        identity = {
-            "model": loaded.id,
-            "dtype": str(loaded.model.dtype),
-            "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
-            "n_prompt_tokens": n_prompt_tokens,
-            "selection": dataclasses.asdict(selection),
-            "policies": [policy_to_json(policy) for policy in policies],
-            "versions": versions(),
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        path = self.folder / f"{trace.header.prompt['name']}-{digest[:16]}.npz"
+        identity = json.dumps(
+            {
+                "model": loaded.id,
+                "dtype": str(loaded.model.dtype),
+                "weights": loaded.weights_digest,
+                "versions": versions(),
+                **depends_on,
+            },
+            sort_keys=True,
+        )
+        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
         if path.exists():
-            with np.load(path) as arrays:
-                return ClosedLoop(**arrays)
-        result = run_closed_loop(loaded.model, tokens, n_prompt_tokens, policies, selection)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **dataclasses.asdict(result))
-        os.replace(partial, path)
-        return result
+            try:
+                return _read(path, identity)
+            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                warnings.warn(f"{path} is damaged or foreign ({error}): computing it anew.", stacklevel=2)
+        found = compute()
+        arrays: dict[str, Any] = {_IDENTITY: np.array(identity), **found}
+        with whole_file(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        return found
+
+
+def digest_of_tokens(tokens: np.ndarray) -> str:
+    """The hash of a text in tokens, for `depends_on`."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, dtype=np.int64).tobytes()).hexdigest()
+
+
+def _read(path: Path, identity: str) -> Arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
+        if str(arrays[_IDENTITY]) != identity:
+            raise ValueError("it was computed from something else")
+        return {name: arrays[name] for name in arrays.files if name != _IDENTITY}

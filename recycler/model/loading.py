@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from recycler.model.default_model import DEFAULT_MODEL_ID, default_model_folder
+from recycler.model.weights_digest import weights_digest
 
 _DTYPES = {
     "float32": torch.float32,
@@ -39,6 +41,11 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     id: str
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """The hash of the weights that the model had when this was first asked for."""
+        return weights_digest(self.model)
 
 
 def load_model(name: str | None, *, dtype: str = "float32", device: str | None = None) -> LoadedModel:

@@ -78,6 +78,10 @@ class RecycledSet:
         places = self.positions.masked_fill(~self.filled, n_tokens)
         return mask.scatter_(-1, places, True)[..., :-1]
 
+    def recovered_mass(self, probabilities: Tensor) -> Tensor:
+        """Attention on the set, in [0, 1], mean over the group: `(..., group, tokens)` to `(...)`."""
+        return (probabilities.mean(-2) * self.holds(probabilities.shape[-1])).sum(-1)
+
 
 def unit_sizes(selection: Selection, layer: int, device: torch.device) -> Tensor | None:
     """Most tokens of the set of each KV head of a layer, int64 `(kv_heads, 1)`; None if all have `k`."""

@@ -21,7 +21,7 @@ from recycler.decode.cpu.decide import decisions
 from recycler.decode.cpu.dense import feed, predict, project
 from recycler.decode.cpu.walk import attend, refresh_keys
 from recycler.decode.engine import Decoding, Engine
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.first_sets import FirstSets
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import DecoderParts, NotCovered, bias_of, decoder_parts
 
@@ -48,10 +48,8 @@ class CpuEngine(Engine):
             raise NotCovered(f"it runs {', '.join(map(str, _DTYPES))}, and the model is in {self._parts.dtype}")
         self._weights = [_layer_weights(layer) for layer in self._parts.layers]
 
-    def begin(
-        self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
-    ) -> CpuDecoding:
-        return CpuDecoding(self._parts, self._weights, layers, units, policy, start)
+    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> CpuDecoding:
+        return CpuDecoding(self._parts, self._weights, layers, first, policy)
 
 
 class CpuDecoding(Decoding):
@@ -62,17 +60,18 @@ class CpuDecoding(Decoding):
         parts: DecoderParts,
         weights: Sequence[LayerWeights],
         layers: Sequence[KvLayer],
-        units: Sequence[LayerUnits],
+        first: FirstSets,
         policy: StepPolicy,
-        start: np.ndarray,
     ) -> None:
-        self._parts, self._weights, self._layers, self._policy, self._start = parts, weights, layers, policy, start
+        self._parts, self._weights, self._layers, self._policy = parts, weights, layers, policy
+        # A kernel's array is its own.
+        self._start = first.start.copy()
         self._norm, self._head = as_array(parts.norm.weight), as_array(parts.head.weight)
         self._head_bias = as_array(bias_of(parts.head))
         self._float = np.float64 if parts.dtype == torch.float64 else np.float32
         group = weights[0].query.shape[0] // weights[0].key.shape[0]
-        self._rules = _rules(units[0].recycled.selection, policy.needs)
-        self._units = [_first_units(*pair, group, self._float) for pair in zip(layers, units, strict=True)]
+        self._rules = _rules(first.selection, policy.needs)
+        self._units = [_first_units(cached, first, i, group, self._float) for i, cached in enumerate(layers)]
         rows, kv_heads = self._units[0].filled.shape
         # Layers come first in memory, so that a kernel gets its layer's numbers in one piece.
         self._filled = np.stack([layer.filled for layer in self._units])
@@ -87,7 +86,7 @@ class CpuDecoding(Decoding):
         self._by_keys = [of.copy() if of.any() else None for of in np.moveaxis(self._keys_only_units, 1, 0)]
         self._measured = np.full((len(Signals._fields), len(layers), rows, kv_heads), np.nan)
         self._signals = [Signals(*self._measured[:, layer]) for layer in range(len(layers))]
-        masses = np.stack([layer.schedule.refresh_mass.detach().numpy() for layer in units], axis=1)
+        masses = np.moveaxis(first.measured_mass(policy.needs).numpy(), 0, 1)
         self._schedule = Schedule(np.zeros(self._full.shape), masses)
         self._refer_to_memory()
 
@@ -230,28 +229,26 @@ def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
     )
 
 
-def _first_units(layer: KvLayer, first: LayerUnits, group: int, float_type: type) -> Units:
-    """The state that prefill left, as the kernels keep it: no empty slots before filled ones, nothing copied yet."""
-    positions, scores = first.recycled.positions.numpy(), first.recycled.scores.detach().numpy()
-    sizes = first.recycled.sizes
-    order = np.argsort(positions < 0, axis=-1, kind="stable")
-    positions = np.take_along_axis(positions, order, axis=-1)
+def _first_units(layer: KvLayer, first: FirstSets, index: int, group: int, float_type: type) -> Units:
+    """The state that the prompt left, as the kernels keep it: nothing is copied yet."""
+    positions = first.positions[index].numpy().copy()
     rows, kv_heads, k = positions.shape
     stored = as_array(layer.parts[0].own)
+    query: Array = first.query[index].numpy().astype(float_type)
     return Units(
         set_key=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),
         set_value=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),
         positions=positions,
-        scores=np.take_along_axis(scores, order, axis=-1),
-        sizes=np.full(kv_heads, k) if sizes is None else sizes.numpy().reshape(-1),
+        scores=first.scores[index].numpy().copy(),
+        sizes=first.sizes[index].numpy().copy(),
         filled=(positions >= 0).sum(-1),
         stale=np.ones((rows, kv_heads), dtype=bool),
         fresh=np.zeros((rows, kv_heads), dtype=bool),
         pending=np.zeros((rows, kv_heads), dtype=np.int64),
         logits=np.empty((rows, kv_heads, group, 0), dtype=float_type),
         normaliser=np.zeros((rows, kv_heads, group), dtype=float_type),
-        full_query=first.full_query.detach().numpy().astype(float_type),
-        last_query=first.last_query.detach().numpy().astype(float_type),
+        full_query=query,
+        last_query=query.copy(),
     )
 
 

@@ -21,7 +21,7 @@ from recycler.decode.cuda.state import Scratch, Sizes, UnitState
 from recycler.decode.cuda.step_graph import Aside, StepGraph, stream_for
 from recycler.decode.cuda.unit_kernels import UnitKernels
 from recycler.decode.engine import Decoding, Engine
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.first_sets import FirstSets
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import DecoderParts, NotCovered, decoder_parts
 
@@ -64,14 +64,12 @@ class CudaEngine(Engine):
         self._weights = [layer_weights(layer) for layer in parts.layers]
         self._last = last_weights(parts)
 
-    def begin(
-        self, layers: Sequence[KvLayer], units: Sequence[LayerUnits], policy: StepPolicy, start: np.ndarray
-    ) -> CudaDecoding:
-        if units[0].recycled.selection.group == GroupPooling.LAYER_MEAN:
+    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> CudaDecoding:
+        if first.selection.group == GroupPooling.LAYER_MEAN:
             raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
         # Tensors that all steps may write to, whatever mode the prompt was read in.
-        with _on(units[0].full_query.device), torch.inference_mode(False), torch.no_grad():
-            return CudaDecoding(self._parts, self._weights, self._last, self._machine, layers, units, policy, start)
+        with _on(first.positions.device), torch.inference_mode(False), torch.no_grad():
+            return CudaDecoding(self._parts, self._weights, self._last, self._machine, layers, first, policy)
 
 
 class CudaDecoding(Decoding):
@@ -84,23 +82,22 @@ class CudaDecoding(Decoding):
         last: LastWeights,
         machine: Machine,
         layers: Sequence[KvLayer],
-        units: Sequence[LayerUnits],
+        first: FirstSets,
         policy: StepPolicy,
-        start: np.ndarray,
     ) -> None:
         self._parts, self._weights, self._last, self._machine = parts, weights, last, machine
         self._never_recycles = isinstance(policy, AlwaysFull)
-        self._layers, self._needs, self._selection = layers, policy.needs, units[0].recycled.selection
+        self._layers, self._needs, self._selection = layers, policy.needs, first.selection
         key, _ = layers[0].parts
         rows, kv_heads, _, head_dim = key.own.shape
         device = key.own.device
         self._math = LayerMath(parts, rows, machine.compiles)
-        first = parts.layers[0].self_attn
+        attention = parts.layers[0].self_attn
         self._sizes = Sizes(
             rows=rows,
             layers=len(layers),
             kv_heads=kv_heads,
-            group=first.q_proj.out_features // first.k_proj.out_features,
+            group=attention.q_proj.out_features // attention.k_proj.out_features,
             head_dim=head_dim,
             k=self._selection.widest,
             n_prompt=key.prompt.shape[2],
@@ -117,7 +114,7 @@ class CudaDecoding(Decoding):
         counted = self._programs and len(self._programs[0].results) > 1
         self._reasons = tuple(self._programs[0].program.reasons) if counted else ()
         self._by_keys = keys_only_units(policy, shape)
-        self._state = UnitState(self._sizes, units, start, self._by_keys, len(self._reasons), device)
+        self._state = UnitState(self._sizes, first, policy.needs, self._by_keys, len(self._reasons))
 
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._places = torch.zeros(rows, dtype=torch.int64, device=device)

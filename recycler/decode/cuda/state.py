@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from policies import SIGNALS
 from recycler.decode.cuda.score import HIGH_BINS
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.first_sets import FirstSets
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,10 @@ class UnitState:
 
     Args:
         sizes: Of the run.
-        first: What prefill left behind, layer by layer.
-        start: int64 `(rows,)`: place of each row's first token.
+        first: What the prompt left behind; on the device where all of this lives.
+        needs: Measured signals that the policy reads.
         by_keys: bool `(rows or 1, layers, kv_heads)`: units that refresh by their keys alone.
         n_reasons: Reasons that the policy notes.
-        device: Where it lives.
 
     Attributes:
         signals: float64 `(signals, layers, rows, kv_heads)`, in the order of `SIGNALS`.
@@ -79,13 +78,13 @@ class UnitState:
     def __init__(
         self,
         sizes: Sizes,
-        first: Sequence[LayerUnits],
-        start: np.ndarray,
+        first: FirstSets,
+        needs: Set[str],
         by_keys: np.ndarray,
         n_reasons: int,
-        device: torch.device,
     ) -> None:
         shape = (sizes.layers, sizes.rows, sizes.kv_heads)
+        device = first.positions.device
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -94,7 +93,7 @@ class UnitState:
         self.signals[SIGNALS.index("age")] = 1
         for name in ("query_similarity", "step_similarity", "layer_similarity", "refresh_overlap", "token"):
             self.signals[SIGNALS.index(name)] = float("nan")
-        self.signals[SIGNALS.index("refresh_mass")] = torch.stack([layer.schedule.refresh_mass for layer in first])
+        self.signals[SIGNALS.index("refresh_mass")] = first.measured_mass(needs)
         self.decided, self.given = zeros(*shape, dtype=torch.int8), zeros(*shape, dtype=torch.int8)
         keys_only = np.broadcast_to(by_keys, (sizes.rows, sizes.layers, sizes.kv_heads)).transpose(1, 0, 2)
         # Kernels count units in order of memory, and torch keeps the order that an array has.
@@ -103,20 +102,15 @@ class UnitState:
         self.tokens_read = zeros(*shape, dtype=torch.float64)
         self.all_tokens_read = zeros(*shape, dtype=torch.float64)
 
-        # Prefill may leave empty slots anywhere; here they come last.
-        positions = torch.stack([layer.recycled.positions for layer in first])
-        scores = torch.stack([layer.recycled.scores for layer in first])
-        order = (positions < 0).to(torch.int8).argsort(dim=-1, stable=True)
-        self.positions = positions.gather(-1, order).to(torch.int32)
-        self.scores = scores.gather(-1, order)
-        self.filled = (positions >= 0).sum(-1).to(torch.int32)
-        of_heads = [layer.recycled.sizes for layer in first]
-        self.set_sizes = torch.stack(
-            [torch.full((sizes.kv_heads,), sizes.k, device=device) if one is None else one[:, 0] for one in of_heads]
-        ).to(torch.int32)
-        self.full_query = torch.stack([layer.full_query for layer in first]).to(torch.float32)
-        self.last_query = torch.stack([layer.last_query for layer in first]).to(torch.float32)
-        self.start = torch.tensor(start, dtype=torch.int32, device=device)
+        # Kernels write to these, and other decodings may begin from the same sets.
+        self.positions = first.positions.to(torch.int32)
+        self.scores = first.scores.clone()
+        self.filled = (first.positions >= 0).sum(-1).to(torch.int32)
+        self.set_sizes = first.sizes.to(torch.int32)
+        # Rows that share a prompt share its query, where kernels want one for each.
+        self.full_query = first.query.to(torch.float32).clone(memory_format=torch.contiguous_format)
+        self.last_query = self.full_query.clone()
+        self.start = torch.tensor(first.start, dtype=torch.int32, device=device)
         self.n_own = zeros(1, dtype=torch.int32)
         self.rows = torch.arange(sizes.rows, dtype=torch.int32, device=device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -30,86 +31,103 @@ class UnitAttention:
     set_probabilities: Tensor
 
 
-def score_by_index(query: Tensor, key: Tensor, visible: Tensor | None, units: UnitIndex, scaling: float) -> Tensor:
-    """What some units would attend to in the whole cache, `(n, group, tokens)`; only their keys are read.
+class StepAttention(ABC):
+    """A layer's queries at a step before its cache, which they can read in two ways."""
 
-    Args:
-        query: `(rows, kv_heads, group, head_dim)`.
-        key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
-        visible: bool `(rows, tokens)`, False at padding; None if there is none.
-        units: Row and KV head of each of n units.
-        scaling: Factor on query x key.
-    """
-    logits = query[units] @ key[units].transpose(-1, -2) * scaling
-    return probabilities(logits, None if visible is None else visible[units[0], None])
+    @abstractmethod
+    def score(self, units: UnitIndex) -> Tensor:
+        """What n units would attend to in the whole cache, `(n, group, tokens)`; only keys are read."""
 
+    @abstractmethod
+    def attend(self, full: Tensor, sets: RecycledSet) -> UnitAttention:
+        """Attention of all units.
 
-def score_by_mask(query: Tensor, keys: tuple[Tensor, ...], units: UnitIndex, scaling: float) -> Tensor:
-    """The same where keys come in parts as `attend_by_mask` takes them; all units compute the product."""
-    return probabilities(_whole_product(query, keys, scaling)[units], None)
+        Args:
+            full: bool `(rows, kv_heads)`: units that attend to the whole cache; the others attend to their sets.
+            sets: Sets of all units.
+        """
 
 
-def attend_by_index(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, full: Tensor, sets: RecycledSet, scaling: float
-) -> UnitAttention:
+@dataclass(frozen=True)
+class GatheredSets(StepAttention):
     """Full units read the whole cache, recycled units gather their sets out of it.
 
-    Args:
+    Attributes:
         query: `(rows, kv_heads, group, head_dim)`.
         key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
         value: The same shape.
         visible: bool `(rows, tokens)`, False at padding; None if there is none.
-        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
-        sets: Sets of all units.
         scaling: Factor on query x key.
     """
-    output = torch.empty_like(query)
 
-    full_units = full.nonzero(as_tuple=True)
-    full_probabilities = score_by_index(query, key, visible, full_units, scaling)
-    output[full_units] = full_probabilities.to(value.dtype) @ value[full_units]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None
+    scaling: float
 
-    recycled_units = (~full).nonzero(as_tuple=True)
-    slots = sets.positions[recycled_units]
-    places = (recycled_units[0][:, None], recycled_units[1][:, None], slots.clamp(min=0))
-    logits = query[recycled_units] @ key[places].transpose(-1, -2) * scaling
-    set_probabilities = probabilities(logits, (slots >= 0)[:, None])
-    output[recycled_units] = set_probabilities.to(value.dtype) @ value[places]
+    def score(self, units: UnitIndex) -> Tensor:
+        logits = self.query[units] @ self.key[units].transpose(-1, -2) * self.scaling
+        return probabilities(logits, None if self.visible is None else self.visible[units[0], None])
 
-    return UnitAttention(output, full_units, full_probabilities, recycled_units, set_probabilities)
+    def attend(self, full: Tensor, sets: RecycledSet) -> UnitAttention:
+        query, key, value = self.query, self.key, self.value
+        output = torch.empty_like(query)
+
+        full_units = full.nonzero(as_tuple=True)
+        full_probabilities = self.score(full_units)
+        output[full_units] = full_probabilities.to(value.dtype) @ value[full_units]
+
+        recycled_units = (~full).nonzero(as_tuple=True)
+        slots = sets.positions[recycled_units]
+        places = (recycled_units[0][:, None], recycled_units[1][:, None], slots.clamp(min=0))
+        logits = query[recycled_units] @ key[places].transpose(-1, -2) * self.scaling
+        set_probabilities = probabilities(logits, (slots >= 0)[:, None])
+        output[recycled_units] = set_probabilities.to(value.dtype) @ value[places]
+
+        return UnitAttention(output, full_units, full_probabilities, recycled_units, set_probabilities)
 
 
-def attend_by_mask(
-    query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], full: Tensor, sets: RecycledSet, scaling: float
-) -> UnitAttention:
+@dataclass(frozen=True)
+class MaskedSets(StepAttention):
     """All units compute the whole product, and recycled units mask what is not in their set.
 
-    Reads more than `attend_by_index`, but a cache that rows share is read once for all of them.
+    Reads more than `GatheredSets`, but a cache that rows share is read once for all of them.
 
-    Args:
+    Attributes:
         query: `(rows, kv_heads, group, head_dim)`.
         keys: Parts of the cache in order of place, each `(rows or 1, kv_heads, tokens, head_dim)`; a part with one
             row is shared by all.
         values: Parts of the same shapes.
-        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
-        sets: Sets of all units.
+        visible: bool `(rows, tokens)`, False at padding; None if there is none.
         scaling: Factor on query x key.
     """
-    logits = _whole_product(query, keys, scaling)
-    allowed = full[..., None] | sets.holds(logits.shape[-1])
-    weights = probabilities(logits, allowed[:, :, None])
-    parts = weights.to(query.dtype).split([part.shape[-2] for part in keys], dim=-1)
-    products = [_product(weight, part) for weight, part in zip(parts, values, strict=True)]
-    output = torch.stack(products).sum(0)
 
-    full_units, recycled_units = full.nonzero(as_tuple=True), (~full).nonzero(as_tuple=True)
-    slots = sets.positions[recycled_units][:, None].expand(-1, query.shape[2], -1)
-    set_probabilities = weights[recycled_units].gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0)
-    return UnitAttention(output, full_units, weights[full_units], recycled_units, set_probabilities)
+    query: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    visible: Tensor | None
+    scaling: float
 
+    def score(self, units: UnitIndex) -> Tensor:
+        return probabilities(self._logits()[units], None if self.visible is None else self.visible[units[0], None])
 
-def _whole_product(query: Tensor, keys: tuple[Tensor, ...], scaling: float) -> Tensor:
-    return torch.cat([_product(query, part.transpose(-1, -2)) for part in keys], dim=-1) * scaling
+    def attend(self, full: Tensor, sets: RecycledSet) -> UnitAttention:
+        logits = self._logits()
+        whole = full[..., None] if self.visible is None else full[..., None] & self.visible[:, None]
+        allowed = whole | sets.holds(logits.shape[-1])
+        weights = probabilities(logits, allowed[:, :, None])
+        parts = weights.to(self.query.dtype).split([part.shape[-2] for part in self.keys], dim=-1)
+        products = [_product(weight, part) for weight, part in zip(parts, self.values, strict=True)]
+        output = torch.stack(products).sum(0)
+
+        full_units, recycled_units = full.nonzero(as_tuple=True), (~full).nonzero(as_tuple=True)
+        slots = sets.positions[recycled_units][:, None].expand(-1, self.query.shape[2], -1)
+        set_probabilities = weights[recycled_units].gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0)
+        return UnitAttention(output, full_units, weights[full_units], recycled_units, set_probabilities)
+
+    def _logits(self) -> Tensor:
+        return torch.cat([_product(self.query, part.transpose(-1, -2)) for part in self.keys], dim=-1) * self.scaling
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
+from policies import GroupPooling, Ranking, Schedule, StepPolicy
+from recycler.decode.first_sets import FirstSets, unit_query
 from recycler.decode.plain.attention import UnitAttention
 from recycler.sets.recycled_set import RecycledSet, UnitIndex, select, unit_sizes
 from recycler.sets.scores import group_scores, token_scores
@@ -23,36 +23,25 @@ class LayerUnits:
 
     Args:
         layer: Index of the layer.
-        selection: How sets are chosen.
+        first: What the prompt left behind.
         needs: Measured signals that the policy reads; others are not measured.
-        query: `(rows, kv_heads, group, head_dim)`, the last query of the prompt.
-        probabilities: `(rows, kv_heads, group, tokens)`, its attention to the whole cache.
-        start: Place of each row's first token, an int or `(rows, 1, 1)`.
-        end: One past the last token.
-        votes: Of the shape of `probabilities`: attention that chooses the first set, where several queries of the
-            prompt do (`Selection.prompt_queries`).
     """
 
-    def __init__(
-        self,
-        layer: int,
-        selection: Selection,
-        needs: Set[str],
-        query: Tensor,
-        probabilities: Tensor,
-        start: Tensor | int,
-        end: int,
-        votes: Tensor | None = None,
-    ) -> None:
+    def __init__(self, layer: int, first: FirstSets, needs: Set[str]) -> None:
         self._needs = needs
-        self._start = start
-        self._end = end
-        scores = token_scores(probabilities if votes is None else votes, selection)
-        self._sizes = unit_sizes(selection, layer, query.device)
-        self.recycled = select(scores, selection, start, end, self._sizes)
-        self._full_query = self._last_query = _unit_query(query)
-        mass = _mass_on(probabilities, self.recycled).double() if "refresh_mass" in needs else None
-        zeros = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
+        device = first.positions.device
+        # Without padding a number, which broadcasts against anything.
+        self._start: Tensor | int = 0
+        if first.start.any():
+            self._start = torch.tensor(first.start, device=device)[:, None, None]
+        self._end = first.end
+        self._sizes = unit_sizes(first.selection, layer, device)
+        self.recycled = RecycledSet(
+            first.positions[layer].clone(), first.scores[layer].clone(), first.selection, self._sizes
+        )
+        self._full_query = self._last_query = first.query[layer]
+        mass = first.measured_mass(needs)[layer]
+        zeros = torch.zeros_like(mass)
         self.schedule = Schedule(zeros, mass, layer)
         self._refresh_mass = zeros + float("nan")
         self._refresh_overlap = zeros + float("nan")
@@ -62,25 +51,6 @@ class LayerUnits:
     def end(self) -> int:
         """One past the last token that was seen."""
         return self._end
-
-    @property
-    def starts(self) -> np.ndarray:
-        """int64 `(rows,)`: place of each row's first token."""
-        rows = len(self._last_query)
-        if isinstance(self._start, int):
-            return np.full(rows, self._start, dtype=np.int64)
-        starts: np.ndarray = self._start[:, 0, 0].cpu().numpy()
-        return starts
-
-    @property
-    def full_query(self) -> Tensor:
-        """Mean query of each group at the unit's last full step, `(rows, kv_heads, head_dim)`."""
-        return self._full_query
-
-    @property
-    def last_query(self) -> Tensor:
-        """The same at the last step."""
-        return self._last_query
 
     def decide(
         self,
@@ -97,17 +67,17 @@ class LayerUnits:
             reasons: Where wrappers note what they overrule.
             token: `(rows, 1)`, ids of the tokens that are fed at this step; None if they are not known.
         """
-        unit_query = _unit_query(query)
+        now = unit_query(query)
         query_similarity = step_similarity = layer_similarity = None
         if "query_similarity" in self._needs:
-            query_similarity = cosine_similarity(unit_query, self._full_query, dim=-1).double()
+            query_similarity = cosine_similarity(now, self._full_query, dim=-1).double()
         if "step_similarity" in self._needs:
-            step_similarity = cosine_similarity(unit_query, self._last_query, dim=-1).double()
+            step_similarity = cosine_similarity(now, self._last_query, dim=-1).double()
         if "layer_similarity" in self._needs:
             # Groups are of one size, so the mean of their means is the mean over all query heads.
-            now, then = unit_query.mean(1, keepdim=True), self._full_query.mean(1, keepdim=True)
-            layer_similarity = cosine_similarity(now, then, dim=-1).double()
-        self._last_query = unit_query
+            means = now.mean(1, keepdim=True), self._full_query.mean(1, keepdim=True)
+            layer_similarity = cosine_similarity(*means, dim=-1).double()
+        self._last_query = now
         signals = self.schedule.signals(
             query_similarity,
             step_similarity,
@@ -194,7 +164,7 @@ class LayerUnits:
             kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
             self._refresh_overlap[units] = kept.sum(-1).double() / chosen.filled.sum(-1)
         if "refresh_mass" in self._needs:
-            self._refresh_mass[units] = _mass_on(probabilities, chosen).double()
+            self._refresh_mass[units] = chosen.recovered_mass(probabilities).double()
         self.recycled.positions[units] = chosen.positions
         self.recycled.scores[units] = chosen.scores
 
@@ -211,12 +181,3 @@ class LayerUnits:
             )
         by_layer: Tensor = probabilities.unflatten(0, (-1, kv_heads))
         return by_layer
-
-
-def _unit_query(query: Tensor) -> Tensor:
-    return query.mean(2, dtype=torch.promote_types(query.dtype, torch.float32))
-
-
-def _mass_on(probabilities: Tensor, recycled: RecycledSet) -> Tensor:
-    """Recovered mass: mean over the group of the attention on a set; `(..., group, tokens)` to `(...)`."""
-    return (probabilities.mean(-2) * recycled.holds(probabilities.shape[-1])).sum(-1)

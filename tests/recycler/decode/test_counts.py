@@ -27,6 +27,7 @@ from policies import (
     StepPolicy,
 )
 from recycler.decode.counts import full_counts, keys_only_units, tokens_read
+from recycler.decode.engine_run import EngineRun
 from recycler.decode.per_row import PerRow
 from recycler.decode.receipt import Receipt
 from recycler.decode.session import Session, recycled
@@ -63,11 +64,12 @@ class Run:
 
 
 def sets_of(session: Session) -> dict[tuple[int, int, int], dict[int, float]]:
-    if session._run is not None:
-        states = [(units.positions, units.scores) for units in session._run.decoding._units]  # type: ignore[attr-defined]
-        filled = [units.filled for units in session._run.decoding._units]  # type: ignore[attr-defined]
+    run: Any = session._run
+    if isinstance(run, EngineRun):
+        states = [(units.positions, units.scores) for units in run.decoding._units]  # type: ignore[attr-defined]
+        filled = [units.filled for units in run.decoding._units]  # type: ignore[attr-defined]
     else:
-        kept = [units.recycled for units in session._layers.values()]
+        kept = [units.recycled for units in run._units._layers]
         states = [(one.positions.numpy(), one.scores.numpy()) for one in kept]
         filled = None
     found = {}

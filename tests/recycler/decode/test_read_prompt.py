@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policies import MEASURED_SIGNALS, Selection
+from policies import Selection
 from recycler.decode.read_prompt import read_prompt
 from recycler.model.attention_hook import attention_replaced
 
@@ -73,16 +73,16 @@ def test_the_first_set_is_what_the_voting_queries_choose(
     model, tokens = make_model(), make_tokens(N_PROMPT)[0]
     selection = replace(selection, prompt_queries=prompt_queries)
     prompt = read_prompt(model, tokens, 4, prompt_queries=[prompt_queries])
-    for index, attention in enumerate(attention_of(model, tokens)):
-        units = prompt.layers[index].units(index, selection, MEASURED_SIGNALS, 2)
+    first = prompt.first_sets(selection, 2)
+    for layer, attention in enumerate(attention_of(model, tokens)):
         votes = attention[:, :, 0 if prompt_queries is None else -prompt_queries :].sum(2)
         for row in (0, 1):
             for head in (0, 1):
                 expected = plain_set(votes[head], selection).places
-                assert sorted(units.recycled.positions[row, head].tolist()) == expected
+                assert sorted(first.positions[layer, row, head].tolist()) == expected
                 # What is recovered is still that of the last query.
                 mass = attention[head, :, -1].mean(0)[expected].sum()
-                np.testing.assert_allclose(units.schedule.refresh_mass[row, head], mass, rtol=0, atol=1e-10)
+                np.testing.assert_allclose(first.mass[layer, row, head], mass, rtol=0, atol=1e-10)
 
 
 def test_queries_that_choose_together_choose_otherwise_than_the_last(
@@ -92,8 +92,7 @@ def test_queries_that_choose_together_choose_otherwise_than_the_last(
     sets = set()
     for prompt_queries in (1, 3, None):
         selection = replace(SELECTIONS["window"], prompt_queries=prompt_queries)
-        units = [layer.units(index, selection, frozenset(), 1) for index, layer in enumerate(prompt.layers)]
-        sets.add(str([one.recycled.positions.sort(-1).values.tolist() for one in units]))
+        sets.add(str(prompt.first_sets(selection, 1).positions.sort(-1).values.tolist()))
     assert len(sets) == 3
 
 
@@ -123,8 +122,8 @@ def test_a_selection_that_the_prompt_was_not_read_for_is_refused(
     prompt = read_prompt(make_model(), make_tokens(N_PROMPT)[0], 4, prompt_queries=(3,))
     for prompt_queries in (2, None):
         with pytest.raises(ValueError, match=f"the prompt was not read for prompt_queries={prompt_queries}"):
-            prompt.layers[0].units(0, Selection(7, 1, 2, prompt_queries=prompt_queries), frozenset(), 1)
-    assert prompt.layers[0].units(0, Selection(7, 1, 2), frozenset(), 1).end == N_PROMPT
+            prompt.first_sets(Selection(7, 1, 2, prompt_queries=prompt_queries), 1)
+    assert prompt.first_sets(Selection(7, 1, 2), 1).end == N_PROMPT
 
 
 @pytest.mark.parametrize(("n_prompt", "n_steps"), [(256, 1), (200, 57), (1, 256)])

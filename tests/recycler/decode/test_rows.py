@@ -23,10 +23,12 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
-from recycler.decode import rows as module
+from recycler.decode.plain.attention import MaskedSets, UnitAttention
+from recycler.decode.plain.decoding import PlainDecoding
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
-from recycler.decode.rows import DecodeRows, RowsStep, decode_rows
+from recycler.decode.rows import Rows, RowsStep, decode_rows
 from recycler.decode.session import recycled
+from recycler.sets.recycled_set import RecycledSet
 
 N_PROMPT, N_STEPS = 18, 20
 # The engine's norms are of the model's precision, those of transformers of float32.
@@ -80,11 +82,11 @@ def read(model: PreTrainedModel, tokens: Tensor, selection: Selection) -> ReadPr
     return read_prompt(model, tokens, N_STEPS, prompt_queries=[selection.prompt_queries])
 
 
-def follow(rows: DecodeRows, n_rows: int, text: Tensor) -> list[RowsStep]:
+def follow(rows: Rows, n_rows: int, text: Tensor) -> list[RowsStep]:
     return [rows.step(token.expand(n_rows)) for token in text]
 
 
-def write(rows: DecodeRows, prompt: ReadPrompt, n_rows: int) -> list[list[int]]:
+def write(rows: Rows, prompt: ReadPrompt, n_rows: int) -> list[list[int]]:
     """What each row writes greedily."""
     tokens = prompt.logits.argmax(-1).expand(n_rows)
     written = [tokens]
@@ -96,9 +98,10 @@ def write(rows: DecodeRows, prompt: ReadPrompt, n_rows: int) -> list[list[int]]:
 
 def both(
     model: PreTrainedModel, prompt: ReadPrompt, policies: Sequence[StepPolicy], selection: Selection
-) -> tuple[DecodeRows, DecodeRows]:
+) -> tuple[Rows, Rows]:
     engine, plain = (decode_rows(model, prompt, policies, selection, fast=fast) for fast in (True, False))
-    assert type(engine) is not type(plain)
+    assert not isinstance(engine.decoding, PlainDecoding)
+    assert isinstance(plain.decoding, PlainDecoding)
     return engine, plain
 
 
@@ -187,7 +190,7 @@ def test_a_mean_over_the_layer_is_left_to_the_plain_path(
     model, tokens = make_model(), make_tokens(N_PROMPT + N_STEPS)[0]
     prompt = read(model, tokens[:N_PROMPT], TOVA)
     asked, kept = (decode_rows(model, prompt, BY_LAYER, TOVA, fast=fast) for fast in (True, False))
-    assert type(asked) is type(kept) is type(decode_rows(model, prompt, BY_LAYER, Selection(6, 0, 0), fast=False))
+    assert isinstance(asked.decoding, PlainDecoding)
     pairs = zip(*(follow(rows, len(BY_LAYER), tokens[N_PROMPT:]) for rows in (asked, kept)), strict=True)
     for one, other in pairs:
         assert torch.equal(one.logits, other.logits)
@@ -203,13 +206,13 @@ def test_with_a_mean_over_the_layer_all_its_heads_hold_the_same_tokens_in_the_sa
 ) -> None:
     selection = Selection(6, 1, 1, group="layer_mean", ranking=ranking)  # type: ignore[arg-type]
     positions: list[Tensor] = []
-    stock = module.attend_by_mask
+    stock = MaskedSets.attend
 
-    def noting(query: Tensor, keys: object, values: object, full: Tensor, sets: object, scaling: float) -> object:
-        positions.append(sets.positions.clone())  # type: ignore[attr-defined]
-        return stock(query, keys, values, full, sets, scaling)  # type: ignore[arg-type]
+    def noting(attention: MaskedSets, full: Tensor, sets: RecycledSet) -> UnitAttention:
+        positions.append(sets.positions.clone())
+        return stock(attention, full, sets)
 
-    monkeypatch.setattr(module, "attend_by_mask", noting)
+    monkeypatch.setattr(MaskedSets, "attend", noting)
     model, tokens = make_model(kv_heads=4), make_tokens(N_PROMPT + N_STEPS)[0]
     prompt = read(model, tokens[:N_PROMPT], selection)
     follow(decode_rows(model, prompt, BY_LAYER, selection), len(BY_LAYER), tokens[N_PROMPT:])

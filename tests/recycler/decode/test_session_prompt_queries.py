@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from policies import FixedStride, NeverFull, Selection
 from recycler.decode import session as module
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.first_sets import LayerFirstSets, first_sets_of_layer
 from recycler.decode.read_prompt import read_prompt
 from recycler.decode.rows import decode_rows
 from recycler.decode.session import recycled
@@ -43,18 +43,17 @@ def first_sets(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[list[list[int]
     """Places `[layer][row][kv_head]` that the session chose last at the end of a prompt or of a chunk."""
     chosen: dict[int, list[list[list[int]]]] = {}
 
-    def noting(layer: int, *arguments: Any) -> LayerUnits:
-        units = LayerUnits(layer, *arguments)
-        chosen[layer] = places(units)
-        return units
+    def noting(layer: int, *arguments: Any) -> LayerFirstSets:
+        found = first_sets_of_layer(layer, *arguments)
+        chosen[layer] = places(found.sets.positions)
+        return found
 
-    monkeypatch.setattr(module, "LayerUnits", noting)
+    monkeypatch.setattr(module, "first_sets_of_layer", noting)
     return chosen
 
 
-def places(units: LayerUnits) -> list[list[list[int]]]:
-    held = units.recycled.positions
-    return [[sorted(unit[unit >= 0].tolist()) for unit in row] for row in held]
+def places(positions: Tensor) -> list[list[list[int]]]:
+    return [[sorted(unit[unit >= 0].tolist()) for unit in row] for row in positions]
 
 
 def generate(model: PreTrainedModel, tokens: Tensor, padding: tuple[int, ...] = (), **more: Any) -> Tensor:
@@ -68,7 +67,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, padding: tuple[int, ...] = 
 def alone(model: PreTrainedModel, tokens: Tensor, selection: Selection) -> tuple[list[list[list[int]]], list[int]]:
     """Of a prompt without padding: the first sets `[layer][kv_head]`, and what is written with them for ever."""
     prompt = read_prompt(model, tokens, N_NEW, prompt_queries=[selection.prompt_queries])
-    sets = [places(layer.units(i, selection, frozenset(), 1))[0] for i, layer in enumerate(prompt.layers)]
+    sets = [places(layer)[0] for layer in prompt.first_sets(selection, 1).positions]
     rows = decode_rows(model, prompt, [NeverFull()], selection, fast=False)
     written = [int(prompt.logits.argmax())]
     while len(written) < N_NEW:

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from policies import FixedStride, NeverFull, Selection
-from recycler.evaluate import EveryStep, FreshTopK, Method, Quest, Scheduled
+from recycler.evaluate import Method, Quest, Scheduled
+from recycler.evaluate.baselines import fresh_top_k
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
 from recycler.tasks import TaskPrompt
@@ -63,9 +64,9 @@ def methods() -> list[Method]:
     window = Selection(12, sinks=2, window=4)
     return [
         Scheduled("stride", "", FixedStride(3), window),
-        EveryStep("pages", "", Quest(8, page_tokens=4, dense_layers=1)),
+        Quest("pages", "", 8, page_tokens=4, dense_layers=1),
         Scheduled("h2o", "", NeverFull(), Selection(12, 0, 6, 0, 0, "mean", "accumulated", None)),  # type: ignore[arg-type]
         Scheduled("never", "", NeverFull(), window),
-        EveryStep("fresh", "", FreshTopK(window)),
+        fresh_top_k("fresh", "", window),
         Scheduled("whole", "", FixedStride(1), window),
     ]

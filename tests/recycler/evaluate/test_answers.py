@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from policies import FixedStride, NeverFull, RefreshKeys, Selection
 from recycler.decode.session import recycled
-from recycler.evaluate import EveryStep, FreshTopK, Method, Outcome, Scheduled
+from recycler.evaluate import Method, Outcome, Scheduled
 from recycler.evaluate.answers import measure
+from recycler.evaluate.baselines import fresh_top_k
 from recycler.measure.closed_loop import run_closed_loop
 from recycler.model.loading import LoadedModel
 from recycler.tasks import TaskPrompt
@@ -233,11 +234,11 @@ def test_a_keys_only_refresh_counts_half_in_both_shares(
         assert share == pytest.approx(np.mean(read / dense))
 
 
-def test_shares_of_what_chooses_at_every_step_are_those_of_its_selector(
+def test_a_new_set_at_every_step_is_a_keys_only_refresh_at_every_step(
     loaded: LoadedModel, make_task: Callable[..., TaskPrompt]
 ) -> None:
-    found = measure(loaded, make_task(), [EveryStep("fresh", "", FreshTopK(Selection(12, 2, 4)))]).methods["fresh"]
-    assert (found.full_share, found.answer_full_share) == (0, 0)
+    found = measure(loaded, make_task(), [fresh_top_k("fresh", "", Selection(12, 2, 4))]).methods["fresh"]
+    assert (found.full_share, found.answer_full_share) == (0.5, 0.5)
     # All keys and 12 values.
     reads = [(end + 12) / 2 / end for end in range(41, 51)]
     assert found.read_share == pytest.approx(np.mean(reads))

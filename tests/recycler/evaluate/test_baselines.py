@@ -24,8 +24,9 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
-from recycler.decode.plain.attention import attend_by_index
-from recycler.decode.plain.units import LayerUnits
+from recycler.decode.first_sets import FirstSets, first_sets_of_layer
+from recycler.decode.plain.attention import GatheredSets
+from recycler.decode.plain.step import PlainUnits
 from recycler.evaluate.baselines import (
     CHECKS_EVERY,
     OUR_SET,
@@ -33,14 +34,15 @@ from recycler.evaluate.baselines import (
     SFI_MAX_AGE,
     STRIDES,
     baselines,
+    dynamic_schedules,
+    fresh_top_k,
     h2o_set,
     refreshkv_set,
     snapkv_set,
     streaming_llm_set,
     tova_set,
 )
-from recycler.evaluate.fresh_top_k import FreshTopK
-from recycler.evaluate.method import EveryStep, Method, Scheduled
+from recycler.evaluate.method import Method, Scheduled
 from recycler.evaluate.quest import Quest
 from recycler.sets.prompt_votes import PromptVotes
 from recycler.sets.scores import probabilities
@@ -84,14 +86,15 @@ def decode(
     last = queries[:, :, :, end - 1]
     votes = PromptVotes(selection.prompt_queries).see(queries[..., :end, :], cache[:, :, :end], None, 1.0)
     attention = probabilities(last @ cache[:, :, :end].transpose(-1, -2), None)
-    units = LayerUnits(0, selection, policy.needs, last, attention, 0, end, votes)
+    chosen = first_sets_of_layer(0, selection, last, attention, 0, end, votes)
+    units = PlainUnits(FirstSets.of([chosen], np.zeros(1, dtype=np.int64), end), policy)
     seen: list[list[str | list[int]]] = []
     for step in range(len(steps)):
         end += 1
         query = queries[:, :, :, end - 1]
-        full = units.decide(policy, query, token=None if fed is None else torch.tensor([[fed[step]]]))
-        attended = attend_by_index(query, cache[:, :, :end], cache[:, :, :end], None, full, units.recycled, 1.0)
-        units.settle(full, attended)
+        attention_now = GatheredSets(query, cache[:, :, :end], cache[:, :, :end], None, 1.0)
+        attended = units.attend(0, query, attention_now, None if fed is None else torch.tensor([[fed[step]]]))
+        full = units.full[:, 0] & ~units.keys_only[:, 0]
         read = [(attended.output[0, head] > 0).any(0).nonzero()[:, 0].tolist() for head in range(kv_heads)]
         assert all(places == list(range(end)) for places, whole in zip(read, full[0], strict=True) if whole)
         seen.append([FULL if whole else places for places, whole in zip(read, full[0], strict=True)])
@@ -339,37 +342,29 @@ def test_random_refreshes_each_unit_at_its_own_random_steps() -> None:
     ]
 
 
-def choose(selector: FreshTopK, weights: Sequence[Sequence[Weights]], n_tokens: int) -> list[list[int]]:
-    """What each KV head attends to; all heads of a group attend to the same."""
-    key = torch.eye(n_tokens, dtype=torch.float64).expand(len(weights), -1, -1)
-    allowed = selector.choose(0, queries_of(weights, n_tokens), key, 1.0).allowed
-    assert (allowed == allowed[:, :1]).all()
-    return [head[0].nonzero()[:, 0].tolist() for head in allowed]
-
-
 def test_fresh_top_k_attends_to_the_set_that_this_steps_own_query_would_choose() -> None:
-    selector = FreshTopK(refreshkv_set(7))
+    method = fresh_top_k("fresh", "", refreshkv_set(7))
     # As RefreshKV at a full step, and nothing is left of the step before.
-    assert choose(selector, [[{6: 76.0, 12: 10.0}, {12: 70.0, 3: 16.0}]], 16) == [[3, 4, 5, 6, 7, 8, 9]]
-    assert choose(selector, [[{}, {12: 90.0}]], 17) == [[9, 10, 11, 12, 13, 14, 15]]
+    steps = [[[{6: 76.0, 12: 10.0}, {12: 70.0, 3: 16.0}]], [[{}, {12: 90.0}]]]
+    seen = decode(method.policy, method.selection, [[[{9: 90.0}, {9: 90.0}]]] * 15, steps)
+    assert only(seen) == [[3, 4, 5, 6, 7, 8, 9], [9, 10, 11, 12, 13, 14, 15]]
 
 
 def test_the_ceiling_is_sinks_window_and_the_single_best_tokens() -> None:
-    selector = FreshTopK(Selection(5, sinks=1, window=2, pool_backward=0, pool_forward=0))
+    method = fresh_top_k("fresh", "", Selection(5, sinks=1, window=2, pool_backward=0, pool_forward=0))
     # Two KV heads of one query head each: {0}, {8, 9}, and the two best of the rest.
-    assert choose(selector, [[{3: 9.0, 6: 8.0, 5: 7.0}], [{5: 9.0, 2: 8.0, 9: 99.0}]], 10) == [
-        [0, 3, 6, 8, 9],
-        [0, 2, 5, 8, 9],
-    ]
+    step: list[list[Weights]] = [[{3: 9.0, 6: 8.0, 5: 7.0}], [{5: 9.0, 2: 8.0, 9: 99.0}]]
+    (found,) = decode(method.policy, method.selection, flat(9, 2), [step])
+    assert found == [[0, 3, 6, 8, 9], [0, 2, 5, 8, 9]]
 
 
 def test_quest_attends_to_the_pages_whose_largest_and_smallest_channels_promise_most() -> None:
     key = torch.tensor([[[1, 0], [0, 1], [1.5, 0], [1.4, 0], [-5, 0], [0, -5], [0.5, 0.5]]])
-    quest = Quest(4, page_tokens=2, dense_layers=0)
+    quest = Quest("quest", "", 4, page_tokens=2, dense_layers=0)
     # The four pages promise the query (1, 1) 1 + 1, 1.5 + 0, 0 + 0 and 0.5 + 0.5: the first has no key that keeps the
     # promise, and is taken. They promise (-1, -1) 0, -1.4, 10 and -1.
     both = torch.tensor([[[1.0, 1.0], [-1.0, -1.0]]])
-    chosen = quest.choose(2, both, key, 1.0).allowed
+    chosen = quest.choose(2, both, key).allowed
     assert [head.nonzero()[:, 0].tolist() for head in chosen[0]] == [[0, 1, 2, 3], [0, 1, 4, 5]]
 
 
@@ -380,10 +375,8 @@ SHAPE = ModelShape("tiny", layers=3, kv_heads=2, query_heads=4, head_dim=8)
 OURS = Selection(K, sinks=2, window=8)
 
 
-def named(
-    k: int = K, our_set: Selection | None = None, thresholds: Mapping[str, float] | None = None
-) -> dict[str, Method]:
-    methods = baselines(k, SHAPE, 0.1, (7, 9), thresholds=thresholds, our_set=our_set)
+def named(k: int = K, our_set: Selection | None = None) -> dict[str, Method]:
+    methods = baselines(k, SHAPE, 0.1, (7, 9), our_set=our_set)
     by_name = {method.name: method for method in methods}
     assert len(by_name) == len(methods)
     return by_name
@@ -421,12 +414,15 @@ def test_schedules_run_with_refreshkv_s_set_and_once_more_with_ours(suffix: str)
 
 def test_methods_that_choose_at_every_step() -> None:
     methods = named(our_set=OURS)
-    selectors = {name: method.selector for name, method in methods.items() if isinstance(method, EveryStep)}
-    assert selectors == {
-        "quest": Quest(K, page_tokens=16, dense_layers=2),
-        "fresh_top_k": FreshTopK(refreshkv_set(K)),
-        "fresh_top_k" + OUR_SET: FreshTopK(OURS),
-        "fresh_top_k_ceiling": FreshTopK(dataclasses.replace(OURS, pool_backward=0, pool_forward=0)),
+    assert methods["quest"] == Quest("quest", "Quest, arXiv 2406.10774", K, page_tokens=16, dense_layers=2)
+    fresh = {name: method for name, method in methods.items() if name.startswith("fresh")}
+    assert {name: method.settings() for name, method in fresh.items()} == {
+        name: fresh_top_k(name, "", selection).settings()
+        for name, selection in (
+            ("fresh_top_k", refreshkv_set(K)),
+            ("fresh_top_k" + OUR_SET, OURS),
+            ("fresh_top_k_ceiling", dataclasses.replace(OURS, pool_backward=0, pool_forward=0)),
+        )
     }
 
 
@@ -435,31 +431,23 @@ def test_without_our_set_there_is_none_of_ours() -> None:
     assert set(named()) < set(named(our_set=OURS))
 
 
-def test_tuned_thresholds_go_to_the_schedule_and_the_set_that_they_were_tuned_for() -> None:
-    thresholds = {
-        "refreshkv_qc5_tuned": 0.5,
-        "refreshkv_qc10_tuned": 0.6,
-        "refreshkv_qc5_tuned" + OUR_SET: 0.7,
-        "refreshkv_qc10_tuned" + OUR_SET: 0.8,
-    }
-    methods = named(our_set=OURS, thresholds=thresholds)
-    tuned = {
-        name: (method.policy, method.selection)
-        for name, method in methods.items()
-        if isinstance(method, Scheduled) and "tuned" in name
-    }
-    assert tuned == {
+def test_dynamic_schedules_are_there_with_either_set_and_at_the_threshold_given() -> None:
+    unpooled = dataclasses.replace(Selection.unpooled(K), unit_k=((60, 68), (64, 64), (64, 64)))
+    found = {one.name: one.method(0.5, K, unpooled) for one in dynamic_schedules(unpooled)}
+    assert {name: (one.policy, one.selection) for name, one in found.items()} == {
         "refreshkv_qc5_tuned": (LayerCosine(0.5, 5), refreshkv_set(K)),
-        "refreshkv_qc10_tuned": (LayerCosine(0.6, 10), refreshkv_set(K)),
-        "refreshkv_qc5_tuned" + OUR_SET: (LayerCosine(0.7, 5), OURS),
-        "refreshkv_qc10_tuned" + OUR_SET: (LayerCosine(0.8, 10), OURS),
+        "refreshkv_qc10_tuned": (LayerCosine(0.5, 10), refreshkv_set(K)),
+        "refreshkv_qc5_tuned" + OUR_SET: (LayerCosine(0.5, 5), unpooled.pooled()),
+        "refreshkv_qc10_tuned" + OUR_SET: (LayerCosine(0.5, 10), unpooled.pooled()),
     }
+    assert all(name == one.name for name, one in found.items())
+    assert [one.name for one in dynamic_schedules(None)] == ["refreshkv_qc5_tuned", "refreshkv_qc10_tuned"]
 
 
 def test_all_sets_are_of_one_size() -> None:
     for method in named(our_set=OURS).values():
-        chooses = method if isinstance(method, Scheduled) else getattr(method, "selector")  # noqa: B009
-        assert (chooses.k if isinstance(chooses, Quest) else chooses.selection.k) == K
+        assert isinstance(method, (Scheduled, Quest))
+        assert (method.k if isinstance(method, Quest) else method.selection.k) == K
 
 
 @pytest.mark.parametrize(
@@ -479,7 +467,7 @@ def test_the_ceiling_of_a_set_with_sizes_of_units_has_them_too() -> None:
     sized = dataclasses.replace(OURS, unit_k=tuple((K - 5, K + 5) for _ in range(SHAPE.layers)))
     methods = named(our_set=sized)
     for name in ("fresh_top_k_ceiling", "fresh_top_k" + OUR_SET):
-        assert methods[name].selector.selection.unit_k == sized.unit_k  # type: ignore[attr-defined]
+        assert methods[name].selection.unit_k == sized.unit_k  # type: ignore[attr-defined]
 
 
 def test_a_set_of_ours_for_another_model_is_refused_with_both_shapes() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from policies import LayerCosine, Selection
 from recycler.evaluate import calibrate
-from recycler.evaluate.baselines import OUR_SET, refreshkv_set
+from recycler.evaluate.baselines import DynamicSchedule, dynamic_schedules, refreshkv_set
 from recycler.evaluate.calibrate import calibrated_thresholds
 from recycler.measure.closed_loop import run_closed_loop
 from recycler.model.loading import LoadedModel
@@ -46,19 +46,19 @@ def test_a_threshold_is_the_highest_of_the_grid_whose_share_stays_within_the_bud
     loaded: LoadedModel, prompts: list[Prompt], budget: float, every: int
 ) -> None:
     found = calibrated_thresholds(loaded, prompts, K, budget, OURS)
-    for suffix, selection in (("", refreshkv_set(K)), (OUR_SET, OURS)):
+    for ours, selection in ((False, refreshkv_set(K)), (True, OURS)):
         by_threshold = shares(loaded, prompts, every, selection)
         within = by_threshold <= budget
         assert within.any()
         assert not within.all()
-        assert found[f"refreshkv_qc{every}_tuned{suffix}"] == GRID[within].max()
+        assert found[DynamicSchedule(every, ours)] == GRID[within].max()
 
 
 def test_where_looks_are_rarer_than_the_budget_every_look_is_full(
     loaded: LoadedModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = calibrated_thresholds(loaded, prompts, K, 0.1, None)
-    assert found["refreshkv_qc10_tuned"] == 1
+    assert found[DynamicSchedule(10, False)] == 1
     policy = LayerCosine(1.0, 10)
     (share,) = run_closed_loop(
         loaded.model, prompts[0].tokens, prompts[0].n_prompt_tokens, [policy], refreshkv_set(K)
@@ -69,16 +69,14 @@ def test_where_looks_are_rarer_than_the_budget_every_look_is_full(
         raise AssertionError("there is nothing to tune")
 
     monkeypatch.setattr(calibrate, "run_closed_loop", run)
-    assert calibrated_thresholds(loaded, prompts, K, 0.2, OURS) == {
-        name + suffix: 1.0 for name in ("refreshkv_qc5_tuned", "refreshkv_qc10_tuned") for suffix in ("", OUR_SET)
-    }
+    assert calibrated_thresholds(loaded, prompts, K, 0.2, OURS) == dict.fromkeys(dynamic_schedules(OURS), 1.0)
 
 
 def test_where_even_the_lowest_threshold_asks_too_often_the_layer_is_never_full(
     loaded: LoadedModel, prompts: list[Prompt]
 ) -> None:
     found = calibrated_thresholds(loaded, prompts, K, 0.0, None)
-    assert found == {"refreshkv_qc5_tuned": -1.0, "refreshkv_qc10_tuned": -1.0}
+    assert found == dict.fromkeys(dynamic_schedules(None), -1.0)
     (share,) = run_closed_loop(
         loaded.model, prompts[0].tokens, prompts[0].n_prompt_tokens, [LayerCosine(-1.0, 5)], refreshkv_set(K)
     ).full_share

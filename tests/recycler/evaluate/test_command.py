@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from policies import FixedStride, ModelShape, PolicyFile, Selection, StepPolicy
-from recycler.evaluate import competitors, store
+from recycler.evaluate import answers, competitors
 from recycler.evaluate.__main__ import main
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import model_shape
@@ -104,7 +104,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     run: Run, write_policy: WritePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
-    stock = store.measure
+    stock = answers.measure
 
     def interrupted(loaded: Any, task: Any, methods: Any) -> Any:
         if len(measured) == 2:
@@ -113,14 +113,14 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
         return stock(loaded, task, methods)
 
     arguments = ("--policy", write_policy(), *TEXTS, *SIZES, "--methods", "never")
-    monkeypatch.setattr(store, "measure", interrupted)
+    monkeypatch.setattr(answers, "measure", interrupted)
     assert run(*arguments)[0] == 130
 
     def counted(loaded: Any, task: Any, methods: Any) -> Any:
         measured.append(task.prompt.name)
         return stock(loaded, task, methods)
 
-    monkeypatch.setattr(store, "measure", counted)
+    monkeypatch.setattr(answers, "measure", counted)
     assert run(*arguments)[0] == 0
     assert sorted(measured) == ["prose-001", "prose-002", "technical-001", "technical-002"]
 

@@ -12,9 +12,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from policies import Selection
-from recycler import size_losses
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
+from recycler.record import size_losses
 from recycler.record.one_prompt import record_trace
 from recycler.record.size_losses import measure_size_losses, set_sizes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recycler.decode.cpu import compiled, decide, layer
+from recycler.decode.cpu import compiled, decide, dense, walk
 
 REPOSITORY = Path(compiled.__file__).parents[3]
 # A kernel in a module of its own; "changed" stands for a change in the sources that it is made of.
@@ -42,7 +42,7 @@ def test_a_kernel_on_disk_is_used_until_a_source_changes(tmp_path: Path) -> None
     assert hits_and_misses("changed") == "1 0"
 
 
-@pytest.mark.parametrize("kernel", [layer.project, layer.attend, layer.feed, layer.predict, decide.run_program])
+@pytest.mark.parametrize("kernel", [dense.project, walk.attend, dense.feed, dense.predict, decide.run_program])
 def test_what_python_calls_is_stamped_with_the_digest_of_the_sources(kernel: object) -> None:
     stamp = kernel._cache._cache_file._source_stamp  # type: ignore[attr-defined]
     assert stamp[-1] == compiled._SOURCES

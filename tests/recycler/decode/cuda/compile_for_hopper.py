@@ -15,7 +15,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import recycler.decode.session
 from policies import (
     BudgetConstrained,
     CosineThreshold,
@@ -25,6 +24,7 @@ from policies import (
     Selection,
     StepPolicy,
 )
+from recycler.decode import engines
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.session import recycled
@@ -78,7 +78,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     machine = Machine(n_programs=264, captures=False, compiles=False)
-    recycler.decode.session.engine_for = lambda model: CudaEngine(model, machine)
+    engines.engine_for = lambda model: CudaEngine(model, machine)
     decode(BudgetConstrained(LOGISTIC, 0.1), Selection.unpooled(256), torch.bfloat16, 1)
     decode(RefreshKeys(FixedStride(10)), Selection(256), torch.float32, 2)
     decode(CosineThreshold(0.5, 2.5), Selection(256, ranking="accumulated"), torch.float16, 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-import recycler.decode.session
+from recycler.decode import engines
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 
@@ -79,6 +79,6 @@ def on_engine(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[...
 
     def use(**other: Any) -> None:
         how = Machine(**(vars(machine) | other))
-        monkeypatch.setattr(recycler.decode.session, "engine_for", lambda model: CudaEngine(model, how))
+        monkeypatch.setattr(engines, "engine_for", lambda model: CudaEngine(model, how))
 
     return use

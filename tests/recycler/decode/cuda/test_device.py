@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from triton.runtime import interpreter
 
-import recycler.decode.rows
-import recycler.decode.session
 from policies import (
     BudgetConstrained,
     CosineThreshold,
@@ -238,7 +236,6 @@ def test_a_recording_is_that_of_the_cpu(model: PreTrainedModel, make_tokens: Mak
 def test_policies_side_by_side_do_what_they_do_on_the_cpu(
     model: PreTrainedModel, make_tokens: Make, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
-    monkeypatch.setattr(recycler.decode.rows, "engine_for", recycler.decode.session.engine_for)
     text, policies = make_tokens(26)[0].numpy(), (FixedStride(3), BUDGET, RefreshKeys(BUDGET))
     selection = Selection(12, 2, 4, prompt_queries=4)
     here = run_closed_loop(model, text, 20, policies, selection, fast=False)

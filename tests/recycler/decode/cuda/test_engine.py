@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import recycler.decode.rows
-import recycler.decode.session
 from policies import (
     AlwaysFull,
     BudgetConstrained,
@@ -248,7 +246,6 @@ def test_rows_with_policies_of_their_own_do_what_they_do_alone(
     tiny: Make, make_tokens: Make, on_engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_engine()
-    monkeypatch.setattr(recycler.decode.rows, "engine_for", recycler.decode.session.engine_for)
     model, tokens = tiny(), make_tokens(20)[0].tolist()
     policies: tuple[StepPolicy, ...] = (
         AlwaysFull(),

@@ -95,7 +95,7 @@ def test_captured_and_compiled_steps_are_those_of_the_kernels_one_by_one(
     model = models(dtype)
     captured = generate(model, policy)
     machine = Machine(**(vars(Machine.of(torch.device("cuda"))) | {"captures": False}))
-    monkeypatch.setattr("recycler.decode.session.engine_for", lambda model: CudaEngine(model, machine))
+    monkeypatch.setattr("recycler.decode.engines.engine_for", lambda model: CudaEngine(model, machine))
     one_by_one = generate(model, policy)
     assert captured[0] == one_by_one[0]
     assert captured[1].full_steps.tolist() == one_by_one[1].full_steps.tolist()
@@ -147,7 +147,7 @@ def test_a_graph_survives_the_growth_of_the_cache(
 ) -> None:
     model = models(torch.float32)
     machine = Machine(**(vars(Machine.of(torch.device("cuda"))) | {"chunk_tokens": chunk_tokens}))
-    monkeypatch.setattr("recycler.decode.session.engine_for", lambda model: CudaEngine(model, machine))
+    monkeypatch.setattr("recycler.decode.engines.engine_for", lambda model: CudaEngine(model, machine))
     # The cache grows every 64 tokens.
     found, _ = generate(model, AlwaysFull(), 300, n_new=300)
     assert found == generate(model, None, 300, n_new=300)[0]

@@ -1,11 +1,11 @@
-"""Two ways to attend: by index and by mask."""
+"""Two ways to attend: sets gathered out of the cache, and masks over the whole product."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from policies import Selection
-from recycler.decode.plain.attention import attend_by_index, attend_by_mask
+from recycler.decode.plain.attention import GatheredSets, MaskedSets
 from recycler.sets.recycled_set import RecycledSet
 from recycler.sets.scores import probabilities
 
@@ -40,7 +40,7 @@ def test_full_units_see_everything_visible_and_recycled_ones_their_set(
     query, key = random(ROWS, KV_HEADS, GROUP, HEAD_DIM), random(ROWS, KV_HEADS, TOKENS, HEAD_DIM)
     value, full = random(ROWS, KV_HEADS, TOKENS, HEAD_DIM + 0) * 2, decisions(share)
     visible = torch.arange(TOKENS) >= torch.arange(ROWS)[:, None] if padded else None
-    found = attend_by_index(query, key, value, visible, full, sets, 0.7)
+    found = GatheredSets(query, key, value, visible, 0.7).attend(full, sets)
     n_full = n_recycled = 0
     for row in range(ROWS):
         for head in range(KV_HEADS):
@@ -62,17 +62,26 @@ def test_full_units_see_everything_visible_and_recycled_ones_their_set(
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("shared", [0, 1, 7, 10])
-def test_mask_agrees_with_index_also_where_rows_share_a_part(sets: RecycledSet, share: float, shared: int) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_agree_with_gathered_sets_also_where_rows_share_a_part(
+    sets: RecycledSet, share: float, shared: int, padded: bool
+) -> None:
     query = random(ROWS, KV_HEADS, GROUP, HEAD_DIM)
     keys, values = (
         (random(1, KV_HEADS, shared, HEAD_DIM) + shift, random(ROWS, KV_HEADS, TOKENS - shared, HEAD_DIM) + shift)
         for shift in (0, 0.25)
     )
     key, value = (torch.cat([common.expand(ROWS, -1, -1, -1), own], dim=2) for common, own in (keys, values))
-    by_index = attend_by_index(query, key, value, None, decisions(share), sets, 0.7)
-    by_mask = attend_by_mask(query, keys, values, decisions(share), sets, 0.7)
-    for name in vars(by_index):
-        torch.testing.assert_close(getattr(by_mask, name), getattr(by_index, name))
+    visible = torch.arange(TOKENS) >= torch.arange(ROWS)[:, None] if padded else None
+    gathered, masked = (
+        GatheredSets(query, key, value, visible, 0.7),
+        MaskedSets(query, keys, values, visible, 0.7),
+    )
+    expected, found = (one.attend(decisions(share), sets) for one in (gathered, masked))
+    for name in vars(expected):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    some = decisions(0.5).nonzero(as_tuple=True)
+    torch.testing.assert_close(masked.score(some), gathered.score(some))
 
 
 def test_probabilities_have_at_least_float32() -> None:

@@ -25,6 +25,7 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
+from recycler.decode.plain.attention import GatheredSets
 from recycler.decode.session import recycled
 from recycler.model.attention_hook import attention_replaced
 from recycler.sets.recycled_set import RecycledSet
@@ -208,15 +209,12 @@ def test_sets_in_use_hold_at_most_k_tokens_and_all_that_must_stay(
 ) -> None:
     used: list[RecycledSet] = []
 
-    def noting(*arguments: Any) -> Any:
-        (recycled_set,) = (argument for argument in arguments if isinstance(argument, RecycledSet))
-        used.append(RecycledSet(recycled_set.positions.clone(), recycled_set.scores.clone(), recycled_set.selection))
-        return attend(*arguments)
+    def noting(attention: GatheredSets, full: Tensor, sets: RecycledSet) -> Any:
+        used.append(RecycledSet(sets.positions.clone(), sets.scores.clone(), sets.selection))
+        return attend(attention, full, sets)
 
-    from recycler.decode import session
-
-    attend = session.attend_by_index
-    monkeypatch.setattr(session, "attend_by_index", noting)
+    attend = GatheredSets.attend
+    monkeypatch.setattr(GatheredSets, "attend", noting)
     selection = Selection(7, sinks=2, window=3, ranking=ranking, unit_k=unit_k)
     with recycled(make_model(), policy, selection, fast=False):
         decode(make_model(), make_tokens(8, rows=2))

@@ -1,0 +1,78 @@
+"""The plain path's decode step: who decides, what is attended to, what is written down, one layer at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies import StepPolicy
+from recycler.decode.counts import RunningTotals, Totals, keys_only_units, tokens_read
+from recycler.decode.first_sets import FirstSets
+from recycler.decode.plain.attention import StepAttention, UnitAttention
+from recycler.decode.plain.units import LayerUnits
+
+
+class PlainUnits:
+    """The units of all layers after a prompt, for whoever runs the model and hands over each layer's attention.
+
+    Args:
+        first: What the prompt left behind.
+        policy: Who decides.
+
+    Attributes:
+        n_steps: Steps that were begun.
+        full: bool `(rows, layers, kv_heads)`: decisions of the last step.
+        keys_only: bool of the same shape: those of them that were keys-only refreshes.
+        tokens_read: float64 of the same shape: what each unit read at the last step, as `Totals` counts it.
+    """
+
+    def __init__(self, first: FirstSets, policy: StepPolicy) -> None:
+        layers, kv_heads = first.units
+        self._policy = policy
+        self._start = first.start
+        self._layers = [LayerUnits(layer, first, policy.needs) for layer in range(layers)]
+        self._by_keys = torch.from_numpy(keys_only_units(policy, first.units)).to(first.positions.device)
+        self.n_steps = 0
+        self.full, self.keys_only = np.zeros((2, first.n_rows, layers, kv_heads), dtype=bool)
+        self.tokens_read = np.zeros(self.full.shape)
+        self._running = RunningTotals(self.full.shape)
+
+    def attend(self, layer: int, query: Tensor, attention: StepAttention, token: Tensor | None) -> UnitAttention:
+        """Take a step with one layer; a step begins with layer 0.
+
+        Args:
+            layer: Index of the layer.
+            query: `(rows, kv_heads, group, head_dim)`.
+            attention: The same queries before the layer's cache, which holds this step's token.
+            token: `(rows, 1)`, ids of the tokens that are fed; None if they are not known.
+
+        Raises:
+            ValueError: If scores pool over a layer whose heads decide apart.
+        """
+        units = self._layers[layer]
+        reasons: dict[str, Tensor] = {}
+        full = units.decide(self._policy, query, reasons, token)
+        keys_only = full & self._by_keys[:, layer]
+        refreshed = keys_only.nonzero(as_tuple=True)
+        if refreshed[0].numel():
+            units.refresh_at_once(refreshed, attention.score(refreshed))
+        attended = attention.attend(full & ~keys_only, units.recycled)
+        self._note(layer, full, keys_only, reasons)
+        units.settle(full, attended)
+        return attended
+
+    def totals(self) -> Totals:
+        """What was done since the prompt."""
+        return self._running.totals()
+
+    def _note(self, layer: int, full: Tensor, keys_only: Tensor, reasons: dict[str, Tensor]) -> None:
+        units = self._layers[layer]
+        self.n_steps += layer == 0
+        in_set = units.recycled.filled.sum(-1).cpu().numpy()
+        dense = np.asarray(units.end - self._start)[:, None]
+        self.full[:, layer], self.keys_only[:, layer] = full.cpu().numpy(), keys_only.cpu().numpy()
+        done = self.full[:, layer], self.keys_only[:, layer]
+        self.tokens_read[:, layer] = tokens_read(*done, dense, in_set)
+        noted = {reason: overruled.cpu().numpy() for reason, overruled in reasons.items()}
+        self._running.add(*done, self.tokens_read[:, layer], noted, layer)
