@@ -145,7 +145,7 @@ def _full_counts(receipt: Receipt) -> float:
 
 def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:
     """Share of decoding that the CPU engine spends on asking the policy and on writing down what was done."""
-    from recycler.decode.cpu.decide import DecisionsByProgram
+    from recycler.decode.cpu.decide import ProgramDecisions
     from recycler.decode.cpu.engine import CpuDecoding
 
     seconds = {"books": 0.0, "steps": 0.0}
@@ -161,8 +161,8 @@ def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:
 
     with ExitStack() as patches:
         for owner, name, of in (
-            (DecisionsByProgram, "begin_step", "books"),
-            (DecisionsByProgram, "decide", "books"),
+            (ProgramDecisions, "begin_step", "books"),
+            (ProgramDecisions, "decide", "books"),
             (CpuDecoding, "_end_step", "books"),
             (CpuDecoding, "step", "steps"),
         ):

@@ -1,4 +1,4 @@
-"""One side of `benchmarks/pairs.py`: decodes with the checkout that is first on the path, a turn for every line read."""
+"""One side of `benchmarks/pairs.py`: decodes with the checkout that is first on the path, a turn for a line read."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     subject = subject_of(None, None, asked["dtype"], "cpu", None)
     layers, kv_heads = model_shape(subject.model).units
-    tuned = Case("tuned", subject.policy, selection=None if subject.selection is None else scaled(subject.selection, _K))
+    own = None if subject.selection is None else scaled(subject.selection, _K)
     cases = {
-        "tuned": tuned,
+        "tuned": Case("tuned", subject.policy, selection=own),
         "stride": Case("stride", staggered(layers, kv_heads, 10)),
         "full": Case("full", AlwaysFull()),
         "never": Case("never", NeverFull()),

@@ -50,6 +50,14 @@ class StepPolicy(ABC):
         return first
 
     @property
+    def always_full(self) -> PerUnit:
+        """1 for units that decide for a full step at every step, whatever happens; 0 where that is not known.
+
+        Of these an engine keeps no sets, unless they refresh by their keys alone.
+        """
+        return 0
+
+    @property
     def full_cost(self) -> PerUnit:
         """What a full decision counts in the full share: 1 for a full step, 1/2 for a keys-only refresh."""
         return as_per_unit("full_cost", 1 - np.asarray(self.keys_only) / 2, 0, 1)

@@ -46,6 +46,11 @@ class BudgetConstrained(StepPolicy):
         object.__setattr__(self, "burst", as_per_unit("burst", self.burst, 0, float("inf")))
 
     @property
+    def always_full(self) -> PerUnit:
+        always = (np.asarray(self.policy.always_full) == 1) & (np.asarray(self.budget) == 1)
+        return as_per_unit("always_full", always, 0, 1)
+
+    @property
     def mean_budget(self) -> float:
         """Budget of all units together, in [0, 1]: what the full share may reach, keys-only refreshes counted half."""
         return float(np.mean(np.asarray(self.budget) * np.asarray(self.policy.full_cost)))

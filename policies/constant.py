@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from policies.arrays import Array
 from policies.base import StepPolicy
+from policies.per_unit import PerUnit
 from policies.signals import StepSignals
 
 
@@ -15,6 +16,10 @@ class AlwaysFull(StepPolicy):
     """Full attention at every step: the quality ceiling, and the price of it."""
 
     kind: ClassVar[str] = "always_full"
+
+    @property
+    def always_full(self) -> PerUnit:
+        return 1
 
     def decide(self, signals: StepSignals) -> Array:
         return signals.age >= 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from policies.arrays import Array
 from policies.base import StepPolicy
 from policies.per_unit import PerUnit, as_per_unit
@@ -32,6 +34,10 @@ class FixedStride(StepPolicy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", as_per_unit("stride", self.stride, 1, float("inf")))
         object.__setattr__(self, "phase", as_per_unit("phase", self.phase, 0, float("inf")))
+
+    @property
+    def always_full(self) -> PerUnit:
+        return as_per_unit("always_full", np.asarray(self.stride) == 1, 0, 1)
 
     def decide(self, signals: StepSignals) -> Array:
         stride = signals.per_unit(self.stride)

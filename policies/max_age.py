@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from policies.arrays import Array
 from policies.base import StepPolicy
 from policies.per_unit import PerUnit, as_per_unit
@@ -28,6 +30,11 @@ class MaxAge(StepPolicy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_age", as_per_unit("max_age", self.max_age, 1, float("inf")))
+
+    @property
+    def always_full(self) -> PerUnit:
+        always = (np.asarray(self.policy.always_full) == 1) | (np.asarray(self.max_age) == 1)
+        return as_per_unit("always_full", always, 0, 1)
 
     def decide(self, signals: StepSignals) -> Array:
         wanted = self.policy.decide(signals)

@@ -43,5 +43,9 @@ class RefreshKeys(StepPolicy):
     def keys_only(self) -> PerUnit:
         return self.units
 
+    @property
+    def always_full(self) -> PerUnit:
+        return self.policy.always_full
+
     def decide(self, signals: StepSignals) -> Array:
         return self.policy.decide(signals)

@@ -24,7 +24,7 @@ def digest_of(sources: Iterable[Path]) -> str:
 
 
 def stamped_kernel(digest: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` for a function that Python calls: kept on disk as long as the digest of its sources stays.
+    """`numba.njit` for a function that Python or kernels call: kept on disk while the digest of its sources stays.
 
     numba itself looks at the file of the function only, and would run old code after a change in what it calls.
 

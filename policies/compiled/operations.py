@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from policies.compiled.kernel import PROGRAM_SOURCES, digest_of, stamped_kernel
 from policies.program import Op
 
 # Enumerations are slow to compile; whole numbers are not.
@@ -134,7 +135,7 @@ _less, _less_equal, _greater, _greater_equal, _equal, _not_equal = map(
 _and, _or, _not, _where = map(_for_units, (_AND, _OR, _NOT, _WHERE))
 
 
-@njit(error_model="numpy", nogil=True)
+@stamped_kernel(digest_of(PROGRAM_SOURCES), nogil=True)
 def run(instructions: Any, signals: Any, registers: Any) -> None:
     """Run a program for some units at once, after `prepare`.
 

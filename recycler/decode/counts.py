@@ -74,6 +74,22 @@ class RunningTotals:
         )
 
 
+def setless_units(policy: StepPolicy, units: tuple[int, int]) -> np.ndarray:
+    """The units whose sets nobody ever reads, because they run full steps for ever.
+
+    Args:
+        policy: Whose `always_full` is asked for; a `PerRow`'s rows are asked one by one.
+        units: `(layers, kv_heads)`.
+
+    Returns:
+        bool `(rows or 1, layers, kv_heads)`, with one row if all follow one policy.
+    """
+    each = policy.rows if isinstance(policy, PerRow) else (policy,)
+    always = np.stack([np.broadcast_to(np.asarray(one.always_full) == 1, units) for one in each])
+    setless: np.ndarray = always & ~keys_only_units(policy, units)
+    return setless
+
+
 def keys_only_units(policy: StepPolicy, units: tuple[int, int]) -> np.ndarray:
     """The units whose full decisions are keys-only refreshes.
 

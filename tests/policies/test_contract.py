@@ -58,7 +58,7 @@ LOGISTIC = LearnedLogistic(tuple(FEATURES), (0.02, 0.1, -0.5, 1.5, 0.7, 2, 0.3),
 SCALAR: dict[str, list[StepPolicy]] = {
     "always_full": [AlwaysFull()],
     "never_full": [NeverFull()],
-    "fixed_stride": [FixedStride(10), FixedStride(2.5, phase=1), FixedStride(1)],
+    "fixed_stride": [FixedStride(10), FixedStride(2.5, phase=1), FixedStride(1), FixedStride(1, phase=0.3)],
     "cosine_threshold": [COSINE, CosineThreshold(0.5, check_every=5), CosineThreshold(-1)],
     "layer_cosine": [LayerCosine(0.85), LayerCosine(0.5, check_every=1), LayerCosine(-1)],
     "sentence_boundary": [SentenceBoundary((3, 7, 5)), SentenceBoundary((0,), max_age=4), SentenceBoundary((9,), 1e6)],
@@ -68,7 +68,7 @@ SCALAR: dict[str, list[StepPolicy]] = {
         LearnedLogistic((), (), intercept=0.1),
         LearnedLogistic(("age", "query_drift"), (0.5, 2), intercept=-3),
     ],
-    "max_age": [MaxAge(NeverFull(), 4), MaxAge(COSINE, 20)],
+    "max_age": [MaxAge(NeverFull(), 4), MaxAge(COSINE, 20), MaxAge(NeverFull(), 1)],
     "budget_constrained": [
         BudgetConstrained(AlwaysFull(), 0.1),
         BudgetConstrained(LOGISTIC, 0.29, burst=1.5),
@@ -98,6 +98,7 @@ PER_UNIT: dict[str, list[StepPolicy]] = {
     "budget_constrained": [
         BudgetConstrained(AlwaysFull(), SHARES, burst=TABLE),
         BudgetConstrained(FixedStride(TABLE), 0.1),
+        BudgetConstrained(FixedStride(TABLE), 1),
         BudgetConstrained(CosineThreshold(SHARES), SHARES),
     ],
     "refresh_keys": [
@@ -184,6 +185,17 @@ class TestDecisions:
         for layer in range(UNITS[0]):
             of_layer = {reason: units[:, layer] for reason, units in reasons.items()}
             assert_same(decide(policy, in_layer(signals, layer)), (full[:, layer], of_layer))
+
+    @some_examples
+    @on_random_signals
+    def test_units_that_always_run_full_do(self, policy: StepPolicy, random_signals: Make, seed: int) -> None:
+        signals = random_signals(seed)
+        full, _ = decide(policy, signals)
+        always = np.broadcast_to(np.asarray(policy.always_full) == 1, full.shape)
+        assert full[always].all()
+        # As a schedule leads there: whoever always ran full has run full at every step.
+        after_full = dataclasses.replace(signals, n_full=signals.step, age=np.ones_like(signals.age))
+        assert decide(policy, after_full)[0][always].all()
 
     def test_no_value_is_ever_looked_at(self, policy: StepPolicy, random_signals: Make, in_layer: Make) -> None:
         # A meta tensor has no values: code that branches on one, or copies one to the host, fails on it.

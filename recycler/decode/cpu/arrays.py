@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from policies import SIGNALS
+
 Array = np.ndarray
+# A layer's signals are a float64 array `(rows, signals, kv_heads)` in the order of `policies.SIGNALS`: a row's numbers
+# lie side by side, as its policy may be one of its own.
+QUERY_SIMILARITY, STEP_SIMILARITY, LAYER_SIMILARITY, REFRESH_MASS, REFRESH_OVERLAP = (
+    SIGNALS.index(name)
+    for name in ("query_similarity", "step_similarity", "layer_similarity", "refresh_mass", "refresh_overlap")
+)
 
 
 class LayerWeights(NamedTuple):
@@ -54,7 +62,7 @@ class Cache(NamedTuple):
 
 
 class Units(NamedTuple):
-    """The state of a layer's units: their sets, and what their last full steps left behind.
+    """The state of a layer's units: their sets, and their queries.
 
     Attributes:
         set_key: `(rows, kv_heads, k, head_dim)`, as stored: a compact copy of each set.
@@ -65,10 +73,8 @@ class Units(NamedTuple):
         sizes: int64 `(kv_heads,)`: most tokens of each head's sets; k is the largest of the model.
         filled: int64 `(rows, kv_heads)`: tokens in each set, in the first slots.
         stale: bool `(rows, kv_heads)`: the set is chosen, and its copy is not made yet.
-        fresh: bool `(rows, kv_heads)`: the set was chosen at this very step, for the unit refreshed by its keys alone.
-        pending: int64 `(rows, kv_heads)`: tokens in the cache at the full step whose logits await a choice, else 0.
-        logits: Float `(rows, kv_heads, group, places)`, scaled, of the last full step or keys-only refresh.
-        normaliser: Float `(rows, kv_heads, group)`: log of the sum of their exponentials.
+        by_keys: bool `(rows, kv_heads)`: full decisions are keys-only refreshes.
+        setless: bool `(rows, kv_heads)`: units that run full steps for ever, and keep no sets.
         full_query: Float `(rows, kv_heads, head_dim)`: mean query of the group at the last full step.
         last_query: The same at the last step.
     """
@@ -80,22 +86,10 @@ class Units(NamedTuple):
     sizes: Array
     filled: Array
     stale: Array
-    fresh: Array
-    pending: Array
-    logits: Array
-    normaliser: Array
+    by_keys: Array
+    setless: Array
     full_query: Array
     last_query: Array
-
-
-class Signals(NamedTuple):
-    """Measured signals of a layer, float64 `(rows, kv_heads)`; written where `Rules` wants them."""
-
-    query_similarity: Array
-    step_similarity: Array
-    layer_similarity: Array
-    refresh_mass: Array
-    refresh_overlap: Array
 
 
 class Rules(NamedTuple):
@@ -122,11 +116,14 @@ class Scratch(NamedTuple):
         projected: Float `(rows, all heads x head_dim)`: queries, keys, values before rotary embedding.
         query: Float `(rows, kv_heads, group, head_dim)`: after it.
         unit_query: Float `(rows, kv_heads, head_dim)`: its mean over the group.
+        modes: int8 `(2, rows, kv_heads)`: of the walk of keys-only refreshes, and of the attention.
         block: Float `(threads, group, BLOCK_TOKENS)`.
+        logits: Float `(units, group, places)`, scaled: of a walk over the whole cache by place, of one over a set by
+            slot.
+        normaliser: Float `(units, group)`: log of the sum of their exponentials.
         highest: Float `(threads, units, group)`: each thread's part of the attention, as `attend_tokens` has it.
         total: The same.
         partial: Float `(threads, units, group, head_dim)`.
-        set_logits: Float `(units, group, k)`, or `(units, group, 0)` if ranks are not updated.
         token_score: float32 `(threads, places)`.
         pooled: The same.
         found: int64 of the same shape.
@@ -140,11 +137,13 @@ class Scratch(NamedTuple):
     projected: Array
     query: Array
     unit_query: Array
+    modes: Array
     block: Array
+    logits: Array
+    normaliser: Array
     highest: Array
     total: Array
     partial: Array
-    set_logits: Array
     token_score: Array
     pooled: Array
     found: Array

@@ -31,6 +31,7 @@ def attend_tokens(
     logits: Any,
     first_logit: int,
     keep_logits: bool,
+    reads_values: bool,
 ) -> None:
     """Go on with one unit's attention over some of its tokens (online softmax, arXiv 1805.02867).
 
@@ -48,54 +49,22 @@ def attend_tokens(
         logits: Float `(group, places)`: where logits are kept.
         first_logit: Place of the logit of token 0.
         keep_logits: Whether to keep them.
+        reads_values: False for logits and the sum of their exponentials alone; values may then be any array.
     """
     group = query.shape[0]
     scale = query.dtype.type(scaling)
     for low in range(begin, end, BLOCK_TOKENS):
         n = min(BLOCK_TOKENS, end - low)
-        _logits(query, keys, values, low, n, scale, block)
+        if reads_values:
+            _logits(query, keys, values, 0, low, n, scale, block)
+        else:
+            _logits(query, keys, keys, BLOCK_TOKENS, low, n, scale, block)
         for head in range(group):
             if keep_logits:
                 _copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
             _weigh(block[head, :n], head, highest, total, output)
-        _add_values(block, values, keys, low, n, output)
-
-
-@njit(error_model="numpy", fastmath=True)
-def score_tokens(
-    query: Any,
-    keys: Any,
-    begin: int,
-    end: int,
-    scaling: float,
-    block: Any,
-    highest: Any,
-    total: Any,
-    logits: Any,
-    first_logit: int,
-) -> None:
-    """The same without values: logits and the sum of their exponentials.
-
-    Args:
-        query: As above, like all others.
-        keys: Of all that the cache holds, this alone is read.
-        begin: First token.
-        end: One past the last.
-        scaling: Factor on query x key.
-        block: For intermediate results.
-        highest: The largest logit so far.
-        total: Sum of exp(logit - highest) so far.
-        logits: Gets the logits.
-        first_logit: Place of the logit of token 0.
-    """
-    scale = query.dtype.type(scaling)
-    no_values = query[:, :0]
-    for low in range(begin, end, BLOCK_TOKENS):
-        n = min(BLOCK_TOKENS, end - low)
-        _logits(query, keys, keys[BLOCK_TOKENS:], low, n, scale, block)
-        for head in range(query.shape[0]):
-            _copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
-            _weigh(block[head, :n], head, highest, total, no_values)
+        if reads_values:
+            _add_values(block, values, keys, low, n, output)
 
 
 # Loops over slices in functions of their own: written out above, they do not vectorise.
@@ -126,7 +95,7 @@ def _weigh(row: Any, head: int, highest: Any, total: Any, output: Any) -> None:
 
 
 @njit(error_model="numpy", fastmath=True)
-def _logits(query: Any, keys: Any, next_read: Any, low: int, n: int, scale: Any, block: Any) -> None:
+def _logits(query: Any, keys: Any, next_read: Any, ahead: int, low: int, n: int, scale: Any, block: Any) -> None:
     group, head_dim = query.shape
     zero = query.dtype.type(0)
     line = _LINE_BYTES // keys.itemsize
@@ -134,7 +103,7 @@ def _logits(query: Any, keys: Any, next_read: Any, low: int, n: int, scale: Any,
         token = low + j
         # Memory works meanwhile on what is read next: the values of the block, or the keys of the next one.
         for column in range(0, 4 * head_dim, line):
-            prefetch(next_read, token, column)
+            prefetch(next_read, token + ahead, column)
         for head in range(group):
             a, b, c, e = zero, zero, zero, zero
             for d in range(head_dim):
@@ -181,7 +150,7 @@ def _add_values(weights: Any, values: Any, keys: Any, low: int, n: int, output: 
 
 
 @njit(error_model="numpy", fastmath={"contract"})
-def merge(highest: Any, total: Any, output: Any, out: Any, normaliser: Any) -> None:
+def merge(highest: Any, total: Any, output: Any, out: Any, normaliser: Any, reads_values: bool) -> None:
     """Bring the parts of one unit's attention together.
 
     Args:
@@ -190,19 +159,23 @@ def merge(highest: Any, total: Any, output: Any, out: Any, normaliser: Any) -> N
         output: Float `(parts, group, head_dim)`.
         out: Float `(group, head_dim)`: the attention.
         normaliser: Float `(group,)`: log of the sum of exp(logit) over all tokens.
+        reads_values: False if values were not read: then there is no attention.
     """
     parts, group, head_dim = output.shape
     for head in range(group):
         top = highest[0, head]
         for part in range(1, parts):
             top = max(top, highest[part, head])
-        out[head] = 0
         whole = highest.dtype.type(0)
+        if reads_values:
+            out[head] = 0
         for part in range(parts):
             weight = exp(highest[part, head] - top)
             whole += weight * total[part, head]
+            if reads_values:
+                for d in range(head_dim):
+                    out[head, d] += weight * output[part, head, d]
+        if reads_values:
             for d in range(head_dim):
-                out[head, d] += weight * output[part, head, d]
-        for d in range(head_dim):
-            out[head, d] /= whole
+                out[head, d] /= whole
         normaliser[head] = top + np.log(whole)

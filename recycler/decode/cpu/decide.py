@@ -1,126 +1,60 @@
-"""Running a policy's program for the units of a layer."""
+"""Who asks the policy at a step: a kernel that runs its program, or NumPy, in the middle of every layer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from policies import (
-    QUERY_SIGNALS,
-    SIGNALS,
-    NotAProgram,
-    PolicyProgram,
-    Schedule,
-    StepPolicy,
-    StepSignals,
-    policy_program,
-)
-from policies.compiled.operations import CONSTANT, SIGNAL, TABLE, result
-from recycler.decode.cpu.arrays import Array, Signals
+from policies import SIGNALS, NotAProgram, PolicyProgram, Schedule, StepPolicy, policy_program
+from policies.compiled.operations import prepare, run
+from recycler.decode.cpu.arrays import Array
 from recycler.decode.cpu.compiled import kernel
+from recycler.decode.host_decisions import HostDecisions
 from recycler.decode.per_row import PerRow
 
-# Those of the query stand beside each other in `SIGNALS`.
-SCHEDULE_SIGNALS = tuple(name for name in SIGNALS if name not in QUERY_SIGNALS)
-_QUERY_SIMILARITY, _STEP_SIMILARITY, _LAYER_SIMILARITY = (SIGNALS.index(name) for name in QUERY_SIGNALS)
-_N_QUERY_SIGNALS = len(QUERY_SIGNALS)
-
-
-class Program(NamedTuple):
-    """A `PolicyProgram` as the kernel takes it.
-
-    Attributes:
-        instructions: As in `PolicyProgram`.
-        constants: The same.
-        tables: The same.
-        results: int64 `(1 + reasons,)`: instructions whose results are the decision and the reasons.
-        registers: float64 `(n,)`, for results of instructions.
-    """
-
-    instructions: Array
-    constants: Array
-    tables: Array
-    results: Array
-    registers: Array
-
-
-def as_program(program: PolicyProgram) -> Program:
-    """Bring a program into the kernel's form."""
-    results = np.array([program.full, *program.reasons.values()], dtype=np.int64)
-    registers = np.zeros(len(program.instructions))
-    return Program(program.instructions, program.constants, program.tables, results, registers)
-
-
-@kernel()
-def run_program(
-    program: Program, layer: int, first_row: int, last_row: int, state: Array, signals: Signals, decisions: Array
-) -> None:
-    """Decide for the units of some rows of a layer.
-
-    Args:
-        program: The policy.
-        layer: Index of the layer.
-        first_row: First row.
-        last_row: One past the last.
-        state: float64 `(6, rows, layers, kv_heads)`: the signals of `SCHEDULE_SIGNALS`.
-        signals: Measured signals of the layer.
-        decisions: bool `(1 + reasons, layers, rows, kv_heads)`: gets the decision and the reasons.
-    """
-    for row in range(first_row, last_row):
-        for head in range(decisions.shape[3]):
-            for i in range(program.instructions.shape[0]):
-                op, a = program.instructions[i, 0], program.instructions[i, 1]
-                if op == SIGNAL:
-                    if a == _QUERY_SIMILARITY:
-                        value = signals.query_similarity[row, head]
-                    elif a == _STEP_SIMILARITY:
-                        value = signals.step_similarity[row, head]
-                    elif a == _LAYER_SIMILARITY:
-                        value = signals.layer_similarity[row, head]
-                    else:
-                        value = state[a if a < _QUERY_SIMILARITY else a - _N_QUERY_SIGNALS, row, layer, head]
-                elif op == CONSTANT:
-                    value = program.constants[a]
-                elif op == TABLE:
-                    value = program.tables[a, layer, head]
-                else:
-                    b, c = program.instructions[i, 2], program.instructions[i, 3]
-                    value = result(op, program.registers[a], program.registers[b], program.registers[c])
-                program.registers[i] = value
-            for i in range(program.results.shape[0]):
-                decisions[i, layer, row, head] = program.registers[program.results[i]] != 0
+# Signals that are known before the step.
+_OF_SCHEDULE = ("step", "age", "n_full", "refresh_mass", "refresh_overlap", "token")
 
 
 class Decisions(ABC):
     """A policy's decisions at one step after the other.
 
+    Args:
+        shape: `(layers, rows, kv_heads)`.
+
     Attributes:
         full: bool `(layers, rows, kv_heads)`: decisions of the step so far. Layers come first, so that a kernel gets
             those of its layer in one piece.
+        signals: float64 `(layers, rows, signals, kv_heads)`: what the policy sees; a layer's kernels write to it what
+            they measure.
     """
 
-    full: Array
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        layers, rows, kv_heads = shape
+        self.full = np.zeros(shape, dtype=bool)
+        self.signals = np.full((layers, rows, len(SIGNALS), kv_heads), np.nan)
 
     @property
     @abstractmethod
     def reasons(self) -> Mapping[str, Array]:
         """What wrappers overruled at this step, bool `(layers, rows, kv_heads)`, by reason."""
 
-    @abstractmethod
-    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
+    def begin_step(self, schedule: Schedule, token: Array) -> None:
         """Get ready for a step.
 
         Args:
             schedule: Over `(rows, layers, kv_heads)`.
-            token: `(rows, 1, 1)`, ids of the tokens that are fed; None if they are not known.
+            token: `(rows, 1, 1)`, ids of the tokens that are fed.
         """
+        known = schedule.signals(token=token)
+        for name in _OF_SCHEDULE:
+            self.signals[:, :, SIGNALS.index(name)] = getattr(known, name).swapaxes(0, 1)
 
     @abstractmethod
-    def decide(self, layer: int, signals: Signals) -> None:
-        """Decide for a layer, given what was measured there."""
+    def decide(self, layer: int) -> None:
+        """Decide for a layer, when its signals are there."""
 
 
 def decisions(policy: StepPolicy, shape: tuple[int, int, int]) -> Decisions:
@@ -131,38 +65,12 @@ def decisions(policy: StepPolicy, shape: tuple[int, int, int]) -> Decisions:
         policy.check_rows(shape[1])
         each = policy.rows
     try:
-        programs = [policy_program(one) for one in each]
+        return ProgramDecisions([policy_program(one) for one in each], shape)
     except NotAProgram:
-        return DecisionsByLayer(policy, shape)
-    # Without a signal that the query of the step makes, it can decide for all layers beforehand.
-    if policy.needs.isdisjoint(QUERY_SIGNALS):
-        return DecisionsAhead(policy, shape)
-    return DecisionsByProgram(programs, shape)
+        return NumpyDecisions(policy, shape)
 
 
-class DecisionsAhead(Decisions):
-    """For programs that read nothing of the step's query: one call for all layers, before the first."""
-
-    def __init__(self, policy: StepPolicy, shape: tuple[int, int, int]) -> None:
-        self.full = np.zeros(shape, dtype=bool)
-        self._policy = policy
-        self._noted: dict[str, Array] = {}
-
-    @property
-    def reasons(self) -> Mapping[str, Array]:
-        shape = np.moveaxis(self.full, 0, 1).shape
-        return {reason: np.moveaxis(np.broadcast_to(noted, shape), 1, 0) for reason, noted in self._noted.items()}
-
-    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
-        self._noted = {}
-        full = self._policy.decide(schedule.signals(reasons=self._noted, token=token))
-        np.moveaxis(self.full, 0, 1)[...] = full
-
-    def decide(self, layer: int, signals: Signals) -> None:
-        pass
-
-
-class DecisionsByProgram(Decisions):
+class ProgramDecisions(Decisions):
     """A kernel runs the policy's program: no Python between the queries and the attention.
 
     Args:
@@ -171,65 +79,88 @@ class DecisionsByProgram(Decisions):
     """
 
     def __init__(self, programs: Sequence[PolicyProgram], shape: tuple[int, int, int]) -> None:
-        rows = shape[1]
+        super().__init__(shape)
+        layers, rows, kv_heads = shape
         # Reasons of rows with programs of their own have no common names.
         self._names = tuple(programs[0].reasons) if len(programs) == 1 else ()
-        n_results = 1 + max(len(program.reasons) for program in programs)
-        self._results = np.zeros((n_results, *shape), dtype=bool)
-        self._programs: list[tuple[Program, int, int]] = [
-            (as_program(program), row, row + 1 if len(programs) > 1 else rows) for row, program in enumerate(programs)
-        ]
-        self.full = self._results[0]
-        self._state = np.zeros(0)
+        self._overruled = np.zeros((layers, rows, len(self._names), kv_heads), dtype=bool)
+        # Of each layer, the arguments of the kernel for each program.
+        self._calls: list[list[tuple[Array, ...]]] = [[] for _ in range(layers)]
+        for first, program in enumerate(programs):
+            some = slice(first, rows if len(programs) == 1 else first + 1)
+            reasons = np.array([program.reasons[name] for name in self._names], dtype=np.int64)
+            registers = _registers(program, (layers, some.stop - some.start, kv_heads))
+            for layer, calls in enumerate(self._calls):
+                of_layer = (self.signals[layer, some], self.full[layer, some], self._overruled[layer, some])
+                calls.append((program.instructions, np.array(program.full), reasons, registers[layer], *of_layer))
 
     @property
     def reasons(self) -> Mapping[str, Array]:
-        return dict(zip(self._names, self._results[1:], strict=False))
+        return {name: self._overruled[:, :, i] for i, name in enumerate(self._names)}
 
-    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
-        signals = schedule.signals(token=token)
-        self._state = np.stack([getattr(signals, name) for name in SCHEDULE_SIGNALS])
-
-    def decide(self, layer: int, signals: Signals) -> None:
-        for program, first_row, last_row in self._programs:
-            run_program(program, layer, first_row, last_row, self._state, signals, self._results)
+    def decide(self, layer: int) -> None:
+        for call in self._calls[layer]:
+            run_program(*call)
 
 
-class DecisionsByLayer(Decisions):
-    """For policies of any make: one call per layer, on NumPy."""
+def _registers(program: PolicyProgram, shape: tuple[int, int, int]) -> Array:
+    """Registers `(layers, rows, instructions, kv_heads)` with what is the same at every step in them."""
+    layers, rows, kv_heads = shape
+    tables = np.broadcast_to(program.tables, (len(program.tables), layers, kv_heads))
+    registers = np.zeros((layers, rows, len(program.instructions), kv_heads))
+    for layer in range(layers):
+        of_layer = np.ascontiguousarray(tables[:, layer])
+        for row in range(rows):
+            prepare(program.instructions, program.constants, of_layer, registers[layer, row])
+    return registers
+
+
+@kernel()
+def run_program(
+    instructions: Array,
+    decision: Array,
+    reasons: Array,
+    registers: Array,
+    signals: Array,
+    full: Array,
+    overruled: Array,
+) -> None:
+    """Decide for the units of some rows of a layer.
+
+    Args:
+        instructions: As in `PolicyProgram`.
+        decision: int64 `()`: the instruction that decides.
+        reasons: int64 `(reasons,)`: those whose results are the reasons.
+        registers: float64 `(rows, instructions, kv_heads)`, prepared: gets results.
+        signals: float64 `(rows, signals, kv_heads)`.
+        full: bool `(rows, kv_heads)`: gets the decisions.
+        overruled: bool `(rows, reasons, kv_heads)`: gets the reasons.
+    """
+    for row in range(full.shape[0]):
+        run(instructions, signals[row], registers[row])
+        for head in range(full.shape[1]):
+            full[row, head] = registers[row, decision[()], head] != 0
+            for i in range(reasons.shape[0]):
+                overruled[row, i, head] = registers[row, reasons[i], head] != 0
+
+
+class NumpyDecisions(Decisions):
+    """For policies of any make: one call per layer."""
 
     def __init__(self, policy: StepPolicy, shape: tuple[int, int, int]) -> None:
-        self.full = np.zeros(shape, dtype=bool)
-        self._policy = policy
+        super().__init__(shape)
+        self._host = HostDecisions(policy)
         self._reasons: dict[str, Array] = {}
 
     @property
     def reasons(self) -> Mapping[str, Array]:
         return self._reasons
 
-    def begin_step(self, schedule: Schedule, token: Array | None = None) -> None:
-        self._schedule = schedule
-        self._token = schedule.signals(token=token).token
+    def begin_step(self, schedule: Schedule, token: Array) -> None:
+        super().begin_step(schedule, token)
         self._reasons = {}
 
-    def decide(self, layer: int, signals: Signals) -> None:
-        schedule = self._schedule
-        noted: dict[str, Array] = {}
-        self.full[layer] = self._policy.decide(
-            StepSignals(
-                step=schedule.step[:, layer],
-                age=schedule.age[:, layer],
-                n_full=schedule.n_full[:, layer],
-                query_similarity=signals.query_similarity,
-                step_similarity=signals.step_similarity,
-                layer_similarity=signals.layer_similarity,
-                refresh_mass=schedule.refresh_mass[:, layer],
-                refresh_overlap=schedule.refresh_overlap[:, layer],
-                token=self._token[:, layer],
-                layer=layer,
-                reasons=noted,
-                tables=schedule.tables,
-            )
-        )
+    def decide(self, layer: int) -> None:
+        self.full[layer], noted = self._host.decide(layer, self.signals[layer].swapaxes(0, 1))
         for reason, units in noted.items():
             self._reasons.setdefault(reason, np.zeros_like(self.full))[layer] = units

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from recycler.decode.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Signals, Units
+from recycler.decode.cpu.arrays import (
+    LAYER_SIMILARITY,
+    QUERY_SIMILARITY,
+    STEP_SIMILARITY,
+    Array,
+    Cache,
+    LayerWeights,
+    Rules,
+    Scratch,
+    Units,
+)
 from recycler.decode.cpu.compiled import kernel
 from recycler.decode.cpu.linear import linear, rms_norm
 from recycler.decode.cpu.scalars import exp, narrow, widen
@@ -20,7 +30,7 @@ def project(
     cache: Cache,
     n_own: int,
     units: Units,
-    signals: Signals,
+    signals: Array,
     rules: Rules,
     scratch: Scratch,
     n_threads: int,
@@ -51,11 +61,11 @@ def project(
         linear(scratch.normed, weights.value, weights.value_bias, scratch.projected, column, low, high, False)
     _rotate_and_append(weights, cosine, sine, cache, n_own, scratch)
     if rules.wants_query_similarity:
-        _cosine_similarity(scratch.unit_query, units.full_query, signals.query_similarity)
+        _cosine_similarity(scratch.unit_query, units.full_query, signals, QUERY_SIMILARITY)
     if rules.wants_step_similarity:
-        _cosine_similarity(scratch.unit_query, units.last_query, signals.step_similarity)
+        _cosine_similarity(scratch.unit_query, units.last_query, signals, STEP_SIMILARITY)
     if rules.wants_layer_similarity:
-        _layer_similarity(scratch.unit_query, units.full_query, signals.layer_similarity)
+        _layer_similarity(scratch.unit_query, units.full_query, signals)
 
 
 @njit(error_model="numpy", fastmath=True)
@@ -104,7 +114,7 @@ def _rotate(vector: Array, norm: Array, eps: float, cosine: Array, sine: Array, 
 
 
 @njit(error_model="numpy", fastmath=True)
-def _cosine_similarity(now: Array, then: Array, similarity: Array) -> None:
+def _cosine_similarity(now: Array, then: Array, signals: Array, which: int) -> None:
     rows, kv_heads, head_dim = now.shape
     for row in range(rows):
         for kv_head in range(kv_heads):
@@ -113,11 +123,11 @@ def _cosine_similarity(now: Array, then: Array, similarity: Array) -> None:
                 product += now[row, kv_head, d] * then[row, kv_head, d]
                 a += now[row, kv_head, d] * now[row, kv_head, d]
                 b += then[row, kv_head, d] * then[row, kv_head, d]
-            similarity[row, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
+            signals[row, which, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
 
 
 @njit(error_model="numpy", fastmath=True)
-def _layer_similarity(now: Array, then: Array, similarity: Array) -> None:
+def _layer_similarity(now: Array, then: Array, signals: Array) -> None:
     """The cosine between means over the KV heads, for every unit of a row."""
     rows, kv_heads, head_dim = now.shape
     for row in range(rows):
@@ -131,26 +141,32 @@ def _layer_similarity(now: Array, then: Array, similarity: Array) -> None:
             a += mean_now * mean_now
             b += mean_then * mean_then
         for kv_head in range(kv_heads):
-            similarity[row, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
+            signals[row, LAYER_SIMILARITY, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
 
 
 @kernel(parallel=True, fastmath=True)
 def feed(x: Array, weights: LayerWeights, scratch: Scratch, n_threads: int) -> None:
     """Output projection and the gated feed-forward layer (arXiv 2002.05202, SwiGLU), added to the residual stream."""
-    rows, hidden = x.shape
-    attended = scratch.attended.reshape(rows, -1)
-    for thread in prange(n_threads):
-        low, high = thread * hidden // n_threads, (thread + 1) * hidden // n_threads
+    for stage in range(3):
+        if stage == 1:
+            rms_norm(x, weights.feed_norm, weights.feed_eps, scratch.normed)
+        for thread in prange(n_threads):
+            _feed_share(stage, np.int64(thread), n_threads, x, weights, scratch)
+
+
+@njit(error_model="numpy", fastmath=True)
+def _feed_share(stage: int, thread: int, n_threads: int, x: Array, weights: LayerWeights, scratch: Scratch) -> None:
+    """A thread's outputs of the output projection (0), of gate and up (1), or of down (2)."""
+    n_outputs = scratch.gate.shape[1] if stage == 1 else x.shape[1]
+    low, high = thread * n_outputs // n_threads, (thread + 1) * n_outputs // n_threads
+    if stage == 0:
+        attended = scratch.attended.reshape(x.shape[0], -1)
         linear(attended, weights.output, weights.output_bias, x, 0, low, high, True)
-    rms_norm(x, weights.feed_norm, weights.feed_eps, scratch.normed)
-    width = scratch.gate.shape[1]
-    for thread in prange(n_threads):
-        low, high = thread * width // n_threads, (thread + 1) * width // n_threads
+    elif stage == 1:
         linear(scratch.normed, weights.gate, weights.gate_bias, scratch.gate, 0, low, high, False)
         linear(scratch.normed, weights.up, weights.up_bias, scratch.up, 0, low, high, False)
         _gate(scratch.gate, scratch.up, low, high)
-    for thread in prange(n_threads):
-        low, high = thread * hidden // n_threads, (thread + 1) * hidden // n_threads
+    else:
         linear(scratch.gate, weights.down, weights.down_bias, x, 0, low, high, True)
 
 

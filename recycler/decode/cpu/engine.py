@@ -13,13 +13,22 @@ from transformers import PreTrainedModel
 
 from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
 from recycler.decode.cache import GrowingTokens, KvLayer
-from recycler.decode.counts import Totals, keys_only_units, tokens_read
-from recycler.decode.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Signals, Units
+from recycler.decode.counts import RunningTotals, Totals, keys_only_units, setless_units, tokens_read
+from recycler.decode.cpu.arrays import (
+    REFRESH_MASS,
+    REFRESH_OVERLAP,
+    Array,
+    Cache,
+    LayerWeights,
+    Rules,
+    Scratch,
+    Units,
+)
 from recycler.decode.cpu.attention import BLOCK_TOKENS
 from recycler.decode.cpu.compiled import threads_of_torch
 from recycler.decode.cpu.decide import decisions
 from recycler.decode.cpu.dense import feed, predict, project
-from recycler.decode.cpu.walk import attend, refresh_keys
+from recycler.decode.cpu.walk import attend
 from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.model.attention_hook import refuse_full_window
@@ -71,23 +80,26 @@ class CpuDecoding(Decoding):
         self._float = np.float64 if parts.dtype == torch.float64 else np.float32
         group = weights[0].query.shape[0] // weights[0].key.shape[0]
         self._rules = _rules(first.selection, policy.needs)
-        self._units = [_first_units(cached, first, i, group, self._float) for i, cached in enumerate(layers)]
-        rows, kv_heads = self._units[0].filled.shape
+        rows, (_, kv_heads) = first.n_rows, first.units
+        by_keys, setless = (
+            np.broadcast_to(of(policy, first.units), (rows, *first.units)) for of in (keys_only_units, setless_units)
+        )
+        # A policy that measures new sets wants to know of those that nobody reads too.
+        setless = setless & (not self._rules.wants_refresh)
+        self._units = [
+            _first_units(cached, first, i, by_keys[:, i], setless[:, i], self._float) for i, cached in enumerate(layers)
+        ]
         # Layers come first in memory, so that a kernel gets its layer's numbers in one piece.
         self._filled = np.stack([layer.filled for layer in self._units])
         self._units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(self._units)]
         self._full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
         self._tokens_read = np.zeros(self._full.shape)
-        self._all_tokens_read = np.zeros(self._full.shape)
-        self._overruled: dict[str, np.ndarray] = {}
+        self._running = RunningTotals(self._full.shape)
         self._decisions = decisions(policy, (len(layers), rows, kv_heads))
-        self._keys_only_units = np.broadcast_to(keys_only_units(policy, (len(layers), kv_heads)), self._full.shape)
-        # Per layer, the units that refresh by their keys alone; None in a layer without.
-        self._by_keys = [of.copy() if of.any() else None for of in np.moveaxis(self._keys_only_units, 1, 0)]
-        self._measured = np.full((len(Signals._fields), len(layers), rows, kv_heads), np.nan)
-        self._signals = [Signals(*self._measured[:, layer]) for layer in range(len(layers))]
-        masses = np.moveaxis(first.measured_mass(policy.needs).numpy(), 0, 1)
+        self._keys_only_units = by_keys
+        masses = first.measured_mass(policy.needs).numpy().swapaxes(0, 1)
         self._schedule = Schedule(np.zeros(self._full.shape), masses)
+        self._group = group
         self._refer_to_memory()
 
     @property
@@ -104,13 +116,7 @@ class CpuDecoding(Decoding):
         return self._tokens_read
 
     def totals(self) -> Totals:
-        full_steps = self._schedule.n_full.astype(np.int64)
-        return Totals(
-            full_steps=full_steps,
-            keys_only_steps=full_steps * self._keys_only_units,
-            tokens_read=self._all_tokens_read.copy(),
-            reasons={reason: counts.copy() for reason, counts in self._overruled.items()},
-        )
+        return self._running.totals()
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
@@ -123,15 +129,11 @@ class CpuDecoding(Decoding):
         x, n_own = hidden.numpy(), self._layers[0].parts[0].n_own
         scratch, rules, start, asked = self._scratch, self._rules, self._start, self._decisions
         asked.begin_step(self._schedule, tokens.numpy()[:, None, None])
-        state = zip(self._weights, self._caches, self._units, self._signals, strict=True)
-        for layer, (weights, cache, units, signals) in enumerate(state):
+        state = zip(self._weights, self._caches, self._units, asked.signals, asked.full, strict=True)
+        for layer, (weights, cache, units, signals, full) in enumerate(state):
             project(x, weights, cosine, sine, cache, n_own, units, signals, rules, scratch, n_threads)
-            asked.decide(layer, signals)
-            full, by_keys = asked.full[layer], self._by_keys[layer]
+            asked.decide(layer)
             how = (weights.scaling, start, cache, n_own + 1, units, signals, rules, scratch, n_threads)
-            if by_keys is not None and (refreshed := full & by_keys).any():
-                refresh_keys(refreshed, *how)
-                full = full & ~refreshed
             attend(full, *how)
             feed(x, weights, scratch, n_threads)
         logits = torch.empty((len(tokens), self._head.shape[0]), dtype=hidden.dtype)
@@ -145,16 +147,13 @@ class CpuDecoding(Decoding):
         for layer in self._layers:
             for part in layer.parts:
                 part.n_own += 1
-        self._full = np.moveaxis(self._decisions.full, 0, 1).copy()
-        filled = np.moveaxis(self._filled, 0, 1)
+        asked, needs = self._decisions, self._policy.needs
+        self._full = asked.full.swapaxes(0, 1).copy()
         dense = self._layers[0].get_seq_length() - self._start
-        self._tokens_read = tokens_read(self._full, self.keys_only, dense[:, None, None], filled)
-        self._all_tokens_read += self._tokens_read
-        for reason, noted in self._decisions.reasons.items():
-            counts = self._overruled.setdefault(reason, np.zeros(self._full.shape, dtype=np.int64))
-            counts += np.moveaxis(noted, 0, 1)
-        mass, overlap = np.moveaxis(self._measured[-2:], 1, 2)
-        needs = self._policy.needs
+        self._tokens_read = tokens_read(self._full, self.keys_only, dense[:, None, None], self._filled.swapaxes(0, 1))
+        reasons = {reason: noted.swapaxes(0, 1) for reason, noted in asked.reasons.items()}
+        self._running.add(self._full, self.keys_only, self._tokens_read, reasons)
+        mass, overlap = (asked.signals[:, :, which].swapaxes(0, 1) for which in (REFRESH_MASS, REFRESH_OVERLAP))
         self._schedule.advance(
             self._full,
             mass if "refresh_mass" in needs else None,
@@ -165,8 +164,7 @@ class CpuDecoding(Decoding):
         """Point the kernels at the cache's tokens, and make their own room as large; after every growth."""
         self._caches = [_cache(*layer.parts) for layer in self._layers]
         places = self._caches[0].prompt_key.shape[2] + self._caches[0].own_key.shape[2]
-        self._units = [_with_places(units, places) for units in self._units]
-        self._scratch = _scratch(self._weights[0], self._units[0], self._rules, places, self._float)
+        self._scratch = _scratch(self._weights[0], self._units[0], self._group, places, self._float)
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -229,7 +227,9 @@ def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
     )
 
 
-def _first_units(layer: KvLayer, first: FirstSets, index: int, group: int, float_type: type) -> Units:
+def _first_units(
+    layer: KvLayer, first: FirstSets, index: int, by_keys: Array, setless: Array, float_type: type
+) -> Units:
     """The state that the prompt left, as the kernels keep it: nothing is copied yet."""
     positions = first.positions[index].numpy().copy()
     rows, kv_heads, k = positions.shape
@@ -243,27 +243,16 @@ def _first_units(layer: KvLayer, first: FirstSets, index: int, group: int, float
         sizes=first.sizes[index].numpy().copy(),
         filled=(positions >= 0).sum(-1),
         stale=np.ones((rows, kv_heads), dtype=bool),
-        fresh=np.zeros((rows, kv_heads), dtype=bool),
-        pending=np.zeros((rows, kv_heads), dtype=np.int64),
-        logits=np.empty((rows, kv_heads, group, 0), dtype=float_type),
-        normaliser=np.zeros((rows, kv_heads, group), dtype=float_type),
+        by_keys=by_keys.copy(),
+        setless=setless.copy(),
         full_query=query,
         last_query=query.copy(),
     )
 
 
-def _with_places(units: Units, places: int) -> Units:
-    """The same state with room for logits of more tokens. Only units that run full ever touch theirs."""
-    logits = np.empty((*units.logits.shape[:3], places), dtype=units.logits.dtype)
-    for row, head in np.argwhere(units.pending > 0):
-        end = units.pending[row, head]
-        logits[row, head, :, :end] = units.logits[row, head, :, :end]
-    return units._replace(logits=logits)
-
-
-def _scratch(weights: LayerWeights, units: Units, rules: Rules, places: int, float_type: type) -> Scratch:
-    rows, kv_heads, group, _ = units.logits.shape
-    head_dim, k = units.set_key.shape[-1], units.positions.shape[-1]
+def _scratch(weights: LayerWeights, units: Units, group: int, places: int, float_type: type) -> Scratch:
+    rows, kv_heads, head_dim = units.full_query.shape
+    k = units.positions.shape[-1]
     hidden, intermediate = weights.norm.shape[0], weights.gate.shape[0]
     n_units, n_threads = rows * kv_heads, numba.config.NUMBA_NUM_THREADS
 
@@ -275,11 +264,13 @@ def _scratch(weights: LayerWeights, units: Units, rules: Rules, places: int, flo
         projected=empty(rows, kv_heads * (group + 2) * head_dim),
         query=empty(rows, kv_heads, group, head_dim),
         unit_query=empty(rows, kv_heads, head_dim),
+        modes=np.zeros((2, rows, kv_heads), dtype=np.int8),
         block=empty(n_threads, group, BLOCK_TOKENS),
+        logits=empty(n_units, group, max(places, k)),
+        normaliser=empty(n_units, group),
         highest=empty(n_threads, n_units, group),
         total=empty(n_threads, n_units, group),
         partial=empty(n_threads, n_units, group, head_dim),
-        set_logits=empty(n_units, group, k if rules.updated_ranking or rules.accumulated_ranking else 0),
         token_score=np.empty((n_threads, max(places, k)), dtype=np.float32),
         pooled=np.empty((n_threads, max(places, k)), dtype=np.float32),
         found=np.empty((n_threads, places), dtype=np.int64),

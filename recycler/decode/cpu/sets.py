@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from recycler.decode.cpu.arrays import Array, Rules, Scratch, Signals, Units
+from recycler.decode.cpu.arrays import REFRESH_MASS, REFRESH_OVERLAP, Array, Rules, Scratch, Units
 from recycler.decode.cpu.scalars import bits_of, exp
 
 _UNSCORED = np.float32(np.inf)
@@ -19,7 +19,7 @@ _UNSCORED = np.float32(np.inf)
 
 @njit(error_model="numpy", fastmath=True)
 def group_scores(logits: Any, normaliser: Any, begin: int, end: int, mean: bool, scores: Any) -> None:
-    """Attention of a group, one number per token: `recycler.sets.recycled_set.group_scores` of logits.
+    """Attention of a group, one number per token: `recycler.sets.scores.group_scores` of logits.
 
     Args:
         logits: Float `(group, tokens)`, scaled.
@@ -170,9 +170,9 @@ def admit(position: int, start: int, sinks: int, window: int, n: int, positions:
 def choose_set(
     row: int, head: int, thread: int, start: Array, end: int, units: Units, rules: Rules, scratch: Scratch
 ) -> None:
-    """Choose a unit's set by the logits of its last full step, at which the cache ended at `end`."""
-    scores, pooled = scratch.token_score[thread], scratch.pooled[thread]
-    group_scores(units.logits[row, head], units.normaliser[row, head], start[row], end, rules.group_mean, scores)
+    """Choose a unit's set by its logits of this step, at which the cache ends at `end`."""
+    scores, pooled, unit = scratch.token_score[thread], scratch.pooled[thread], row * units.filled.shape[1] + head
+    group_scores(scratch.logits[unit], scratch.normaliser[unit], start[row], end, rules.group_mean, scores)
     pool(scores, start[row], end, rules.pool_backward, rules.pool_forward, pooled)
     size, found = units.sizes[head], scratch.found[thread]
     positions, kept = units.positions[row, head, :size], units.scores[row, head, :size]
@@ -188,23 +188,24 @@ def choose_and_measure(
     start: Array,
     end: int,
     units: Units,
-    signals: Signals,
+    signals: Array,
     rules: Rules,
     scratch: Scratch,
 ) -> None:
     """The same, and tell `signals` of the new set's mass and of its overlap with the one before."""
-    was_in, normaliser = scratch.was_in[thread], units.normaliser[row, head]
+    unit = row * units.filled.shape[1] + head
+    was_in, logits, normaliser = scratch.was_in[thread], scratch.logits[unit], scratch.normaliser[unit]
     for slot in range(units.filled[row, head]):
         was_in[units.positions[row, head, slot]] = True
     choose_set(row, head, thread, start, end, units, rules, scratch)
-    group, filled = units.logits.shape[2], units.filled[row, head]
+    group, filled = logits.shape[0], units.filled[row, head]
     mass, n_kept = 0.0, 0
     for slot in range(filled):
         place = units.positions[row, head, slot]
         n_kept += was_in[place]
         for member in range(group):
-            mass += exp(min(units.logits[row, head, member, place] - normaliser[member], normaliser.dtype.type(0)))
+            mass += exp(min(logits[member, place] - normaliser[member], normaliser.dtype.type(0)))
     for place in range(start[row], end):
         was_in[place] = False
-    signals.refresh_mass[row, head] = mass / group
-    signals.refresh_overlap[row, head] = n_kept / filled
+    signals[row, REFRESH_MASS, head] = mass / group
+    signals[row, REFRESH_OVERLAP, head] = n_kept / filled

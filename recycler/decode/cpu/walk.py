@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from recycler.decode.cpu.arrays import Array, Cache, Rules, Scratch, Signals, Units
-from recycler.decode.cpu.attention import NOTHING, attend_tokens, merge, score_tokens
+from recycler.decode.cpu.arrays import Array, Cache, Rules, Scratch, Units
+from recycler.decode.cpu.attention import NOTHING, attend_tokens, merge
 from recycler.decode.cpu.compiled import kernel
 from recycler.decode.cpu.sets import admit, choose_and_measure, choose_set, group_scores
+from recycler.decode.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
+
+# Turns of a step: refreshes by keys alone, then the attention.
+_REFRESH, _ATTEND = 0, 1
 
 
 @kernel(parallel=True, fastmath={"contract"})
@@ -19,76 +23,65 @@ def attend(
     cache: Cache,
     n_own: int,
     units: Units,
-    signals: Signals,
+    signals: Array,
     rules: Rules,
     scratch: Scratch,
     n_threads: int,
 ) -> None:
     """Attention of a step, full for some units and over their sets for the others; and what becomes of the sets.
 
-    A unit that runs full leaves its logits behind. Its set is chosen from them when it next runs recycled, and copied
-    out of the cache while it is first attended to; a unit that runs full again never pays for a set that it does not
-    use. If the policy wants to know about new sets, they are chosen at once. To a unit that `refresh_keys` has brought
-    a new set at this step, it is recycled, and nothing happens to that set but its being copied.
+    Units that refresh by their keys alone score the cache and choose their sets first; to the attention they are
+    recycled. A unit that runs full chooses its set after the attention. A set is copied out of the cache while it is
+    first attended to.
 
     Args:
-        full: bool `(rows, kv_heads)`: units that attend to the whole cache.
+        full: bool `(rows, kv_heads)`: units that decided for a full step.
         scaling: Factor on query x key.
         start: int64 `(rows,)`: place of each row's first token.
         cache: Of the layer.
         n_own: Own tokens in it, this step's included.
         units: State of the layer; brought up to date.
-        signals: Gets the measures of new sets.
+        signals: Of the layer; gets the measures of new sets.
         rules: The selection.
         scratch: Holds the queries; gets the attention in `attended`.
         n_threads: Threads to use.
     """
-    rows, kv_heads = full.shape
-    n_units = rows * kv_heads
-    for thread in prange(n_threads):
-        for unit in range(thread, n_units, n_threads):
-            _admit(unit, thread, full, start, cache, n_own, units, rules, scratch)
-    for thread in prange(n_threads):
-        _attend_share(thread, n_threads, full, scaling, start, cache, n_own, units, rules, scratch)
+    n_units = full.shape[0] * full.shape[1]
     end = cache.prompt_key.shape[2] + n_own
-    for thread in prange(n_threads):
-        for unit in range(thread, n_units, n_threads):
-            _settle(unit, thread, n_threads, full, start, end, units, signals, rules, scratch)
+    first_turn = _begin(full, start, cache, n_own, units, rules, scratch)
+    for turn in range(first_turn, _ATTEND + 1):
+        for thread in prange(n_threads):
+            _walk_share(turn, np.int64(thread), n_threads, scaling, start, cache, n_own, units, rules, scratch)
+        for thread in prange(n_threads):
+            for unit in range(np.int64(thread), n_units, n_threads):
+                _settle(turn, unit, np.int64(thread), n_threads, start, end, units, signals, rules, scratch)
 
 
 @njit(error_model="numpy")
-def _admit(
-    unit: int,
-    thread: int,
-    full: Array,
-    start: Array,
-    cache: Cache,
-    n_own: int,
-    units: Units,
-    rules: Rules,
-    scratch: Scratch,
-) -> None:
-    """Choose the set of a unit that needs one now, and take the newest token into it."""
-    kv_heads = full.shape[1]
-    row, head = unit // kv_heads, unit % kv_heads
-    end = cache.prompt_key.shape[2] + n_own
-    if units.fresh[row, head]:
-        return
-    if units.pending[row, head] > 0:
-        if full[row, head]:
-            return
-        choose_set(row, head, thread, start, units.pending[row, head], units, rules, scratch)
-        units.pending[row, head] = 0
-    filled = units.filled[row, head]
-    size = units.sizes[head]
-    positions, scores = units.positions[row, head, :size], units.scores[row, head, :size]
-    slot = admit(end - 1, start[row], rules.sinks, rules.window, filled, positions, scores)
-    if rules.accumulated_ranking:
-        scores[slot] = 0
-    units.filled[row, head] = max(filled, slot + 1)
-    if not units.stale[row, head]:
-        _copy(cache.own_key[row, head], n_own - 1, units.set_key[row, head], slot)
-        _copy(cache.own_value[row, head], n_own - 1, units.set_value[row, head], slot)
+def _begin(full: Array, start: Array, cache: Cache, n_own: int, units: Units, rules: Rules, scratch: Scratch) -> int:
+    """Write down what each unit does, and take the newest token into its set; the first turn that there is."""
+    rows, kv_heads = full.shape
+    place = cache.prompt_key.shape[2] + n_own - 1
+    first_turn = _ATTEND
+    for row in range(rows):
+        for head in range(kv_heads):
+            scratch.modes[_REFRESH, row, head] = SKIP
+            scratch.modes[_ATTEND, row, head] = FULL if full[row, head] else RECYCLED
+            if full[row, head] and units.by_keys[row, head]:
+                scratch.modes[_REFRESH, row, head], scratch.modes[_ATTEND, row, head] = KEYS_ONLY, RECYCLED
+                first_turn = _REFRESH
+            if units.setless[row, head]:
+                continue
+            filled, size = units.filled[row, head], units.sizes[head]
+            positions, scores = units.positions[row, head, :size], units.scores[row, head, :size]
+            slot = admit(place, start[row], rules.sinks, rules.window, filled, positions, scores)
+            if rules.accumulated_ranking:
+                scores[slot] = 0
+            units.filled[row, head] = max(filled, slot + 1)
+            if not units.stale[row, head]:
+                _copy(cache.own_key[row, head], n_own - 1, units.set_key[row, head], slot)
+                _copy(cache.own_value[row, head], n_own - 1, units.set_value[row, head], slot)
+    return first_turn
 
 
 @njit(error_model="numpy")
@@ -98,10 +91,10 @@ def _copy(source: Array, i: int, target: Array, j: int) -> None:
 
 
 @njit(error_model="numpy", fastmath=True)
-def _attend_share(
+def _walk_share(
+    turn: int,
     thread: int,
     n_threads: int,
-    full: Array,
     scaling: float,
     start: Array,
     cache: Cache,
@@ -111,38 +104,42 @@ def _attend_share(
     scratch: Scratch,
 ) -> None:
     """A thread's share: tokens of all units laid end to end, cut into equal parts."""
-    rows, kv_heads = full.shape
+    modes = scratch.modes[turn]
+    rows, kv_heads = modes.shape
     n_prompt = cache.prompt_key.shape[2]
     end = n_prompt + n_own
     n_tokens = 0
     for row in range(rows):
         for head in range(kv_heads):
-            n_tokens += end - start[row] if full[row, head] else units.filled[row, head]
+            n_tokens += _n_tokens(modes[row, head], units.filled[row, head], end - start[row])
     low, high = thread * n_tokens // n_threads, (thread + 1) * n_tokens // n_threads
+    keeps_set_logits = rules.updated_ranking or rules.accumulated_ranking
     for unit in range(rows * kv_heads):
         row, head = unit // kv_heads, unit % kv_heads
+        mode = modes[row, head]
+        if mode == SKIP:
+            continue
         shared = row % cache.prompt_key.shape[0]
-        runs_full = full[row, head]
-        n = end - start[row] if runs_full else units.filled[row, head]
+        n = _n_tokens(mode, units.filled[row, head], end - start[row])
         first, last = max(low, 0), min(high, n)
         low, high = low - n, high - n
         _nothing_yet(scratch.highest[thread, unit], scratch.total[thread, unit], scratch.partial[thread, unit])
         if first >= last:
             continue
-        keys, values = units.set_key[row, head], units.set_value[row, head]
-        logits, shift = scratch.set_logits[unit], 0
-        if runs_full:
+        on_set = mode == RECYCLED
+        keys, values, shift = units.set_key[row, head], units.set_value[row, head], 0
+        if not on_set:
             keys, values = cache.prompt_key[shared, head], cache.prompt_value[shared, head]
-            logits, first, last = units.logits[row, head], first + start[row], last + start[row]
+            first, last = first + start[row], last + start[row]
         elif units.stale[row, head]:
             _copy_set(first, last, row, head, shared, cache, units)
-        # A unit that runs full goes on from the prompt's part of the cache to the row's own.
-        for part in range(2 if runs_full else 1):
+        # A walk over the whole cache goes on from the prompt's part to the row's own.
+        for part in range(1 if on_set else 2):
             begin, stop = first, last
             if part == 1:
                 keys, values, shift = cache.own_key[row, head], cache.own_value[row, head], n_prompt
                 begin, stop = max(first - n_prompt, 0), last - n_prompt
-            elif runs_full:
+            elif not on_set:
                 stop = min(last, n_prompt)
             attend_tokens(
                 scratch.query[row, head],
@@ -155,10 +152,19 @@ def _attend_share(
                 scratch.highest[thread, unit],
                 scratch.total[thread, unit],
                 scratch.partial[thread, unit],
-                logits,
+                scratch.logits[unit],
                 shift,
-                runs_full or rules.updated_ranking or rules.accumulated_ranking,
+                keeps_set_logits if on_set else True,
+                mode != KEYS_ONLY,
             )
+
+
+@njit(error_model="numpy")
+def _n_tokens(mode: int, n_in_set: int, n_cached: int) -> int:
+    """What a unit walks over."""
+    if mode == SKIP:
+        return 0
+    return n_in_set if mode == RECYCLED else n_cached
 
 
 @njit(error_model="numpy")
@@ -186,175 +192,53 @@ def _copy_set(first: int, last: int, row: int, head: int, shared: int, cache: Ca
 
 @njit(error_model="numpy")
 def _settle(
+    turn: int,
     unit: int,
     thread: int,
     n_threads: int,
-    full: Array,
     start: Array,
     end: int,
     units: Units,
-    signals: Signals,
+    signals: Array,
     rules: Rules,
     scratch: Scratch,
 ) -> None:
-    """Bring the threads' parts together, and end the step for a unit."""
-    kv_heads = full.shape[1]
+    """Bring the threads' parts of a unit together, and see to its set."""
+    kv_heads = units.filled.shape[1]
     row, head = unit // kv_heads, unit % kv_heads
-    group, head_dim = scratch.query.shape[2], scratch.query.shape[3]
-    for d in range(head_dim):
-        units.last_query[row, head, d] = scratch.unit_query[row, head, d]
-    # A recycled step must not touch the normaliser of the last full one, which a choice put off still needs.
-    of_set = np.empty(group, dtype=units.normaliser.dtype)
-    normaliser = units.normaliser[row, head] if full[row, head] else of_set
+    mode = scratch.modes[turn, row, head]
+    if mode == SKIP:
+        return
     merge(
         scratch.highest[:n_threads, unit],
         scratch.total[:n_threads, unit],
         scratch.partial[:n_threads, unit],
         scratch.attended[row, head],
-        normaliser,
+        scratch.normaliser[unit],
+        mode != KEYS_ONLY,
     )
-    if not full[row, head]:
+    units.last_query[row, head] = scratch.unit_query[row, head]
+    if mode == RECYCLED:
         units.stale[row, head] = False
-        if units.fresh[row, head]:
-            units.fresh[row, head] = False
-        elif rules.updated_ranking:
-            logits, scores = scratch.set_logits[unit], units.scores[row, head]
-            group_scores(logits, normaliser, 0, units.filled[row, head], rules.group_mean, scores)
-        elif rules.accumulated_ranking:
-            logits, latest = scratch.set_logits[unit], scratch.token_score[thread]
-            group_scores(logits, normaliser, 0, units.filled[row, head], rules.group_mean, latest)
-            for slot in range(units.filled[row, head]):
-                units.scores[row, head, slot] += latest[slot]
+        # A set that was chosen at this very step is ranked by what chose it.
+        if scratch.modes[_REFRESH, row, head] == SKIP:
+            _rank_anew(unit, row, head, thread, units, rules, scratch)
         return
-    for d in range(head_dim):
-        units.full_query[row, head, d] = scratch.unit_query[row, head, d]
+    units.full_query[row, head] = scratch.unit_query[row, head]
     if rules.wants_refresh:
         choose_and_measure(row, head, thread, start, end, units, signals, rules, scratch)
-    else:
-        units.pending[row, head] = end
-
-
-@kernel(parallel=True, fastmath={"contract"})
-def refresh_keys(
-    refreshed: Array,
-    scaling: float,
-    start: Array,
-    cache: Cache,
-    n_own: int,
-    units: Units,
-    signals: Signals,
-    rules: Rules,
-    scratch: Scratch,
-    n_threads: int,
-) -> None:
-    """Score all tokens for some units and choose their sets, for `attend` to attend to.
-
-    Args:
-        refreshed: bool `(rows, kv_heads)`: which units.
-        scaling: Factor on query x key.
-        start: int64 `(rows,)`: place of each row's first token.
-        cache: Of the layer; its keys are read.
-        n_own: Own tokens in it, this step's included.
-        units: State of the layer; gets the sets.
-        signals: Gets the measures of new sets.
-        rules: The selection.
-        scratch: Holds the queries.
-        n_threads: Threads to use.
-    """
-    rows, kv_heads = refreshed.shape
-    for thread in prange(n_threads):
-        _score_share(thread, n_threads, refreshed, scaling, start, cache, n_own, units, scratch)
-    end = cache.prompt_key.shape[2] + n_own
-    for thread in prange(n_threads):
-        nth = 0
-        for unit in range(rows * kv_heads):
-            if refreshed[unit // kv_heads, unit % kv_heads]:
-                if nth % n_threads == thread:
-                    _refresh(unit, thread, n_threads, kv_heads, start, end, units, signals, rules, scratch)
-                nth += 1
-
-
-@njit(error_model="numpy", fastmath=True)
-def _score_share(
-    thread: int,
-    n_threads: int,
-    refreshed: Array,
-    scaling: float,
-    start: Array,
-    cache: Cache,
-    n_own: int,
-    units: Units,
-    scratch: Scratch,
-) -> None:
-    """A thread's share: the caches of all these units laid end to end, cut into equal parts."""
-    rows, kv_heads = refreshed.shape
-    n_prompt = cache.prompt_key.shape[2]
-    end = n_prompt + n_own
-    n_tokens = 0
-    for row in range(rows):
-        for head in range(kv_heads):
-            n_tokens += end - start[row] if refreshed[row, head] else 0
-    low, high = thread * n_tokens // n_threads, (thread + 1) * n_tokens // n_threads
-    for unit in range(rows * kv_heads):
-        row, head = unit // kv_heads, unit % kv_heads
-        if not refreshed[row, head]:
-            continue
-        highest, total = scratch.highest[thread, unit], scratch.total[thread, unit]
-        for member in range(highest.shape[0]):
-            highest[member], total[member] = NOTHING, 0
-        n = end - start[row]
-        first, last = max(low, 0) + start[row], min(high, n) + start[row]
-        low, high = low - n, high - n
-        keys, shift = cache.prompt_key[row % cache.prompt_key.shape[0], head], 0
-        for part in range(2):
-            begin, stop = first, min(last, n_prompt)
-            if part == 1:
-                keys, shift = cache.own_key[row, head], n_prompt
-                begin, stop = max(first - n_prompt, 0), last - n_prompt
-            score_tokens(
-                scratch.query[row, head],
-                keys,
-                begin,
-                stop,
-                scaling,
-                scratch.block[thread],
-                highest,
-                total,
-                units.logits[row, head],
-                shift,
-            )
+    elif not units.setless[row, head]:
+        choose_set(row, head, thread, start, end, units, rules, scratch)
 
 
 @njit(error_model="numpy")
-def _refresh(
-    unit: int,
-    thread: int,
-    n_threads: int,
-    kv_heads: int,
-    start: Array,
-    end: int,
-    units: Units,
-    signals: Signals,
-    rules: Rules,
-    scratch: Scratch,
-) -> None:
-    """Bring the threads' parts together, and choose a unit's set."""
-    row, head = unit // kv_heads, unit % kv_heads
-    merge(
-        scratch.highest[:n_threads, unit],
-        scratch.total[:n_threads, unit],
-        scratch.partial[:n_threads, unit, :, :0],
-        scratch.attended[row, head, :, :0],
-        units.normaliser[row, head],
-    )
-    units.full_query[row, head] = scratch.unit_query[row, head]
-    units.fresh[row, head] = True
-    if rules.wants_refresh:
-        # Its overlap is with the old set as it would be at this step.
-        filled, size = units.filled[row, head], units.sizes[head]
-        positions, scores = units.positions[row, head, :size], units.scores[row, head, :size]
-        slot = admit(end - 1, start[row], rules.sinks, rules.window, filled, positions, scores)
-        units.filled[row, head] = max(filled, slot + 1)
-        choose_and_measure(row, head, thread, start, end, units, signals, rules, scratch)
-    else:
-        choose_set(row, head, thread, start, end, units, rules, scratch)
+def _rank_anew(unit: int, row: int, head: int, thread: int, units: Units, rules: Rules, scratch: Scratch) -> None:
+    """Let the attention of a recycled step rank the set that it attended to, where ranks are kept up to date."""
+    filled, scores = units.filled[row, head], units.scores[row, head]
+    if rules.updated_ranking:
+        group_scores(scratch.logits[unit], scratch.normaliser[unit], 0, filled, rules.group_mean, scores)
+    elif rules.accumulated_ranking:
+        latest = scratch.token_score[thread]
+        group_scores(scratch.logits[unit], scratch.normaliser[unit], 0, filled, rules.group_mean, latest)
+        for slot in range(filled):
+            scores[slot] += latest[slot]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policies import SIGNALS, AlwaysFull, GroupPooling, NotAProgram, StepPolicy
+from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
 from recycler.decode.cache import KvLayer
-from recycler.decode.counts import Totals, keys_only_units
+from recycler.decode.counts import Totals, keys_only_units, setless_units
 from recycler.decode.cuda.decisions import HostDecisions, RowPrograms, row_programs
 from recycler.decode.cuda.dense import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
 from recycler.decode.cuda.machine import Machine
@@ -86,7 +86,6 @@ class CudaDecoding(Decoding):
         policy: StepPolicy,
     ) -> None:
         self._parts, self._weights, self._last, self._machine = parts, weights, last, machine
-        self._never_recycles = isinstance(policy, AlwaysFull)
         self._layers, self._needs, self._selection = layers, policy.needs, first.selection
         key, _ = layers[0].parts
         rows, kv_heads, _, head_dim = key.own.shape
@@ -113,7 +112,7 @@ class CudaDecoding(Decoding):
             self._host = HostDecisions(policy, why)
         counted = self._programs and len(self._programs[0].results) > 1
         self._reasons = tuple(self._programs[0].program.reasons) if counted else ()
-        self._by_keys = keys_only_units(policy, shape)
+        self._by_keys, self._setless = keys_only_units(policy, shape), setless_units(policy, shape)
         self._state = UnitState(self._sizes, first, policy.needs, self._by_keys, len(self._reasons))
 
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -228,9 +227,8 @@ class CudaDecoding(Decoding):
             measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
             scratch = Scratch(sizes, places, measures, dtype, device)
         # Layers have only the kernels that some unit of theirs may need.
-        by_keys, by_values = (np.asarray(some.any(axis=(0, 2))) for some in (self._by_keys, ~self._by_keys))
-        if self._never_recycles:
-            by_values[:] = False
+        choosing = ~self._by_keys & (measures | ~self._setless)
+        by_keys, by_values = (np.asarray(some.any(axis=(0, 2))) for some in (self._by_keys, choosing))
         self._kernels = [
             UnitKernels(
                 layer,
