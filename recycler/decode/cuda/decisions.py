@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies import QUERY_SIGNALS, SIGNALS, NotAProgram, PolicyProgram, StepPolicy, StepSignals, policy_program
-from policies.signals import Tables
+from policies import NotAProgram, PolicyProgram, StepPolicy, policy_program
 from recycler.decode.cuda.program import DeviceProgram, kernel_code
+from recycler.decode.host_decisions import HostDecisions
 from recycler.decode.per_row import PerRow
 
 
@@ -58,8 +58,8 @@ def row_programs(policy: StepPolicy, units: tuple[int, int], rows: int, device: 
     return found
 
 
-class HostDecisions:
-    """A policy that no kernel can run: called on NumPy, layer by layer, which makes the GPU wait.
+class DeviceHostDecisions:
+    """A policy that no kernel can run: called on the host, layer by layer, which makes the GPU wait.
 
     If it reads nothing of the step's query, that happens before the step, which is then one launch as ever. If it does,
     it happens in the middle of every layer, and the step is no graph.
@@ -74,10 +74,9 @@ class HostDecisions:
     """
 
     def __init__(self, policy: StepPolicy, why: NotAProgram) -> None:
-        self._policy = policy
-        self.in_layers = not policy.needs.isdisjoint(QUERY_SIGNALS)
+        self._host = HostDecisions(policy)
+        self.in_layers = self._host.in_layers
         self.overruled: dict[str, np.ndarray] = {}
-        self._tables: Tables = {}
         when = "in the middle of every layer" if self.in_layers else "between steps"
         warnings.warn(
             f"the policy {policy.kind} is called on the host {when}, and the GPU waits for it, because it is not made "
@@ -98,9 +97,7 @@ class HostDecisions:
         on_host = signals[:, asked].cpu().numpy()
         full = np.zeros(given[asked].shape, dtype=np.int8)
         for i, index in enumerate(layers):
-            of_layer = dict(zip(SIGNALS, on_host[:, i], strict=True))
-            reasons: dict[str, np.ndarray] = {}
-            full[i] = self._policy.decide(StepSignals(**of_layer, layer=index, reasons=reasons, tables=self._tables))
+            full[i], reasons = self._host.decide(index, on_host[:, i])
             for reason, units in reasons.items():
                 counts = self.overruled.setdefault(reason, np.zeros(given.shape, dtype=np.int64))
                 counts[index] += units

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
 from recycler.decode.cache import KvLayer
 from recycler.decode.counts import Totals, keys_only_units, setless_units
-from recycler.decode.cuda.decisions import HostDecisions, RowPrograms, row_programs
+from recycler.decode.cuda.decisions import DeviceHostDecisions, RowPrograms, row_programs
 from recycler.decode.cuda.dense import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.cuda.own_tokens import OwnTokens
@@ -105,11 +105,11 @@ class CudaDecoding(Decoding):
         )
         shape = (len(layers), kv_heads)
         self._programs: list[RowPrograms] = []
-        self._host: HostDecisions | None = None
+        self._host: DeviceHostDecisions | None = None
         try:
             self._programs = row_programs(policy, shape, rows, device)
         except NotAProgram as why:
-            self._host = HostDecisions(policy, why)
+            self._host = DeviceHostDecisions(policy, why)
         counted = self._programs and len(self._programs[0].results) > 1
         self._reasons = tuple(self._programs[0].program.reasons) if counted else ()
         self._by_keys, self._setless = keys_only_units(policy, shape), setless_units(policy, shape)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from policies import SIGNALS
-from recycler.decode.cuda.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
 from recycler.decode.cuda.own_tokens import own_tokens
 from recycler.decode.cuda.program import run_program
+from recycler.decode.cuda.shares import FULL, KEYS_ONLY, RECYCLED, SKIP
 
 _STEP, _AGE, _N_FULL, _QUERY, _LAST, _LAYER, _MASS, _OVERLAP = (
     tl.constexpr(SIGNALS.index(name))

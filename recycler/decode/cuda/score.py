@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recycler.decode.cuda.modes import RECYCLED, SKIP
-from recycler.decode.cuda.shares import units_in
+from recycler.decode.cuda.shares import RECYCLED, SKIP, units_in
 
 # Of the first eleven bits of a float32 that is not negative.
 HIGH_BINS = tl.constexpr(2048)

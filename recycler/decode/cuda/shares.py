@@ -10,7 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recycler.decode.cuda.modes import RECYCLED, SKIP
+from recycler.decode import modes
+
+# As kernels take numbers of ours.
+SKIP, RECYCLED, FULL, KEYS_ONLY = (
+    tl.constexpr(mode) for mode in (modes.SKIP, modes.RECYCLED, modes.FULL, modes.KEYS_ONLY)
+)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from policies import SIGNALS, GroupPooling, Ranking, Selection
-from recycler.decode.cuda import modes
+from recycler.decode import modes
 from recycler.decode.cuda.choose import finish, pick
 from recycler.decode.cuda.decisions import RowPrograms
 from recycler.decode.cuda.own_tokens import OwnTokens
@@ -169,7 +169,7 @@ class UnitKernels:
         scratch = self._scratch
         if self._by_keys:
             self._walk(query, scratch.modes_before, reads_values=False)
-            self._choose(scratch.modes_before, modes.KEYS_ONLY.value)
+            self._choose(scratch.modes_before, modes.KEYS_ONLY)
         self._walk(query, scratch.modes, reads_values=True)
         return scratch.attended
 
@@ -180,7 +180,7 @@ class UnitKernels:
         """
         scratch, ranking = self._scratch, self._selection.ranking
         if self._chooses:
-            self._choose(scratch.modes, modes.FULL.value)
+            self._choose(scratch.modes, modes.FULL)
         if ranking != Ranking.LAST_FULL:
             rank_anew[(self._sizes.units,)](
                 scratch.modes,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recycler.decode.cuda.modes import RECYCLED
 from recycler.decode.cuda.own_tokens import own_tokens
-from recycler.decode.cuda.shares import first_tile, program_of, tiles_of_units
+from recycler.decode.cuda.shares import RECYCLED, first_tile, program_of, tiles_of_units
 
 # The largest logit of no tokens.
 NOTHING = tl.constexpr(-1e30)

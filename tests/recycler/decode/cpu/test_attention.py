@@ -62,9 +62,9 @@ def in_parts(
     logits = np.full((group, first_logit + len(keys) + 2), np.inf, dtype)
     for part, (begin, end) in enumerate(pairwise(cuts)):
         state = highest[part], total[part], output[part]
-        attend_tokens(query, keys, values, begin, end, scaling, block, *state, logits, first_logit, keep_logits)
+        attend_tokens(query, keys, values, begin, end, scaling, block, *state, logits, first_logit, keep_logits, True)
     attention, normaliser = np.empty((group, head_dim), dtype), np.empty(group, dtype)
-    merge(highest, total, output, attention, normaliser)
+    merge(highest, total, output, attention, normaliser, True)
     return Result(attention, normaliser, logits)
 
 
@@ -124,9 +124,10 @@ def test_one_part_may_come_piece_by_piece(kind: str) -> None:
             logits,
             low,
             True,
+            True,
         )
     attention, normaliser = np.empty((3, 64), dtype), np.empty(3, dtype)
-    merge(highest[None], total[None], output[None], attention, normaliser)
+    merge(highest[None], total[None], output[None], attention, normaliser, True)
     right = expected(query, keys, values, 0.1)
     atol = TOLERANCE[kind]
     np.testing.assert_allclose(attention, right.attention, rtol=0, atol=atol)
@@ -165,3 +166,21 @@ def test_a_single_token_is_given_back(kind: str) -> None:
     found = in_parts(query, keys, values, 0.1, [5, 5, 6, 6])
     np.testing.assert_array_equal(found.attention, np.broadcast_to(widened(values)[5], (3, 80)))
     assert np.isinf(np.delete(found.logits, 5, axis=1)).all()
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_without_values_logits_and_their_sum_are_the_same(kind: str) -> None:
+    query, keys, values = random_unit(5, kind, 75, 3, 64)
+    whole = in_parts(query, keys, values, 0.3, [0, 40, 75])
+    dtype = query.dtype
+    highest, total = np.full((1, 3), NOTHING, dtype), np.zeros((1, 3), dtype)
+    output, block, logits = np.zeros((1, 3, 64), dtype), np.zeros((3, BLOCK_TOKENS), dtype), np.zeros((3, 77), dtype)
+    nobody = np.full_like(values, np.nan) if kind != "bfloat16" else np.full_like(values, 0x7FC0)
+    for begin, end in ((0, 40), (40, 75)):
+        state = highest[0], total[0], output[0]
+        attend_tokens(query, keys, nobody, begin, end, 0.3, block, *state, logits, 0, True, False)
+    attention, normaliser = np.full((3, 64), 7, dtype), np.empty(3, dtype)
+    merge(highest, total, output, attention, normaliser, False)
+    np.testing.assert_array_equal(logits[:, :75], whole.logits[:, :75])
+    np.testing.assert_allclose(normaliser, whole.normaliser, rtol=1e-6, atol=0)
+    assert (attention == 7).all()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from policies import Selection
-from recycler.decode.cuda import modes
+from recycler.decode import modes
 from recycler.decode.cuda.choose import finish, pick
 from recycler.decode.cuda.score import score
 from recycler.sets.recycled_set import select
@@ -60,7 +60,7 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
     seen = torch.arange(n) >= torch.tensor(case.starts)[:, None]
     normaliser = case.logits.masked_fill(~seen[:, None, None], float("-inf")).logsumexp(-1).flatten(0, 1).to(device)
     unit_modes = zeros(units, dtype=torch.int8)
-    unit_modes[:] = torch.tensor([modes.FULL.value if fresh else modes.RECYCLED.value for fresh in case.fresh])
+    unit_modes[:] = torch.tensor([modes.FULL if fresh else modes.RECYCLED for fresh in case.fresh])
     start, sizes = (torch.tensor(x, dtype=torch.int32, device=device) for x in (case.starts, case.sizes))
     # Of the cache's tokens all but the last are the prompt's.
     n_own, n_prompt = zeros(1), n - 1
@@ -71,7 +71,7 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
     mass, overlap = zeros(units, dtype=torch.float64), zeros(units, dtype=torch.float64)
     selection = case.selection
     stays = {"SINKS": selection.sinks, "WINDOW": selection.window}
-    mode, units_to = modes.FULL.value, 1 << (units - 1).bit_length()
+    mode, units_to = modes.FULL, 1 << (units - 1).bit_length()
     score[(n_programs,)](
         unit_modes, mode, start, n_own, logits, normaliser, scores, counts, units, n_prompt, places,
         KV_HEADS=kv_heads, GROUP=group, UNITS=units_to, CHUNK=CHUNK, BACKWARD=selection.pool_backward,

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recycler.decode.cuda import modes
 from recycler.decode.cuda.walk import merge, walk
-
-FULL, RECYCLED, KEYS_ONLY, SKIP = (mode.value for mode in (modes.FULL, modes.RECYCLED, modes.KEYS_ONLY, modes.SKIP))
+from recycler.decode.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
 
 
 @dataclass(frozen=True)
