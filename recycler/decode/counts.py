@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from policies import StepPolicy
+from policies import PerUnit, StepPolicy
 from recycler.decode.per_row import PerRow
 
 
@@ -74,34 +74,35 @@ class RunningTotals:
         )
 
 
-def setless_units(policy: StepPolicy, units: tuple[int, int]) -> np.ndarray:
-    """The units whose sets nobody ever reads, because they run full steps for ever.
-
-    Args:
-        policy: Whose `always_full` is asked for; a `PerRow`'s rows are asked one by one.
-        units: `(layers, kv_heads)`.
-
-    Returns:
-        bool `(rows or 1, layers, kv_heads)`, with one row if all follow one policy.
-    """
-    each = policy.rows if isinstance(policy, PerRow) else (policy,)
-    always = np.stack([np.broadcast_to(np.asarray(one.always_full) == 1, units) for one in each])
-    setless: np.ndarray = always & ~keys_only_units(policy, units)
+def setless_units(policy: StepPolicy, shape: tuple[int, int, int]) -> np.ndarray:
+    """The units whose sets nobody ever reads, because they run full steps for ever; like `keys_only_units`."""
+    always = _of_rows(policy, shape, lambda one: one.always_full)
+    setless: np.ndarray = always & ~keys_only_units(policy, shape)
     return setless
 
 
-def keys_only_units(policy: StepPolicy, units: tuple[int, int]) -> np.ndarray:
+def keys_only_units(policy: StepPolicy, shape: tuple[int, int, int]) -> np.ndarray:
     """The units whose full decisions are keys-only refreshes.
 
     Args:
-        policy: Whose `keys_only` is asked for; a `PerRow`'s rows are asked one by one.
-        units: `(layers, kv_heads)`.
+        policy: Whose property is asked for; a `PerRow`'s rows are asked one by one.
+        shape: `(rows, layers, kv_heads)`.
 
     Returns:
-        bool `(rows or 1, layers, kv_heads)`, with one row if all follow one policy.
+        bool of this shape.
+
+    Raises:
+        ValueError: If the policy is one of other rows.
     """
-    each = policy.rows if isinstance(policy, PerRow) else (policy,)
-    return np.stack([np.broadcast_to(np.asarray(one.keys_only) != 0, units) for one in each])
+    return _of_rows(policy, shape, lambda one: one.keys_only)
+
+
+def _of_rows(policy: StepPolicy, shape: tuple[int, int, int], asked: Callable[[StepPolicy], PerUnit]) -> np.ndarray:
+    each = (policy,) * shape[0]
+    if isinstance(policy, PerRow):
+        policy.check_rows(shape[0])
+        each = policy.rows
+    return np.stack([np.broadcast_to(np.asarray(asked(one)) == 1, shape[1:]) for one in each])
 
 
 def full_counts(full: np.ndarray, keys_only: np.ndarray) -> np.ndarray:

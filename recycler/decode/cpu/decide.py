@@ -60,10 +60,7 @@ class Decisions(ABC):
 def decisions(policy: StepPolicy, shape: tuple[int, int, int]) -> Decisions:
     """The fastest way to ask a policy; `shape` is `(layers, rows, kv_heads)`."""
     # Rows with policies of their own have programs of their own.
-    each: tuple[StepPolicy, ...] = (policy,)
-    if isinstance(policy, PerRow):
-        policy.check_rows(shape[1])
-        each = policy.rows
+    each = policy.rows if isinstance(policy, PerRow) else (policy,)
     try:
         return ProgramDecisions([policy_program(one) for one in each], shape)
     except NotAProgram:

@@ -81,9 +81,7 @@ class CpuDecoding(Decoding):
         group = weights[0].query.shape[0] // weights[0].key.shape[0]
         self._rules = _rules(first.selection, policy.needs)
         rows, (_, kv_heads) = first.n_rows, first.units
-        by_keys, setless = (
-            np.broadcast_to(of(policy, first.units), (rows, *first.units)) for of in (keys_only_units, setless_units)
-        )
+        by_keys, setless = (of(policy, (rows, *first.units)) for of in (keys_only_units, setless_units))
         # A policy that measures new sets wants to know of those that nobody reads too.
         setless = setless & (not self._rules.wants_refresh)
         self._units = [

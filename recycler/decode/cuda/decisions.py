@@ -42,7 +42,6 @@ def row_programs(policy: StepPolicy, units: tuple[int, int], rows: int, device: 
         program = DeviceProgram([policy_program(policy)], units, device)
         all_rows = torch.arange(rows, dtype=torch.int32, device=device)
         return [RowPrograms(program, all_rows, (program.full, *program.reasons.values()))]
-    policy.check_rows(rows)
     forms: dict[object, list[tuple[int, PolicyProgram]]] = {}
     for row, one in enumerate(policy.rows):
         written = policy_program(one)

@@ -103,16 +103,16 @@ class CudaDecoding(Decoding):
             n_programs=machine.n_programs,
             chunk_tokens=machine.chunk_tokens,
         )
-        shape = (len(layers), kv_heads)
+        units = (len(layers), kv_heads)
+        self._by_keys, self._setless = (of(policy, (rows, *units)) for of in (keys_only_units, setless_units))
         self._programs: list[RowPrograms] = []
         self._host: DeviceHostDecisions | None = None
         try:
-            self._programs = row_programs(policy, shape, rows, device)
+            self._programs = row_programs(policy, units, rows, device)
         except NotAProgram as why:
             self._host = DeviceHostDecisions(policy, why)
         counted = self._programs and len(self._programs[0].results) > 1
         self._reasons = tuple(self._programs[0].program.reasons) if counted else ()
-        self._by_keys, self._setless = keys_only_units(policy, shape), setless_units(policy, shape)
         self._state = UnitState(self._sizes, first, policy.needs, self._by_keys, len(self._reasons))
 
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -53,7 +53,7 @@ class UnitState:
         sizes: Of the run.
         first: What the prompt left behind; on the device where all of this lives.
         needs: Measured signals that the policy reads.
-        by_keys: bool `(rows or 1, layers, kv_heads)`: units that refresh by their keys alone.
+        by_keys: bool `(rows, layers, kv_heads)`: units that refresh by their keys alone.
         n_reasons: Reasons that the policy notes.
 
     Attributes:

@@ -32,7 +32,8 @@ class PlainUnits:
         self._policy = policy
         self._start = first.start
         self._layers = [LayerUnits(layer, first, policy.needs) for layer in range(layers)]
-        self._by_keys = torch.from_numpy(keys_only_units(policy, first.units)).to(first.positions.device)
+        by_keys = keys_only_units(policy, (first.n_rows, layers, kv_heads))
+        self._by_keys = torch.from_numpy(by_keys).to(first.positions.device)
         self.n_steps = 0
         self.full, self.keys_only = np.zeros((2, first.n_rows, layers, kv_heads), dtype=bool)
         self.tokens_read = np.zeros(self.full.shape)

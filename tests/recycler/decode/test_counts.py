@@ -286,13 +286,13 @@ def test_a_choice_put_off_is_not_disturbed_by_units_that_choose_at_once(
 
 class TestUnits:
     def test_one_policy_makes_one_row(self) -> None:
-        assert keys_only_units(AlwaysFull(), (2, 3)).tolist() == [[[False] * 3] * 2]
-        assert keys_only_units(RefreshKeys(NeverFull()), (2, 3)).tolist() == [[[True] * 3] * 2]
-        assert keys_only_units(RefreshKeys(NeverFull(), SOME), (2, 2)).tolist() == [[[True, False], [False, True]]]
+        assert keys_only_units(AlwaysFull(), (1, 2, 3)).tolist() == [[[False] * 3] * 2]
+        assert keys_only_units(RefreshKeys(NeverFull()), (1, 2, 3)).tolist() == [[[True] * 3] * 2]
+        assert keys_only_units(RefreshKeys(NeverFull(), SOME), (1, 2, 2)).tolist() == [[[True, False], [False, True]]]
 
     def test_policies_of_their_own_make_rows_of_their_own(self) -> None:
         rows = PerRow((AlwaysFull(), RefreshKeys(AlwaysFull(), SOME), RefreshKeys(AlwaysFull())))
-        found = keys_only_units(rows, (2, 2))
+        found = keys_only_units(rows, (3, 2, 2))
         assert found.tolist() == [[[False] * 2] * 2, [[True, False], [False, True]], [[True] * 2] * 2]
 
 
