@@ -232,7 +232,8 @@ def _first_units(
     positions = first.positions[index].numpy().copy()
     rows, kv_heads, k = positions.shape
     stored = as_array(layer.parts[0].own)
-    query: Array = first.query[index].numpy().astype(float_type)
+    # In one order, however many rows share a prompt: kernels are compiled for every other.
+    query: Array = first.query[index].numpy().astype(float_type, order="C")
     return Units(
         set_key=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),
         set_value=np.empty((rows, kv_heads, k, stored.shape[-1]), dtype=stored.dtype),

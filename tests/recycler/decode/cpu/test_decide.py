@@ -117,12 +117,6 @@ def test_programs_are_run_by_a_kernel_and_all_else_by_numpy() -> None:
         assert step["full"].all((0, 2)).tolist() == step["full"].any((0, 2)).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("n_policies", [1, 3, 5])
-def test_a_policy_per_row_wants_as_many_rows(n_policies: int) -> None:
-    with pytest.raises(ValueError, match=f"{n_policies} policies cannot decide for a batch of 4 rows"):
-        decisions(PerRow((COSINE,) * n_policies), SHAPE)
-
-
 def test_rows_with_policies_of_their_own_follow_them() -> None:
     rows = (COSINE, BudgetConstrained(LOGISTIC, SHARES, 1), FixedStride(TABLE), MaxAge(COSINE, 4))
     together = drive(ProgramDecisions([policy_program(policy) for policy in rows], SHAPE), PerRow(rows), seed=3)
