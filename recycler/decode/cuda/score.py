@@ -49,7 +49,7 @@ def score(
     FORWARD: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """Scores of all tokens, as `recycler.sets.recycled_set.token_scores` has them, and how often their high bits occur.
+    """Scores of all tokens, as `recycler.sets.scores.token_scores` has them, and how often their high bits occur.
 
     Args:
         modes: int8 `(units,)`.
