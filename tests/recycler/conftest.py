@@ -21,8 +21,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from policies import MEASURED_SIGNALS, PerUnit, Selection, StepPolicy, StepSignals
+from recycler.decode.per_row import PerRow
 
 VOCABULARY = 61
 
@@ -97,6 +102,26 @@ def save_byte_model() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _exact_norms() -> Iterator[None]:
+    """Norms of transformers round to float32 in every model; those of float64 compute in it here, as engines do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+            patch.setattr(norm, "forward", _exact_norm(norm.forward))
+        yield
+
+
+def _exact_norm(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def forward(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != torch.float64:
+            return stock(norm, hidden_states)
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        scaled: torch.Tensor = norm.weight * (hidden_states * torch.rsqrt(variance + norm.variance_epsilon))
+        return scaled
+
+    return forward
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -159,14 +184,17 @@ class PlainSet:
             ]
             left = min(may_leave, key=lambda other: (self.scores[other], other))
             del self.scores[left]
-        self.scores[place] = np.float32(np.inf)
+        self.scores[place] = np.float32(0 if self.selection.ranking == "accumulated" else np.inf)
         return left
 
     def rescore(self, weights: np.ndarray) -> None:
         """Rank by `(group, len(set))`, attention over the set in order of place."""
-        if self.selection.ranking == "updated":
-            pooled = weights.max(0) if self.selection.group == "max" else weights.mean(0)
-            self.scores = dict(zip(self.places, pooled.astype(np.float32), strict=True))
+        if self.selection.ranking == "last_full":
+            return
+        pooled = weights.max(0) if self.selection.group == "max" else weights.mean(0)
+        before = self.scores if self.selection.ranking == "accumulated" else dict.fromkeys(self.scores, np.float32(0))
+        now = zip(self.places, pooled.astype(np.float32), strict=True)
+        self.scores = {place: before[place] + score for place, score in now}
 
 
 @pytest.fixture(scope="session")
@@ -184,13 +212,22 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class _PlainUnit:
-    """One KV head of one row: what `StepSignals` says of it, and its attention."""
+    """One KV head of one row: what `StepSignals` says of it, and its attention.
 
-    def __init__(self, query: np.ndarray, key: np.ndarray, selection: Selection, start: int, scaling: float) -> None:
+    `queries` are those of the prompt, `(group, tokens, head_dim)`; of the last step, `values_read` are the places
+    whose values were read, and `tokens_read` is what was read with keys and values half a token each.
+    """
+
+    def __init__(self, queries: np.ndarray, key: np.ndarray, selection: Selection, start: int, scaling: float) -> None:
         self.selection, self.start, self.scaling = selection, start, scaling
         self.step, self.age, self.n_full = 0, 1, 0
+        query = queries[:, -1]
         weights = self._weights(query, key)
-        self.set = PlainSet(weights, selection, start)
+        n_voting = min(selection.prompt_queries or len(key), len(key) - start)
+        votes = np.zeros_like(weights)
+        for end in range(len(key) - n_voting + 1, len(key) + 1):
+            votes[:, :end] += self._weights(queries[:, end - 1], key[:end])
+        self.set = PlainSet(votes, selection, start)
         self.full_query = self.last_query = query.mean(0)
         self.refresh_mass = weights.mean(0)[self.set.places].sum()
         self.refresh_overlap = float("nan")
@@ -217,7 +254,9 @@ class _PlainUnit:
         self.last_query = query.mean(0)
         self.step += 1
         self.age += 1
+        dense = range(self.start, len(key))
         if not full:
+            self.values_read, self.tokens_read = self.set.places, len(self.set.places)
             weights = self._weights_on_set(query, key)
             output = weights @ value[self.set.places]
             self.set.rescore(weights)
@@ -229,6 +268,8 @@ class _PlainUnit:
         old, self.set = self.set, PlainSet(weights, self.selection, self.start)
         self.refresh_mass = weights.mean(0)[self.set.places].sum()
         self.refresh_overlap = len(set(old.places) & set(self.set.places)) / len(self.set.places)
+        self.values_read = self.set.places if keys_only else list(dense)
+        self.tokens_read = (len(dense) + len(self.values_read)) / 2
         return self._weights_on_set(query, key) @ value[self.set.places] if keys_only else weights @ value
 
     def _weights_on_set(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -239,27 +280,32 @@ class PlainDecoder:
     """Recycled attention, unit by unit, over a cache without empty places.
 
     Give `attention` to `attention_replaced`. `seen[layer]` has, per step, the signals of the units `(rows, kv_heads)`,
-    the decisions as `"full"`, and the sets as `"places"`.
+    the decisions as `"full"` and `"keys_only"`, the sets before the step as `"places"`, and what was read as
+    `"tokens_read"` and `"values_read"`.
+    `tokens`, `(rows,)`, are those that are fed, if somebody tells.
     """
 
     def __init__(self, policy: StepPolicy, selection: Selection, starts: list[int]) -> None:
         self.policy, self.selection, self.starts = policy, selection, starts
+        self.tokens: np.ndarray | None = None
         self.units: dict[int, list[list[_PlainUnit]]] = {}
         self.seen: dict[int, list[dict[str, Any]]] = {}
 
     def attention(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
             layer = module.layer_idx
-            queries = query[:, :, -1].unflatten(1, (key.shape[1], -1)).numpy()
+            grouped = query.unflatten(1, (key.shape[1], -1)).numpy()
+            queries = grouped[:, :, :, -1]
             keys, values = key.numpy(), value.numpy()
-            if query.shape[2] > 1:
+            # A prompt may be one token.
+            if query.shape[2] > 1 or layer not in self.units:
                 self.seen[layer] = []
                 self.units[layer] = [
                     [
                         _PlainUnit(q, k, _selection_of_unit(self.selection, layer, head), start, kwargs["scaling"])
                         for head, (q, k) in enumerate(zip(*row, strict=True))
                     ]
-                    for *row, start in zip(queries, keys, self.starts, strict=True)
+                    for *row, start in zip(grouped, keys, self.starts, strict=True)
                 ]
                 return stock(module, query, key, value, mask, **kwargs)
             units = self.units[layer]
@@ -272,23 +318,31 @@ class PlainDecoder:
                 seen[name] = np.broadcast_to(of_layer[:, None], seen["age"].shape)
             full = self.policy.decide(StepSignals(**seen, layer=layer))
             places = [[unit.set.places for unit in row] for row in units]
-            self.seen[layer].append(seen | {"full": full, "places": places})
-            modes = np.asarray(self.policy.keys_only)
-            keys_only = np.broadcast_to((modes[layer] if modes.ndim else modes) == 1, full.shape[1:])
+            of_rows = self.policy.rows if isinstance(self.policy, PerRow) else (self.policy,) * len(units)
+            keys_only = np.array([self._keys_only(policy, layer, full.shape[1]) for policy in of_rows])
             output = [
-                [unit.attend(*parts) for unit, *parts in zip(*row, keys_only, strict=True)]
-                for row in zip(units, queries, keys, values, full, strict=True)
+                [unit.attend(*parts) for unit, *parts in zip(*row, strict=True)]
+                for row in zip(units, queries, keys, values, full, keys_only, strict=True)
             ]
+            read = np.array([[unit.tokens_read for unit in row] for row in units])
+            done = {"full": full, "keys_only": full & keys_only, "tokens_read": read, "places": places}
+            values_read = [[unit.values_read for unit in row] for row in units]
+            self.seen[layer].append(seen | done | {"values_read": values_read})
             return torch.from_numpy(np.array(output)).to(query).flatten(1, 2)[:, None], None
 
         return attend
 
     def _of_layer(self, units: list[list[_PlainUnit]], queries: np.ndarray) -> dict[str, np.ndarray]:
-        """Signals that the units of a row share; the attention sees no tokens."""
+        """Signals that the units of a row share."""
         then = [np.mean([unit.full_query for unit in row], axis=0) for row in units]
         now = queries.reshape(len(queries), -1, queries.shape[-1]).mean(1)
         cosines = [_cosine(*pair) for pair in zip(now, then, strict=True)]
-        return {"layer_similarity": np.array(cosines), "token": np.full(len(units), np.nan)}
+        unknown = np.full(len(units), np.nan)
+        return {"layer_similarity": np.array(cosines), "token": unknown if self.tokens is None else self.tokens}
+
+    def _keys_only(self, policy: StepPolicy, layer: int, kv_heads: int) -> np.ndarray:
+        modes = np.asarray(policy.keys_only)
+        return np.broadcast_to((modes[layer] if modes.ndim else modes) == 1, kv_heads)
 
 
 @pytest.fixture(scope="session")

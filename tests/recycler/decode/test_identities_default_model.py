@@ -17,13 +17,13 @@ from policies import AlwaysFull, BudgetConstrained, CosineThreshold, FixedStride
 from recycler import LoadedModel, Session, default_prompts, load_model, recycled
 from recycler.measure.closed_loop import run_closed_loop
 
-N_NEW = 24
-CONTEXT_TOKENS = 400
+N_NEW = 12
+CONTEXT_TOKENS = 256
 
 
-@pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
+@pytest.fixture(params=[True, False], ids=["engine", "plain"])
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Every test of this file runs on the engine and on the plain path."""
+    """A test that asks for it runs on the engine and on the plain path."""
     for function in (recycled, run_closed_loop):
         monkeypatch.setitem(globals(), function.__name__, partial(function, fast=request.param))
     return bool(request.param)
@@ -53,6 +53,7 @@ def generate(loaded: LoadedModel, prompt: Tensor) -> Callable[[], list[int]]:
     return run
 
 
+@pytest.mark.usefixtures("fast")
 def test_always_full_gives_the_tokens_of_stock_generate(loaded: LoadedModel, generate: Callable[[], list[int]]) -> None:
     stock = generate()
     with recycled(loaded.model, AlwaysFull(), Selection(128)) as session:
@@ -60,6 +61,7 @@ def test_always_full_gives_the_tokens_of_stock_generate(loaded: LoadedModel, gen
     assert session.receipt().full_share == 1
 
 
+@pytest.mark.usefixtures("fast")
 def test_a_set_as_large_as_the_context_gives_the_tokens_of_full_attention(
     loaded: LoadedModel, generate: Callable[[], list[int]]
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_set_as_large_as_the_context_gives_the_tokens_of_full_attention(
     assert (receipt.full_share, receipt.read_share) == (0, 1)
 
 
+@pytest.mark.usefixtures("fast")
 def test_two_generations_in_a_row_are_equal_and_leave_the_model_as_it_was(
     loaded: LoadedModel, generate: Callable[[], list[int]]
 ) -> None:
@@ -101,19 +104,20 @@ torch.set_num_threads({torch.get_num_threads()})
 loaded = load_model(None)
 text = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens={CONTEXT_TOKENS}, n_steps=8, kinds=["technical"])
 prompt = torch.as_tensor(text[0].tokens[:{CONTEXT_TOKENS}].astype("int64"))[None]
-with recycled(loaded.model, FixedStride(4), Selection(64)):
-    tokens = loaded.model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens={N_NEW}, min_new_tokens={N_NEW}, do_sample=False
-    )
-print(tokens[0, {CONTEXT_TOKENS}:].tolist())
+how = dict(attention_mask=torch.ones_like(prompt), max_new_tokens={N_NEW}, min_new_tokens={N_NEW}, do_sample=False)
+for fast in (True, False):
+    with recycled(loaded.model, FixedStride(4), Selection(64), fast=fast):
+        print(loaded.model.generate(prompt, **how)[0, {CONTEXT_TOKENS}:].tolist())
 """
-    with recycled(loaded.model, FixedStride(4), Selection(64)):
-        generate()
-        here = generate()
+    here = []
+    for fast in (True, False):
+        with recycled(loaded.model, FixedStride(4), Selection(64), fast=fast):
+            here.append(generate())
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == here
+    assert [json.loads(line) for line in done.stdout.splitlines()[-2:]] == here
 
 
+@pytest.mark.usefixtures("fast")
 def test_an_exception_while_decoding_leaves_the_model_as_it_was(
     loaded: LoadedModel, generate: Callable[[], list[int]]
 ) -> None:
@@ -131,6 +135,7 @@ def test_an_exception_while_decoding_leaves_the_model_as_it_was(
     assert generate() == stock
 
 
+@pytest.mark.usefixtures("fast")
 def test_closed_loop_and_session_predict_alike(loaded: LoadedModel, prompt: Tensor) -> None:
     """Float32 and two orders of summation: the same decisions, and divergences equal to rounding."""
     policy = FixedStride(3)

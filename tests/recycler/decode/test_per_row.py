@@ -1,11 +1,8 @@
 """A batch in which every row follows its own policy."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from policies import (
@@ -31,22 +28,6 @@ ROWS = (
 )
 
 
-def test_rows_follow_their_own_policies(
-    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], spy: Callable[..., Any]
-) -> None:
-    model, tokens = make_model(), make_tokens(20, rows=len(ROWS))
-    together = [spy(policy) for policy in ROWS]
-    with recycled(model, PerRow(tuple(together)), SELECTION):
-        found = model.generate(tokens, max_new_tokens=16)
-    for row, policy in enumerate(ROWS):
-        alone = spy(policy)
-        with recycled(model, alone, SELECTION):
-            assert torch.equal(model.generate(tokens[row : row + 1], max_new_tokens=16)[0], found[row])
-        for layer, steps in alone.seen.items():
-            for mine, ours in zip(steps, together[row].seen[layer], strict=True):
-                assert ours["full"].tolist() == mine["full"].tolist()
-
-
 def test_needs_are_those_of_all_rows() -> None:
     assert PerRow(ROWS).needs == {"refresh_mass", "query_similarity"}
     assert PerRow((AlwaysFull(),)).needs == frozenset()
@@ -65,12 +46,3 @@ def test_shapes_are_those_of_all_rows(make_model: Callable[..., PreTrainedModel]
     message = "the policy is for 2 layers x 2 KV heads, but .* has 2 layers x 4 KV heads"
     with pytest.raises(ValueError, match=message), recycled(make_model(kv_heads=4), PerRow(ROWS), SELECTION):
         pass
-
-
-@pytest.mark.parametrize("rows", [1, 6])
-def test_other_number_of_rows_is_refused(
-    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], rows: int
-) -> None:
-    message = f"^5 policies cannot decide for a batch of {rows} rows"
-    with recycled(make_model(), PerRow(ROWS), SELECTION), pytest.raises(ValueError, match=message):
-        make_model().generate(make_tokens(20, rows=rows), max_new_tokens=4)

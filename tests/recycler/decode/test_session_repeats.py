@@ -1,11 +1,7 @@
-"""Generations one after the other: within a `with`, in two of them, in a conversation, in another process."""
+"""Generations one after the other: within a `with`, in two of them, in a conversation."""
 
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from typing import Any
 
 import pytest
@@ -74,27 +70,6 @@ def test_conversation_goes_on_from_its_cache(
     with recycled(model, NeverFull(), Selection(99)) as session:
         assert torch.equal(talk(), stock)
     assert session.receipt().n_steps == 2 * 15
-
-
-def test_fresh_process_finds_the_same_tokens() -> None:
-    program = """if True:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-        from policies import CosineThreshold, Selection
-        from recycler.decode.session import recycled
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, eos_token_id=None, pad_token_id=0)
-        model = LlamaForCausalLM(config).eval()
-        with recycled(model, CosineThreshold(0.5), Selection(8, 2, 3)) as session:
-            print(model.generate(torch.arange(1, 25)[None], max_new_tokens=16).tolist(), session.receipt().to_json())
-    """
-    with redirect_stdout(StringIO()) as here:
-        exec(program, {})
-    there = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=True)
-    assert there.stdout == here.getvalue()
-    assert "full_share" in there.stdout
 
 
 def test_a_compiled_call_of_the_model_decodes_as_the_model_does(

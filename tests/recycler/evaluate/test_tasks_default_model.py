@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,8 @@ def smallest(loaded: LoadedModel, name: str) -> TaskPrompt:
 @pytest.mark.parametrize("name", TASKS)
 def test_full_attentions_answer_is_that_of_stock_generate_and_scores_the_same(loaded: LoadedModel, name: str) -> None:
     task = smallest(loaded, name)
+    # What comes later in long answers is of the same kind.
+    task = replace(task, n_new_tokens=min(task.n_new_tokens, 16))
     if not task.n_new_tokens:
         assert measure(loaded, task, []).methods["full"].answer is None
         return
