@@ -27,3 +27,6 @@ __all__ = [
     "recycled",
     "run_closed_loop",
 ]
+
+# For one version, paths of 0.1 such as recycler.engine are found in moved/, and warn.
+__path__.append(f"{__path__[0]}/moved")

@@ -32,3 +32,6 @@ __all__ = [
     "replay_policy",
     "search_family",
 ]
+
+# For one version, paths of 0.1 such as tuning.hindsight are found in moved/, and warn.
+__path__.append(f"{__path__[0]}/moved")
