@@ -20,6 +20,7 @@ from policies.selection import GroupPooling, Ranking, Selection
 from policies.sentence_boundary import SentenceBoundary
 from policies.serialize import policy_from_json, policy_to_json
 from policies.signals import MEASURED_SIGNALS, QUERY_SIGNALS, StepSignals
+from policies.version import project_version, written_by
 
 __all__ = [
     "FEATURES",
@@ -57,4 +58,6 @@ __all__ = [
     "policy_from_json",
     "policy_program",
     "policy_to_json",
+    "project_version",
+    "written_by",
 ]

@@ -14,6 +14,7 @@ from policies.base import StepPolicy
 from policies.schema import policy_file_problem
 from policies.selection import Selection
 from policies.serialize import policy_from_json, policy_to_json
+from policies.version import written_by
 
 FORMAT = 1
 
@@ -59,12 +60,15 @@ class PolicyFile:
         selection: How sets are chosen; a policy tuned for one selection says little about another.
         model: The model that it was tuned on.
         provenance: Free JSON values: digests of traces, budget, results, versions.
+        written_by: This project and its version, or those of a file that was read; None if the file does not say, as
+            before 0.2. It lies with the provenance in the file.
     """
 
     policy: StepPolicy
     selection: Selection
     model: ModelShape
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    written_by: str | None = field(default_factory=written_by, compare=False)
 
     def __post_init__(self) -> None:
         check_fits(self.policy, self.model)
@@ -81,12 +85,13 @@ class PolicyFile:
 
     def to_json(self) -> dict[str, Any]:
         """The values that `write` puts into the file."""
+        by = {} if self.written_by is None else {"written_by": self.written_by}
         return {
             "format": FORMAT,
             "policy": policy_to_json(self.policy),
             "selection": self.selection.to_json(),
             "model": dataclasses.asdict(self.model),
-            "provenance": dict(self.provenance),
+            "provenance": {**self.provenance, **by},
         }
 
     @classmethod
@@ -99,11 +104,14 @@ class PolicyFile:
         problem = policy_file_problem(values)
         if problem is not None:
             raise ValueError(problem)
+        provenance = dict(values.get("provenance", {}))
+        by = provenance.pop("written_by", None)
         return cls(
             policy=policy_from_json(values["policy"]),
             selection=Selection(**values["selection"]),
             model=ModelShape(**values["model"]),
-            provenance=values.get("provenance", {}),
+            provenance=provenance,
+            written_by=by,
         )
 
     def write(self, path: Path | str) -> None:

@@ -68,7 +68,7 @@ def policy_file_schema() -> dict[str, Any]:
                     "head_dim": count,
                 },
             },
-            "provenance": {"type": "object"},
+            "provenance": {"type": "object", "properties": {"written_by": {"type": "string"}}},
         },
         "$defs": {
             "per_unit": {

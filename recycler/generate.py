@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from transformers import TextStreamer
 
-from policies import PolicyFile
+from policies import PolicyFile, written_by
 from recycler.decode.session import recycled
 from recycler.model.generation import Generation, generate_tokens
 from recycler.model.loading import LoadedModel, load_model
@@ -74,6 +74,7 @@ def main(
         "engine": applied["engine"],
         "why_plain": applied["why_plain"],
         "reasons": applied["reasons"],
+        "written_by": applied["written_by"],
         "model": loaded.id,
         "policy": str(policy),
         **(_compared(recycled_run, generate()) if compare else {}),
@@ -131,4 +132,4 @@ def _rounded(per_second: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, version=written_by())

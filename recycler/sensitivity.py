@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from policies import written_by
 from recycler.measure.ablation import measure_sensitivity
 from recycler.model.loading import load_model
 from recycler.model.shape import model_shape
@@ -43,4 +44,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, version=written_by())

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from policies import written_by
 from traces.pictures import draw_overlap, draw_recovered_mass, draw_similarity, write_picture
 from traces.reporting.command import run_command
 from traces.summary import Summary, doubling_ages, summarise
@@ -115,4 +116,4 @@ def _plain(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, version=written_by())

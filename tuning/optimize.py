@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from policies import FixedStride, ModelShape, Selection, StepPolicy
+from policies import FixedStride, ModelShape, Selection, StepPolicy, written_by
 from recycler.measure.ablation import measure_prompt_sensitivity, measure_sensitivity
 from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
@@ -265,4 +265,4 @@ def _result(shape: ModelShape, split: Split[TraceFile], compared: Compared) -> T
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, version=written_by())

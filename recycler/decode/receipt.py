@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from policies import written_by
 from recycler.decode.counts import Totals
 
 
@@ -68,7 +69,7 @@ class Receipt:
         return float(self.tokens_read.sum()) / dense if dense else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        """Totals, plain numbers; a share of no steps is None, because JSON has no NaN."""
+        """Totals, plain numbers, and the version that counted; a share of no steps is None: JSON has no NaN."""
         decoded = self.n_steps > 0
         return {
             "engine": self.engine,
@@ -79,6 +80,7 @@ class Receipt:
             "keys_only_share": self.keys_only_share if decoded else None,
             "read_share": self.read_share if decoded else None,
             "reasons": {reason: int(units.sum()) for reason, units in self.reasons.items()},
+            "written_by": written_by(),
         }
 
     def print(self, console: Console) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from policies import PolicyFile
+from policies import PolicyFile, written_by
 from recycler.evaluate.comparison import Comparison, check_lengths, compare
 from recycler.evaluate.competitors import competitors, under_test
 from recycler.evaluate.method import Method
@@ -138,4 +138,4 @@ def _named(names: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, version=written_by())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from policies.version import PROJECT, project_version
+
 
 def versions() -> dict[str, str]:
     """Versions of the packages that shape the numbers."""
@@ -14,4 +16,4 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             return "not installed"
 
-    return {package: of(package) for package in ("recycled-attention", "torch", "transformers")}
+    return {PROJECT: project_version()} | {package: of(package) for package in ("torch", "transformers")}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from policies import GroupPooling, Ranking, Selection
+from policies import GroupPooling, Ranking, Selection, written_by
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import max_positions
 from recycler.prompts import KINDS, Prompt, default_prompts, prompts_from_files
@@ -117,4 +117,4 @@ def _from_files(loaded: LoadedModel, files: Sequence[Path], steps: int, write_co
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, version=written_by())

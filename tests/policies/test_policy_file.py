@@ -21,7 +21,10 @@ from policies import (
     Ranking,
     Selection,
     known_kinds,
+    written_by,
 )
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.fixture
@@ -92,6 +95,28 @@ class TestWriteAndRead:
             dataclasses.replace(file, provenance={"array": object()}).write(path)
         assert path.read_text() == "old"
         assert os.listdir(tmp_path) == ["policy.json"]
+
+
+class TestWriter:
+    def test_a_file_says_which_version_wrote_it(self, file: PolicyFile, tmp_path: Path) -> None:
+        file.write(tmp_path / "policy.json")
+        values = json.loads((tmp_path / "policy.json").read_text(encoding="utf-8"))
+        assert values["provenance"] == {**file.provenance, "written_by": written_by()}
+        assert PolicyFile.read(tmp_path / "policy.json").written_by == written_by()
+
+    def test_a_file_keeps_its_writer_when_it_is_copied(self, file: PolicyFile) -> None:
+        values = dataclasses.replace(file, written_by="recycled-attention 7.0").to_json()
+        copy = PolicyFile.from_json(values)
+        assert (copy.written_by, copy.to_json()) == ("recycled-attention 7.0", values)
+        assert copy == file
+
+    def test_a_file_from_before_the_writer_was_named_still_loads(self) -> None:
+        path = RESULTS / "policy-budget-0.1.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        assert "written_by" not in values["provenance"]
+        file = PolicyFile.read(path)
+        assert file.written_by is None
+        assert file.to_json()["provenance"] == values["provenance"]
 
 
 def refused(sentence: str) -> Any:
@@ -197,6 +222,11 @@ class TestRefusals:
             ),
             ("model", {"id": "tiny"}, "not a policy file: model: 'layers' is a required property."),
             ("provenance", 3, "not a policy file: provenance: 3 is not of type 'object'."),
+            (
+                "provenance",
+                {"written_by": 0.2},
+                "not a policy file: provenance/written_by: 0.2 is not of type 'string'.",
+            ),
         ],
     )
     def test_a_wrong_part_is_named_with_the_file(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 
-def run_command(command: Callable[..., dict[str, Any]], arguments: list[str] | None = None) -> NoReturn:
+def run_command(
+    command: Callable[..., dict[str, Any]], arguments: list[str] | None = None, *, version: str | None = None
+) -> NoReturn:
     """Run a typed function as a command line and exit.
 
     What the function returns is printed as one JSON line, the last of standard output. A ValueError is bad input: its
@@ -20,11 +22,13 @@ def run_command(command: Callable[..., dict[str, Any]], arguments: list[str] | N
     Args:
         command: Function whose parameters typer turns into options and whose docstring is the help text.
         arguments: Command line without the program's name; None takes the process's own.
+        version: What the option `--version` prints; None leaves the option out.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(command)
+    parser = _parser(command)
+    if version is not None:
+        parser.params += _parser(_version_option).params
     try:
-        result = app(arguments, standalone_mode=False)
+        result = parser(arguments, standalone_mode=False, obj=version)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except ValueError as error:
@@ -42,6 +46,30 @@ def run_command(command: Callable[..., dict[str, Any]], arguments: list[str] | N
     if isinstance(result, dict):
         print(json.dumps(result), flush=True)
     sys.exit(0)
+
+
+def _parser(command: Callable[..., Any]) -> Any:
+    """What typer makes of a function; its type has moved between typer releases."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    return typer.main.get_command(app)
+
+
+def _show_version(context: typer.Context, asked: bool) -> None:
+    if asked:
+        print(context.obj)
+        raise typer.Exit
+
+
+def _version_option(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, expose_value=False, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Only carries the option, which every command gets."""
 
 
 def _fail(sentence: str, exit_code: int) -> NoReturn:

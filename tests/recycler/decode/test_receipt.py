@@ -11,7 +11,17 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policies import AlwaysFull, BudgetConstrained, FixedStride, MaxAge, NeverFull, RefreshKeys, Selection, StepPolicy
+from policies import (
+    AlwaysFull,
+    BudgetConstrained,
+    FixedStride,
+    MaxAge,
+    NeverFull,
+    RefreshKeys,
+    Selection,
+    StepPolicy,
+    written_by,
+)
 from recycler.decode.receipt import Receipt
 from recycler.decode.session import recycled
 
@@ -125,3 +135,4 @@ def test_json_has_plain_totals(receipt_of: Callable[..., Receipt]) -> None:
     assert (values["engine"], values["why_plain"]) == ("plain", "fast is False")
     assert (values["n_steps"], values["n_rows"], values["full_share"]) == (10, 1, 0.5)
     assert values["reasons"] == {"max_age": 20}
+    assert values["written_by"] == written_by()

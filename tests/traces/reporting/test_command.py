@@ -68,6 +68,29 @@ def test_help_names_the_command_and_exits_with_0(run: Run) -> None:
     assert "--right" in out
 
 
+def test_the_version_is_printed_whatever_else_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(add, ["--version"], version="project 1.2")
+    assert caught.value.code == 0
+    assert capsys.readouterr() == ("project 1.2\n", "")
+    with pytest.raises(SystemExit):
+        run_command(add, ["--help"], version="project 1.2")
+    assert "--version" in capsys.readouterr().out
+
+
+def test_a_command_with_a_version_runs_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(add, ["2"], version="project 1.2")
+    assert caught.value.code == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"sum": 3}
+
+
+def test_a_command_without_a_version_has_no_such_option(run: Run) -> None:
+    code, out, err = run(add, "--version")
+    assert (code, out) == (2, "")
+    assert "--version" in err
+
+
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, typer.Abort])
 def test_an_interrupt_exits_with_130(run: Run, interrupt: type[BaseException]) -> None:
     def stop() -> dict[str, Any]:
