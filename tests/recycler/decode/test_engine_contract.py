@@ -114,7 +114,7 @@ def assert_close(found: Tensor, expected: Tensor, atol: float) -> None:
 
 
 @cases("how", [{"family": "llama"}, *FAMILIES], n_first=1)
-@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 2.0}], ids=["greedy", "sampled"])
+@cases("sampling", [{}, {"do_sample": True, "temperature": 2.0}], n_first=1, ids=["greedy", "sampled"])
 def test_always_full_is_the_stock_decoder(
     runs: Any, make_tokens: Make, how: dict[str, Any], sampling: dict[str, Any]
 ) -> None:
@@ -174,7 +174,7 @@ def test_every_family_decodes_as_in_plain_python(
     expected.assert_counted_by(found.receipt)
 
 
-@cases("selection", [*SELECTIONS.values()], n_first=2, ids=[*SELECTIONS])
+@cases("selection", [*SELECTIONS.values()], n_first=1, ids=[*SELECTIONS])
 def test_rows_of_one_prompt_decode_as_in_plain_python(
     runs: Any, reference_rows: Make, make_tokens: Make, selection: Selection
 ) -> None:
@@ -193,7 +193,7 @@ def test_the_policies_decide_unlike_each_other_and_selections_predict_unlike_eac
 ) -> None:
     model, text = runs.model(), make_tokens(N_PROMPT + runs.subject.n_steps)[0]
     policies = POLICIES if runs.subject.thorough else POLICIES[:5]
-    selections = [*SELECTIONS.values()][: None if runs.subject.thorough else 2]
+    selections = [*SELECTIONS.values()][: None if runs.subject.thorough else 1]
     done = [reference_rows(model, policies, selection, text, N_PROMPT) for selection in selections]
     decided = done[-1].seen["full"] + done[-1].seen["keys_only"] * 2
     assert len({row.tobytes() for row in decided.swapaxes(0, 1)}) == len(policies)
@@ -424,6 +424,8 @@ def test_replay_decides_as_the_decoder_does(runs: Any, make_tokens: Make, policy
 # What is read, and how exactly
 
 
+# What Triton's interpreter says of a full step's numbers.
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
 @pytest.mark.parametrize("policy", [NeverFull(), RefreshKeys(FixedStride(99, phase=98))], ids=["recycled", "by keys"])
 def test_values_outside_of_the_sets_are_not_read(
     runs: Any, reference: Make, make_tokens: Make, policy: StepPolicy
