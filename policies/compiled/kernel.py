@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from filelock import FileLock
 from numba import njit
+from numba.core.caching import IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import CPUDispatcher
 
 from policies import program
 
@@ -23,8 +27,41 @@ def digest_of(sources: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+class _KeptFiles(IndexDataCacheFile):  # type: ignore[misc]
+    """What is kept of a kernel, for one process at a time.
+
+    numba's own would let two processes that compile it for two types count to the same number, and one type's code be
+    kept under the other's name.
+    """
+
+    def load(self, key: Any) -> Any:
+        with FileLock(f"{self._index_path}.lock"):
+            return super().load(key)
+
+    def save(self, key: Any, data: Any) -> None:
+        with FileLock(f"{self._index_path}.lock"):
+            super().save(key, data)
+
+
+class _Kernel(CPUDispatcher):  # type: ignore[misc]
+    """What one process compiles, others wait for and load, instead of doing the same."""
+
+    def compile(self, sig: Any) -> Any:
+        of_sig = hashlib.sha256(repr(sig).encode()).hexdigest()[:16]
+        kept = self._cache._cache_file
+        # In this order in all threads: a kernel compiles the kernels that it calls.
+        with global_compiler_lock, FileLock(f"{kept._index_path}.{of_sig}.lock"):
+            return super().compile(sig)
+
+
+class _Helper(CPUDispatcher):  # type: ignore[misc]
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        # numba would jump to address 0.
+        raise TypeError(f"{self.__name__} is for kernels alone: call it in a function under `numba.njit`.")
+
+
 def stamped_kernel(digest: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` for a function that Python or kernels call: kept on disk while the digest of its sources stays.
+    """`numba.njit` for a function that Python calls: kept on disk while the digest of its sources stays.
 
     numba itself looks at the file of the function only, and would run old code after a change in what it calls.
 
@@ -35,8 +72,27 @@ def stamped_kernel(digest: str, **options: Any) -> Callable[[Callable[..., Any]]
 
     def decorate(function: Callable[..., Any]) -> Any:
         compiled = njit(error_model="numpy", cache=True, **options)(function)
-        kept = compiled._cache._cache_file
-        kept._source_stamp = (kept._source_stamp, digest)
+        compiled.__class__ = _Kernel
+        cache = compiled._cache
+        stamp = (cache._cache_file._source_stamp, digest)
+        cache._cache_file = _KeptFiles(cache.cache_path, cache._impl.filename_base, stamp)
+        return compiled
+
+    return decorate
+
+
+def helper(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit` for a function that only kernels call: compiled without a way in from Python.
+
+    That way is code too: of a function of named tuples, more than its own.
+
+    Args:
+        options: Of `numba.njit`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+        compiled.__class__ = _Helper
         return compiled
 
     return decorate

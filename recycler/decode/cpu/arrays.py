@@ -16,7 +16,8 @@ Array = np.ndarray
 # A layer's signals are a float64 array `(rows, signals, kv_heads)` in the order of `policies.SIGNALS`: a row's numbers
 # lie side by side, as its policy may be one of its own.
 QUERY_SIMILARITY, STEP_SIMILARITY, LAYER_SIMILARITY, REFRESH_MASS, REFRESH_OVERLAP = (
-    SIGNALS.index(name)
+    # NumPy's numbers: for Python's numba compiles a function once for each that it is called with.
+    np.int64(SIGNALS.index(name))
     for name in ("query_similarity", "step_similarity", "layer_similarity", "refresh_mass", "refresh_overlap")
 )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from policies.compiled.kernel import helper
 from recycler.decode.cpu.scalars import exp, prefetch, widen
 
 # Tokens whose logits are computed before their values are read; keys and values of a block stay in the first cache.
@@ -16,7 +16,7 @@ _LINE_BYTES = 64
 NOTHING = -1e30
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def attend_tokens(
     query: Any,
     keys: Any,
@@ -53,12 +53,10 @@ def attend_tokens(
     """
     group = query.shape[0]
     scale = query.dtype.type(scaling)
+    next_read, ahead = (values, 0) if reads_values else (keys, BLOCK_TOKENS)
     for low in range(begin, end, BLOCK_TOKENS):
         n = min(BLOCK_TOKENS, end - low)
-        if reads_values:
-            _logits(query, keys, values, 0, low, n, scale, block)
-        else:
-            _logits(query, keys, keys, BLOCK_TOKENS, low, n, scale, block)
+        _logits(query, keys, next_read, ahead, low, n, scale, block)
         for head in range(group):
             if keep_logits:
                 _copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
@@ -68,13 +66,13 @@ def attend_tokens(
 
 
 # Loops over slices in functions of their own: written out above, they do not vectorise.
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _copy(source: Any, target: Any) -> None:
     for j in range(source.shape[0]):
         target[j] = source[j]
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _weigh(row: Any, head: int, highest: Any, total: Any, output: Any) -> None:
     """Turn a head's logits into weights relative to the highest so far."""
     best = row[0]
@@ -94,7 +92,7 @@ def _weigh(row: Any, head: int, highest: Any, total: Any, output: Any) -> None:
     total[head] += added
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _logits(query: Any, keys: Any, next_read: Any, ahead: int, low: int, n: int, scale: Any, block: Any) -> None:
     group, head_dim = query.shape
     zero = query.dtype.type(0)
@@ -124,7 +122,7 @@ def _logits(query: Any, keys: Any, next_read: Any, ahead: int, low: int, n: int,
             block[head, j] = a * scale
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _add_values(weights: Any, values: Any, keys: Any, low: int, n: int, output: Any) -> None:
     group, head_dim = output.shape
     line = _LINE_BYTES // keys.itemsize
@@ -149,7 +147,7 @@ def _add_values(weights: Any, values: Any, keys: Any, low: int, n: int, output: 
                 output[head, d] += a * widen(values[low + j, d])
 
 
-@njit(error_model="numpy", fastmath={"contract"})
+@helper(fastmath={"contract"})
 def merge(highest: Any, total: Any, output: Any, out: Any, normaliser: Any, reads_values: bool) -> None:
     """Bring the parts of one unit's attention together.
 

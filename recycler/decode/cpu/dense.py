@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
 
+from policies.compiled.kernel import helper
 from recycler.decode.cpu.arrays import (
     LAYER_SIMILARITY,
     QUERY_SIMILARITY,
@@ -17,11 +17,12 @@ from recycler.decode.cpu.arrays import (
     Units,
 )
 from recycler.decode.cpu.compiled import kernel
-from recycler.decode.cpu.linear import linear, rms_norm
+from recycler.decode.cpu.linear import ADD, FIRST_COLUMN, REPLACE, linear, rms_norm
 from recycler.decode.cpu.scalars import exp, narrow, widen
+from recycler.decode.cpu.shares import on_threads
 
 
-@kernel(parallel=True, fastmath=True)
+@kernel(fastmath=True)
 def project(
     x: Array,
     weights: LayerWeights,
@@ -51,14 +52,7 @@ def project(
         n_threads: Threads to use.
     """
     rms_norm(x, weights.norm, weights.eps, scratch.normed)
-    n_queries, n_keys = weights.query.shape[0], weights.key.shape[0]
-    for thread in prange(n_threads):
-        low, high = thread * n_queries // n_threads, (thread + 1) * n_queries // n_threads
-        linear(scratch.normed, weights.query, weights.query_bias, scratch.projected, 0, low, high, False)
-        low, high = thread * n_keys // n_threads, (thread + 1) * n_keys // n_threads
-        linear(scratch.normed, weights.key, weights.key_bias, scratch.projected, n_queries, low, high, False)
-        column = n_queries + n_keys
-        linear(scratch.normed, weights.value, weights.value_bias, scratch.projected, column, low, high, False)
+    on_threads(_project_share, (weights, scratch), n_threads)
     _rotate_and_append(weights, cosine, sine, cache, n_own, scratch)
     if rules.wants_query_similarity:
         _cosine_similarity(scratch.unit_query, units.full_query, signals, QUERY_SIMILARITY)
@@ -68,7 +62,19 @@ def project(
         _layer_similarity(scratch.unit_query, units.full_query, signals)
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
+def _project_share(thread: int, n_threads: int, weights: LayerWeights, scratch: Scratch) -> None:
+    """A thread's outputs of query, key and value."""
+    n_queries, n_keys = weights.query.shape[0], weights.key.shape[0]
+    low, high = thread * n_queries // n_threads, (thread + 1) * n_queries // n_threads
+    linear(scratch.normed, weights.query, weights.query_bias, scratch.projected, FIRST_COLUMN, low, high, REPLACE)
+    low, high = thread * n_keys // n_threads, (thread + 1) * n_keys // n_threads
+    linear(scratch.normed, weights.key, weights.key_bias, scratch.projected, n_queries, low, high, REPLACE)
+    column = n_queries + n_keys
+    linear(scratch.normed, weights.value, weights.value_bias, scratch.projected, column, low, high, REPLACE)
+
+
+@helper(fastmath=True)
 def _rotate_and_append(
     weights: LayerWeights, cosine: Array, sine: Array, cache: Cache, n_own: int, scratch: Scratch
 ) -> None:
@@ -96,7 +102,7 @@ def _rotate_and_append(
                 cache.own_value[row, kv_head, n_own, d] = narrow(value[d], stored)
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _rotate(vector: Array, norm: Array, eps: float, cosine: Array, sine: Array, out: Array) -> None:
     """The norm of a head, if any, then rotary embedding (arXiv 2104.09864), halves as transformers has them."""
     head_dim = vector.shape[0]
@@ -113,7 +119,7 @@ def _rotate(vector: Array, norm: Array, eps: float, cosine: Array, sine: Array, 
         out[d + half] = vector[d + half] * cosine[d + half] + vector[d] * sine[d + half]
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _cosine_similarity(now: Array, then: Array, signals: Array, which: int) -> None:
     rows, kv_heads, head_dim = now.shape
     for row in range(rows):
@@ -126,7 +132,7 @@ def _cosine_similarity(now: Array, then: Array, signals: Array, which: int) -> N
             signals[row, which, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _layer_similarity(now: Array, then: Array, signals: Array) -> None:
     """The cosine between means over the KV heads, for every unit of a row."""
     rows, kv_heads, head_dim = now.shape
@@ -144,33 +150,32 @@ def _layer_similarity(now: Array, then: Array, signals: Array) -> None:
             signals[row, LAYER_SIMILARITY, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
 
 
-@kernel(parallel=True, fastmath=True)
+@kernel(fastmath=True)
 def feed(x: Array, weights: LayerWeights, scratch: Scratch, n_threads: int) -> None:
     """Output projection and the gated feed-forward layer (arXiv 2002.05202, SwiGLU), added to the residual stream."""
     for stage in range(3):
         if stage == 1:
             rms_norm(x, weights.feed_norm, weights.feed_eps, scratch.normed)
-        for thread in prange(n_threads):
-            _feed_share(stage, np.int64(thread), n_threads, x, weights, scratch)
+        on_threads(_feed_share, (stage, x, weights, scratch), n_threads)
 
 
-@njit(error_model="numpy", fastmath=True)
-def _feed_share(stage: int, thread: int, n_threads: int, x: Array, weights: LayerWeights, scratch: Scratch) -> None:
+@helper(fastmath=True)
+def _feed_share(thread: int, n_threads: int, stage: int, x: Array, weights: LayerWeights, scratch: Scratch) -> None:
     """A thread's outputs of the output projection (0), of gate and up (1), or of down (2)."""
     n_outputs = scratch.gate.shape[1] if stage == 1 else x.shape[1]
     low, high = thread * n_outputs // n_threads, (thread + 1) * n_outputs // n_threads
     if stage == 0:
         attended = scratch.attended.reshape(x.shape[0], -1)
-        linear(attended, weights.output, weights.output_bias, x, 0, low, high, True)
+        linear(attended, weights.output, weights.output_bias, x, FIRST_COLUMN, low, high, ADD)
     elif stage == 1:
-        linear(scratch.normed, weights.gate, weights.gate_bias, scratch.gate, 0, low, high, False)
-        linear(scratch.normed, weights.up, weights.up_bias, scratch.up, 0, low, high, False)
+        linear(scratch.normed, weights.gate, weights.gate_bias, scratch.gate, FIRST_COLUMN, low, high, REPLACE)
+        linear(scratch.normed, weights.up, weights.up_bias, scratch.up, FIRST_COLUMN, low, high, REPLACE)
         _gate(scratch.gate, scratch.up, low, high)
     else:
-        linear(scratch.gate, weights.down, weights.down_bias, x, 0, low, high, True)
+        linear(scratch.gate, weights.down, weights.down_bias, x, FIRST_COLUMN, low, high, ADD)
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _gate(gate: Array, up: Array, low: int, high: int) -> None:
     """`gate = silu(gate) * up` in some columns."""
     for row in range(gate.shape[0]):
@@ -181,13 +186,18 @@ def _gate(gate: Array, up: Array, low: int, high: int) -> None:
             gate[row, i] = up[row, i] * g * (1 if g > 0 else shrunk) / (1 + shrunk)
 
 
-@kernel(parallel=True, fastmath=True)
+@kernel(fastmath=True)
 def predict(
     x: Array, norm: Array, eps: float, head: Array, head_bias: Array, scratch: Scratch, logits: Array, n_threads: int
 ) -> None:
     """The last norm and the language-model head; `logits` is Float `(rows, vocabulary)`."""
     rms_norm(x, norm, eps, scratch.normed)
+    on_threads(_predict_share, (scratch.normed, head, head_bias, logits), n_threads)
+
+
+@helper(fastmath=True)
+def _predict_share(thread: int, n_threads: int, normed: Array, head: Array, head_bias: Array, logits: Array) -> None:
+    """A thread's outputs of the head."""
     n_outputs = head.shape[0]
-    for thread in prange(n_threads):
-        low, high = thread * n_outputs // n_threads, (thread + 1) * n_outputs // n_threads
-        linear(scratch.normed, head, head_bias, logits, 0, low, high, False)
+    low, high = thread * n_outputs // n_threads, (thread + 1) * n_outputs // n_threads
+    linear(normed, head, head_bias, logits, FIRST_COLUMN, low, high, REPLACE)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+import numpy as np
 
+from policies.compiled.kernel import helper
 from recycler.decode.cpu.scalars import widen
 
+# NumPy's numbers: for Python's numba compiles a function once for each that it is called with.
+FIRST_COLUMN = np.int64(0)
+ADD, REPLACE = np.bool_(True), np.bool_(False)
 # From so many rows on, blocks of 4 x 4 sums win over reading each weight row for one sum at a time.
 _BLOCKED_ROWS = 6
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def linear(x: Any, weight: Any, bias: Any, out: Any, column: int, begin: int, end: int, add: bool) -> None:
     """Outputs `begin` to `end` of a linear layer: `out[:, column + i] = x @ weight[i] + bias[i]`.
 
@@ -29,37 +33,31 @@ def linear(x: Any, weight: Any, bias: Any, out: Any, column: int, begin: int, en
     rows, inputs = x.shape
     zero = x.dtype.type(0)
     n_biases = bias.shape[0]
-    i = begin
-    if rows >= _BLOCKED_ROWS:
-        while i + 4 <= end:
-            row = 0
-            while row + 4 <= rows:
-                _block(x, weight, bias, out, column, i, row, add)
-                row += 4
-            while row < rows:
-                a, b, c, d = zero, zero, zero, zero
-                for j in range(inputs):
-                    v = x[row, j]
-                    a += v * widen(weight[i, j])
-                    b += v * widen(weight[i + 1, j])
-                    c += v * widen(weight[i + 2, j])
-                    d += v * widen(weight[i + 3, j])
-                _put(out, row, column, i, a, bias, n_biases, add)
-                _put(out, row, column, i + 1, b, bias, n_biases, add)
-                _put(out, row, column, i + 2, c, bias, n_biases, add)
-                _put(out, row, column, i + 3, d, bias, n_biases, add)
-                row += 1
-            i += 4
-    while i < end:
+    n_blocked = max(end - begin, 0) // 4 * 4 if rows >= _BLOCKED_ROWS else 0
+    for i in range(begin, begin + n_blocked, 4):
+        for row in range(0, rows - 3, 4):
+            _block(x, weight, bias, out, column, i, row, add)
+        for row in range(rows - rows % 4, rows):
+            a, b, c, d = zero, zero, zero, zero
+            for j in range(inputs):
+                v = x[row, j]
+                a += v * widen(weight[i, j])
+                b += v * widen(weight[i + 1, j])
+                c += v * widen(weight[i + 2, j])
+                d += v * widen(weight[i + 3, j])
+            _put(out, row, column, i, a, bias, n_biases, add)
+            _put(out, row, column, i + 1, b, bias, n_biases, add)
+            _put(out, row, column, i + 2, c, bias, n_biases, add)
+            _put(out, row, column, i + 3, d, bias, n_biases, add)
+    for i in range(begin + n_blocked, end):
         for row in range(rows):
             total = zero
             for j in range(inputs):
                 total += x[row, j] * widen(weight[i, j])
             _put(out, row, column, i, total, bias, n_biases, add)
-        i += 1
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _block(x: Any, weight: Any, bias: Any, out: Any, column: int, i: int, row: int, add: bool) -> None:
     """Four outputs of four rows: sixteen sums fill the registers, and every number loaded is used four times."""
     zero = x.dtype.type(0)
@@ -96,7 +94,7 @@ def _block(x: Any, weight: Any, bias: Any, out: Any, column: int, i: int, row: i
     _put_four(out, row, column, i + 3, d0, d1, d2, d3, bias, n_biases, add)
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _put_four(
     out: Any, row: int, column: int, i: int, a: Any, b: Any, c: Any, d: Any, bias: Any, n_biases: int, add: bool
 ) -> None:
@@ -106,7 +104,7 @@ def _put_four(
     _put(out, row + 3, column, i, d, bias, n_biases, add)
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _put(out: Any, row: int, column: int, i: int, total: Any, bias: Any, n_biases: int, add: bool) -> None:
     if n_biases > 0:
         total += widen(bias[i])
@@ -115,7 +113,7 @@ def _put(out: Any, row: int, column: int, i: int, total: Any, bias: Any, n_biase
     out[row, column + i] = total
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def rms_norm(x: Any, weight: Any, eps: float, out: Any) -> None:
     """Root-mean-square norm of each row (arXiv 1910.07467); `weight` is as stored."""
     rows, width = x.shape

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from policies.compiled.kernel import helper
 
 _LOG2_E = np.float32(1 / math.log(2))
 # ln 2 in two parts, the first exact in few bits, so that n x ln 2 loses nothing.
@@ -91,7 +93,7 @@ def prefetch(_context: Any, rows: Any, row: Any, column: Any) -> Any:
 
 
 # `contract` alone: reassociation would merge the two parts of ln 2.
-@njit(fastmath={"contract", "nnan"})
+@helper(fastmath={"contract", "nnan"})
 def _exp_float32(x: Any) -> Any:
     """e^x for x <= 0 with a relative error of 3e-7; 1.6e-38 below -87. Cephes' polynomial (netlib.org/cephes, expf)."""
     x = max(x, _LOWEST)

@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from policies.compiled.kernel import helper
 from recycler.decode.cpu.arrays import REFRESH_MASS, REFRESH_OVERLAP, Array, Rules, Scratch, Units
 from recycler.decode.cpu.scalars import bits_of, exp
 
 _UNSCORED = np.float32(np.inf)
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def group_scores(logits: Any, normaliser: Any, begin: int, end: int, mean: bool, scores: Any) -> None:
     """Attention of a group, one number per token: `recycler.sets.scores.group_scores` of logits.
 
@@ -45,7 +45,7 @@ def group_scores(logits: Any, normaliser: Any, begin: int, end: int, mean: bool,
                 out[j] = attention if head == 0 else max(out[j], attention)
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def pool(scores: Any, begin: int, end: int, backward: int, forward: int, pooled: Any) -> None:
     """The best score of each token's surroundings, as `Selection` has them."""
     n = end - begin
@@ -62,7 +62,7 @@ def pool(scores: Any, begin: int, end: int, backward: int, forward: int, pooled:
             out[j] = max(out[j], later[j])
 
 
-@njit(error_model="numpy")
+@helper()
 def choose(scores: Any, start: int, end: int, sinks: int, window: int, found: Any, positions: Any, kept: Any) -> int:
     """Choose a set: sinks, window, and the best of the rest; of two equal scores the later token.
 
@@ -99,7 +99,7 @@ def choose(scores: Any, start: int, end: int, sinks: int, window: int, found: An
     return n
 
 
-@njit(error_model="numpy")
+@helper()
 def _largest(scores: Any, first: int, last: int, wanted: int, found: Any) -> int:
     """Places of the `wanted` largest scores, in rising order, in `found`.
 
@@ -145,7 +145,7 @@ def _largest(scores: Any, first: int, last: int, wanted: int, found: Any) -> int
     return n_kept
 
 
-@njit(error_model="numpy")
+@helper()
 def admit(position: int, start: int, sinks: int, window: int, n: int, positions: Any, scores: Any) -> int:
     """Take the newest token into a set; a full one loses the lowest ranked token that is neither sink nor window.
 
@@ -166,7 +166,7 @@ def admit(position: int, start: int, sinks: int, window: int, n: int, positions:
     return slot
 
 
-@njit(error_model="numpy")
+@helper()
 def choose_set(
     row: int, head: int, thread: int, start: Array, end: int, units: Units, rules: Rules, scratch: Scratch
 ) -> None:
@@ -180,24 +180,20 @@ def choose_set(
     units.stale[row, head] = True
 
 
-@njit(error_model="numpy")
-def choose_and_measure(
-    row: int,
-    head: int,
-    thread: int,
-    start: Array,
-    end: int,
-    units: Units,
-    signals: Array,
-    rules: Rules,
-    scratch: Scratch,
+@helper()
+def mark_set(row: int, head: int, thread: int, units: Units, scratch: Scratch) -> None:
+    """Note the tokens of a unit's set before another is chosen, for `measure_set`."""
+    for slot in range(units.filled[row, head]):
+        scratch.was_in[thread, units.positions[row, head, slot]] = True
+
+
+@helper()
+def measure_set(
+    row: int, head: int, thread: int, start: Array, end: int, units: Units, signals: Array, scratch: Scratch
 ) -> None:
-    """The same, and tell `signals` of the new set's mass and of its overlap with the one before."""
+    """Tell `signals` of a new set's mass and of its overlap with the marked one, and take the marks away."""
     unit = row * units.filled.shape[1] + head
     was_in, logits, normaliser = scratch.was_in[thread], scratch.logits[unit], scratch.normaliser[unit]
-    for slot in range(units.filled[row, head]):
-        was_in[units.positions[row, head, slot]] = True
-    choose_set(row, head, thread, start, end, units, rules, scratch)
     group, filled = logits.shape[0], units.filled[row, head]
     mass, n_kept = 0.0, 0
     for slot in range(filled):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
 
+from policies.compiled.kernel import helper
 from recycler.decode.cpu.arrays import Array, Cache, Rules, Scratch, Units
 from recycler.decode.cpu.attention import NOTHING, attend_tokens, merge
 from recycler.decode.cpu.compiled import kernel
-from recycler.decode.cpu.sets import admit, choose_and_measure, choose_set, group_scores
+from recycler.decode.cpu.sets import admit, choose_set, group_scores, mark_set, measure_set
+from recycler.decode.cpu.shares import on_threads
 from recycler.decode.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
 
 # Turns of a step: refreshes by keys alone, then the attention.
 _REFRESH, _ATTEND = 0, 1
 
 
-@kernel(parallel=True, fastmath={"contract"})
+@kernel()
 def attend(
     full: Array,
     scaling: float,
@@ -46,18 +47,14 @@ def attend(
         scratch: Holds the queries; gets the attention in `attended`.
         n_threads: Threads to use.
     """
-    n_units = full.shape[0] * full.shape[1]
     end = cache.prompt_key.shape[2] + n_own
     first_turn = _begin(full, start, cache, n_own, units, rules, scratch)
     for turn in range(first_turn, _ATTEND + 1):
-        for thread in prange(n_threads):
-            _walk_share(turn, np.int64(thread), n_threads, scaling, start, cache, n_own, units, rules, scratch)
-        for thread in prange(n_threads):
-            for unit in range(np.int64(thread), n_units, n_threads):
-                _settle(turn, unit, np.int64(thread), n_threads, start, end, units, signals, rules, scratch)
+        on_threads(_walk_share, (turn, scaling, start, cache, n_own, units, rules, scratch), n_threads)
+        on_threads(_settle_share, (turn, start, end, units, signals, rules, scratch), n_threads)
 
 
-@njit(error_model="numpy")
+@helper()
 def _begin(full: Array, start: Array, cache: Cache, n_own: int, units: Units, rules: Rules, scratch: Scratch) -> int:
     """Write down what each unit does, and take the newest token into its set; the first turn that there is."""
     rows, kv_heads = full.shape
@@ -84,17 +81,17 @@ def _begin(full: Array, start: Array, cache: Cache, n_own: int, units: Units, ru
     return first_turn
 
 
-@njit(error_model="numpy")
+@helper()
 def _copy(source: Array, i: int, target: Array, j: int) -> None:
     for d in range(source.shape[1]):
         target[j, d] = source[i, d]
 
 
-@njit(error_model="numpy", fastmath=True)
+@helper(fastmath=True)
 def _walk_share(
-    turn: int,
     thread: int,
     n_threads: int,
+    turn: int,
     scaling: float,
     start: Array,
     cache: Cache,
@@ -159,7 +156,7 @@ def _walk_share(
             )
 
 
-@njit(error_model="numpy")
+@helper()
 def _n_tokens(mode: int, n_in_set: int, n_cached: int) -> int:
     """What a unit walks over."""
     if mode == SKIP:
@@ -167,7 +164,7 @@ def _n_tokens(mode: int, n_in_set: int, n_cached: int) -> int:
     return n_in_set if mode == RECYCLED else n_cached
 
 
-@njit(error_model="numpy")
+@helper()
 def _nothing_yet(highest: Array, total: Array, partial: Array) -> None:
     for head in range(partial.shape[0]):
         highest[head], total[head] = NOTHING, 0
@@ -175,7 +172,7 @@ def _nothing_yet(highest: Array, total: Array, partial: Array) -> None:
             partial[head, d] = 0
 
 
-@njit(error_model="numpy")
+@helper()
 def _copy_set(first: int, last: int, row: int, head: int, shared: int, cache: Cache, units: Units) -> None:
     """Copy some slots of a unit's set out of the cache."""
     n_prompt = cache.prompt_key.shape[2]
@@ -190,12 +187,11 @@ def _copy_set(first: int, last: int, row: int, head: int, shared: int, cache: Ca
             _copy(cache.own_value[row, head], place - n_prompt, value, slot)
 
 
-@njit(error_model="numpy")
-def _settle(
-    turn: int,
-    unit: int,
+@helper()
+def _settle_share(
     thread: int,
     n_threads: int,
+    turn: int,
     start: Array,
     end: int,
     units: Units,
@@ -203,42 +199,45 @@ def _settle(
     rules: Rules,
     scratch: Scratch,
 ) -> None:
-    """Bring the threads' parts of a unit together, and see to its set."""
+    """A thread's units: bring the threads' parts of each together, and see to its set."""
     kv_heads = units.filled.shape[1]
-    row, head = unit // kv_heads, unit % kv_heads
-    mode = scratch.modes[turn, row, head]
-    if mode == SKIP:
-        return
-    merge(
-        scratch.highest[:n_threads, unit],
-        scratch.total[:n_threads, unit],
-        scratch.partial[:n_threads, unit],
-        scratch.attended[row, head],
-        scratch.normaliser[unit],
-        mode != KEYS_ONLY,
-    )
-    units.last_query[row, head] = scratch.unit_query[row, head]
-    if mode == RECYCLED:
-        units.stale[row, head] = False
-        # A set that was chosen at this very step is ranked by what chose it.
-        if scratch.modes[_REFRESH, row, head] == SKIP:
-            _rank_anew(unit, row, head, thread, units, rules, scratch)
-        return
-    units.full_query[row, head] = scratch.unit_query[row, head]
-    if rules.wants_refresh:
-        choose_and_measure(row, head, thread, start, end, units, signals, rules, scratch)
-    elif not units.setless[row, head]:
-        choose_set(row, head, thread, start, end, units, rules, scratch)
+    for unit in range(thread, units.filled.size, n_threads):
+        row, head = unit // kv_heads, unit % kv_heads
+        mode = scratch.modes[turn, row, head]
+        if mode == SKIP:
+            continue
+        merge(
+            scratch.highest[:n_threads, unit],
+            scratch.total[:n_threads, unit],
+            scratch.partial[:n_threads, unit],
+            scratch.attended[row, head],
+            scratch.normaliser[unit],
+            mode != KEYS_ONLY,
+        )
+        _copy(scratch.unit_query[row], head, units.last_query[row], head)
+        if mode == RECYCLED:
+            units.stale[row, head] = False
+            # A set that was chosen at this very step is ranked by what chose it.
+            if scratch.modes[_REFRESH, row, head] == SKIP:
+                _rank_anew(unit, row, head, thread, units, rules, scratch)
+            continue
+        _copy(scratch.unit_query[row], head, units.full_query[row], head)
+        if rules.wants_refresh:
+            mark_set(row, head, thread, units, scratch)
+        if rules.wants_refresh or not units.setless[row, head]:
+            choose_set(row, head, thread, start, end, units, rules, scratch)
+        if rules.wants_refresh:
+            measure_set(row, head, thread, start, end, units, signals, scratch)
 
 
-@njit(error_model="numpy")
+@helper()
 def _rank_anew(unit: int, row: int, head: int, thread: int, units: Units, rules: Rules, scratch: Scratch) -> None:
     """Let the attention of a recycled step rank the set that it attended to, where ranks are kept up to date."""
+    if not (rules.updated_ranking or rules.accumulated_ranking):
+        return
     filled, scores = units.filled[row, head], units.scores[row, head]
-    if rules.updated_ranking:
-        group_scores(scratch.logits[unit], scratch.normaliser[unit], 0, filled, rules.group_mean, scores)
-    elif rules.accumulated_ranking:
-        latest = scratch.token_score[thread]
-        group_scores(scratch.logits[unit], scratch.normaliser[unit], 0, filled, rules.group_mean, latest)
+    latest = scratch.token_score[thread] if rules.accumulated_ranking else scores
+    group_scores(scratch.logits[unit], scratch.normaliser[unit], np.int64(0), filled, rules.group_mean, latest)
+    if rules.accumulated_ranking:
         for slot in range(filled):
             scores[slot] += latest[slot]

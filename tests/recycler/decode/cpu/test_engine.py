@@ -22,6 +22,9 @@ from policies import (
     Selection,
     StepPolicy,
 )
+from recycler.decode.cpu.decide import run_program
+from recycler.decode.cpu.dense import feed, predict, project
+from recycler.decode.cpu.walk import attend
 
 Make = Callable[..., Any]
 
@@ -130,3 +133,22 @@ def test_it_decodes_as_the_plain_path_whatever_is_asked(
     torch.testing.assert_close(found.logits, plain.logits, rtol=0, atol=1e-10)
     for name in COUNTED:
         np.testing.assert_array_equal(getattr(found.receipt, name), getattr(plain.receipt, name), err_msg=name)
+
+
+def dtypes(signature: Any) -> tuple[str, ...]:
+    """Of all arrays in it, whatever their order in memory."""
+    fields = [field for argument in signature for field in getattr(argument, "types", (argument,))]
+    return tuple(str(field.dtype) for field in fields if isinstance(field, numba.types.Array))
+
+
+def test_a_kernel_is_compiled_once_for_a_model_s_type_however_it_is_run(runs_on: Make, make_tokens: Make) -> None:
+    # For arrays in another order all of a kernel would be compiled again.
+    runs = runs_on("cpu")
+    model, text = runs.model(), make_tokens(N_PROMPT + 3)[0]
+    for rows in (1, 3):
+        runs.follow(model, KEYS_ONLY, UPDATED, make_tokens(N_PROMPT + 3, rows), N_PROMPT)
+    # Rows that share a prompt, with policies of their own.
+    runs.follow_rows(model, [LOGISTIC, FixedStride(3)], SIZED, text, N_PROMPT)
+    for kernel in (project, run_program, attend, feed, predict):
+        compiled = [dtypes(signature) for signature in kernel.signatures]
+        assert len(compiled) == len(set(compiled)) > 0, kernel

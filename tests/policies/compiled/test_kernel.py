@@ -1,0 +1,73 @@
+"""Kernels of several processes: one compiles, and what is kept is of the right type."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numba
+import pytest
+from filelock import FileLock
+
+from policies.compiled import kernel
+from policies.compiled.kernel import _KeptFiles, helper
+
+MODULE = """
+from policies.compiled.kernel import stamped_kernel
+
+@stamped_kernel("digest")
+def twice(x):
+    return 2 * x
+"""
+# Waits until another process has come as far.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from module_with_kernel import twice
+Path(sys.argv[1]).touch()
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.001)
+assert twice(3) == 6
+print(sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
+"""
+
+
+def test_of_two_processes_one_compiles_and_the_other_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "module_with_kernel.py").write_text(MODULE)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(kernel.__file__).parents[2])]),
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    here = [str(tmp_path / name) for name in ("one", "other")]
+    running = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, *files], env=environment, stdout=subprocess.PIPE, text=True)
+        for files in (here, here[::-1])
+    ]
+    hits_and_misses = [process.communicate(timeout=300)[0].strip() for process in running]
+    assert sorted(hits_and_misses) == ["0 1", "1 0"]
+
+
+def test_what_is_kept_of_a_kernel_is_read_and_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    files = _KeptFiles(str(tmp_path), "kernel", "stamp")
+    files.save("type", "code")
+    # Threads wait for each other as processes do.
+    with ThreadPoolExecutor() as pool:
+        with FileLock(f"{files._index_path}.lock"):
+            waiting = [pool.submit(files.load, "type"), pool.submit(files.save, "another type", "other code")]
+            assert not wait(waiting, timeout=0.3).done
+        assert waiting[0].result(timeout=60) == "code"
+    assert (files.load("type"), files.load("another type")) == ("code", "other code")
+
+
+@helper()
+def _twice(x: int) -> int:
+    return 2 * x
+
+
+def test_kernels_call_helpers_and_python_is_told_that_it_cannot() -> None:
+    assert numba.njit(lambda x: _twice(x))(3) == 6
+    with pytest.raises(TypeError, match="_twice is for kernels alone"):
+        _twice(3)
