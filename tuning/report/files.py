@@ -38,11 +38,12 @@ _PICTURES = (
         "KL against full share",
         draw_pareto,
         "Left: each point is a policy on the held-out prompts; further left is cheaper, further down is closer to "
-        "full attention, and both axes are logarithmic. The thick grey steps join the policies that no other one "
-        "beats in both; the dotted line is the budget. Blue points are the other families, named on the right; dark "
-        "grey ones are references at other budgets. Right: the policies at the budget, lowest KL first. Bars are "
-        "95% intervals. Prompts differ more than policies do, so intervals may overlap although one policy wins on "
-        "nearly every prompt; the share of the baseline's KL compares prompt by prompt.",
+        "full attention, and both axes are logarithmic. A thin line is one policy at several budgets: the exported "
+        "family, and the fixed stride. The thick grey steps join the policies that no other one beats in both; the "
+        "dotted line is the budget. Blue points are the other families, named on the right. Right: the policies at "
+        "the budget, lowest KL first. Bars are 95% intervals. Prompts differ more than policies do, so intervals may "
+        "overlap although one policy wins on nearly every prompt; the share of the baseline's KL compares prompt by "
+        "prompt.",
     ),
     _Picture(
         "full-share.png",

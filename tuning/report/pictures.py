@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,30 +12,30 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from traces.reporting import picture_style as style
 from tuning.confirm.results import TuningResult
-from tuning.report.label_placement import PointLabel, place_labels
 from tuning.report.result_rows import ResultRow, Role, interval, nats, percent, result_rows, whole_percent
 
-BLUE, _DARK_GREY = "#0072B2", "#6B6B6B"
-_COLOURS = {Role.EXPORTED: style.ACCENT, Role.FAMILY: BLUE, Role.BASELINE: style.INK, Role.REFERENCE: _DARK_GREY}
-_MARKERS = {Role.EXPORTED: "D", Role.FAMILY: "o", Role.BASELINE: "s", Role.REFERENCE: "o"}
-_SIZES = {Role.EXPORTED: 8.5, Role.FAMILY: 6.5, Role.BASELINE: 7.5, Role.REFERENCE: 5.0}
+BLUE = "#0072B2"
+_COLOURS = {Role.EXPORTED: style.ACCENT, Role.FAMILY: BLUE, Role.BASELINE: style.INK}
+_MARKERS = {Role.EXPORTED: "D", Role.FAMILY: "o", Role.BASELINE: "s"}
+_SIZES = {Role.EXPORTED: 8.5, Role.FAMILY: 6.5, Role.BASELINE: 7.5}
 _FRONT = "#C4C4C4"
 KL_AXIS = "KL to full attention (nats per step)"
 _SHARE_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Wider than this, numbers in the cells of the map could not be read.
 _MOST_NUMBERED_LAYERS = 40
-# Of more references only those on the front get their name: there is no room for all.
-_MOST_NAMED_REFERENCES = 8
 
 
 def draw_pareto(result: TuningResult) -> Figure:
     """Draw KL against full share with the Pareto front, and the policies at the budget by their KL."""
     rows = result_rows(result)
     figure = style.new_figure("What a full step buys", picture_caption(result), (13.5, 6.4))
-    front, ranking = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.0, 0.05), width_ratios=(1.35, 1.0))
+    front, ranking, legend = (figure.add_subplot(grid[place]) for place in ((0, 0), (0, 1), (1, slice(None))))
     at_budget = sorted((row for row in rows if row.role is not Role.REFERENCE), key=lambda row: -row.kl.value)
     _draw_ranking(ranking, at_budget, result)
-    _draw_front(front, rows, result.budget)
+    _draw_front(front, rows, result)
+    legend.set_axis_off()
+    style.add_legend(legend, of=front)
     return figure
 
 
@@ -139,39 +138,57 @@ def draw_search(result: TuningResult) -> Figure:
     return figure
 
 
-def _draw_front(axes: Axes, rows: Sequence[ResultRow], budget: float) -> None:
+def _draw_front(axes: Axes, rows: Sequence[ResultRow], result: TuningResult) -> None:
     style.style_axes(axes, "Pareto front: how often full, and what is lost", "full share in closed loop", KL_AXIS)
-    points = np.array([(row.measured.full_share, row.kl.value) for row in rows])
-    drawn = points[:, 1] > 0
-    _share_axis(axes, np.append(points[drawn, 0], budget))
-    _kl_axis(axes, [row for row, positive in zip(rows, drawn, strict=True) if positive])
-    front = _front(points[drawn])
-    lines: list[np.ndarray] = []
+    # A logarithmic axis has no place for none.
+    rows = [row for row in rows if row.kl.value > 0]
+    _share_axis(axes, np.array([*(row.measured.full_share for row in rows), result.budget]))
+    _kl_axis(axes, rows)
+    budget, family = f"{100 * result.budget:.4g}%", result.best.family
+    series = {
+        Role.BASELINE: f"fixed stride (at {budget}: baseline)",
+        Role.FAMILY: "other families",
+        Role.EXPORTED: f"{family} (at {budget}: exported)",
+    }
+    for role, label in series.items():
+        members = [row for row in rows if _series(row, family) is role]
+        if members:
+            _draw_series(axes, members, role, label)
+    front = _front(np.array([(row.measured.full_share, row.kl.value) for row in rows]).reshape(-1, 2))
     if len(front):
-        right, top = axes.get_xlim()[1], axes.get_ylim()[1]
-        corners = np.concatenate([[(front[0, 0], top)], front, [(right, front[-1, 1])]])
-        axes.step(corners[:, 0], corners[:, 1], where="post", color=_FRONT, linewidth=2.4, zorder=1)
-        steps = np.repeat(corners, 2, axis=0)
-        lines.append(np.stack([steps[1:, 0], steps[:-1, 1]], 1))
-    axes.axvline(budget, color=style.INK, linestyle=":", linewidth=1.2, zorder=1)
-    lines.append(np.array([(budget, limit) for limit in axes.get_ylim()]))
-    labels = []
-    crowded = sum(row.role is Role.REFERENCE for row in rows) > _MOST_NAMED_REFERENCES
-    for row, (share, kl), positive in reversed(list(zip(rows, points, drawn, strict=True))):
-        if not positive:
-            continue
-        ends = np.clip([row.kl.low, row.kl.high], axes.get_ylim()[0], None)
-        colour = _COLOURS[row.role]
-        axes.vlines(share, *ends, color=colour, linewidth=1.3, alpha=0.55, zorder=2)
-        axes.plot(share, kl, _MARKERS[row.role], color=colour, markersize=_SIZES[row.role], mec="white", mew=0.6)
-        lines += [np.array([(share, kl)]), np.array([(share, end) for end in ends])]
-        beaten = not (front == (share, kl)).all(1).any()
-        if row.role is not Role.FAMILY and not (crowded and beaten and row.role is Role.REFERENCE):
-            text = textwrap.fill(row.label, 18, break_long_words=False)
-            labels.append(PointLabel(text, (share, kl), colour, bold=row.role is Role.EXPORTED))
-    # At the bottom, as no policy is below the front.
-    labels.append(PointLabel(f"budget {100 * budget:.4g}%", (budget, axes.get_ylim()[0]), style.INK))
-    place_labels(axes, labels[::-1], lines)
+        corners = np.concatenate([[(front[0, 0], axes.get_ylim()[1])], front, [(axes.get_xlim()[1], front[-1, 1])]])
+        axes.step(*corners.T, where="post", color=_FRONT, linewidth=2.4, zorder=1, label="Pareto front")
+    axes.axvline(result.budget, color=style.INK, linestyle=":", linewidth=1.2, zorder=1, label=f"budget {budget}")
+
+
+def _series(row: ResultRow, family: str) -> Role:
+    """The role whose look a policy has: a reference is the exported family or the fixed stride at another budget."""
+    if row.role is not Role.REFERENCE:
+        return row.role
+    return Role.EXPORTED if row.label.startswith(f"{family} at ") else Role.BASELINE
+
+
+def _draw_series(axes: Axes, rows: Sequence[ResultRow], role: Role, label: str) -> None:
+    """Draw policies with their intervals in the look of a role; one policy at several budgets as a line."""
+    points = sorted((row.measured.full_share, row.kl.value, row.kl.low, row.kl.high) for row in rows)
+    share, kl, low, high = np.array(points).T
+    low = np.maximum(low, axes.get_ylim()[0])
+    axes.errorbar(
+        share,
+        kl,
+        # The mean of one prompt differs from its interval by rounding.
+        np.maximum([kl - low, high - kl], 0),
+        label=label,
+        color=_COLOURS[role],
+        marker=_MARKERS[role],
+        markersize=_SIZES[role],
+        mec="white",
+        mew=0.6,
+        linestyle="" if role is Role.FAMILY else "-",
+        linewidth=1.2,
+        elinewidth=1.3,
+        ecolor=(_COLOURS[role], 0.55),
+    )
 
 
 def _draw_ranking(axes: Axes, rows: Sequence[ResultRow], result: TuningResult) -> None:

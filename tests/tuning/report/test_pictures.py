@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
 
 from policies import AlwaysFull, NeverFull
 from tuning.confirm.results import Measured, TuningResult
@@ -26,6 +24,16 @@ def save(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=30)
     return file.getvalue()
+
+
+def drawn_on_the_front(result: TuningResult) -> dict[str, np.ndarray]:
+    """Points `(policies, 2)` of full share and KL by what the legend calls them."""
+    series = draw_pareto(result).axes[0].containers
+    return {str(drawn.get_label()): np.asarray(drawn.lines[0].get_xydata()) for drawn in series}
+
+
+def share_and_kl(*policies: Measured) -> list[tuple[float, float]]:
+    return sorted((policy.full_share, policy.kl.value) for policy in policies)
 
 
 def without_kl(measured: Measured) -> Measured:
@@ -65,35 +73,48 @@ def test_policies_that_never_or_always_run_full_fit_on_the_axes(report_result: T
     other = report_result.references[0]
     never = replace(other, label="never full", policy=NeverFull(), prompt_full_share=np.zeros(12))
     always = replace(without_kl(other), label="always full", policy=AlwaysFull(), prompt_full_share=np.ones(12))
-    axes = draw_pareto(replace(report_result, references=[never, always])).axes[0]
-    low, high = axes.get_xlim()
+    result = replace(report_result, references=[never, always])
+    low, high = draw_pareto(result).axes[0].get_xlim()
     assert low < 0 < 0.1 < high
-    labels = {text.get_text() for text in axes.texts}
-    assert "never full" in labels
-    assert "always full" not in labels
+    # A logarithmic axis has no place for a KL of 0.
+    drawn = drawn_on_the_front(result)["fixed stride (at 10%: baseline)"]
+    np.testing.assert_array_equal(drawn, share_and_kl(never, result.baseline))
 
 
-def test_the_front_s_labels_overlap_neither_each_other_nor_the_edge(report_result: TuningResult) -> None:
+def test_a_policy_at_several_budgets_is_a_line_on_the_front(ladder_result: TuningResult) -> None:
+    drawn, others = drawn_on_the_front(ladder_result), ladder_result.references
+    strides, ours = drawn["fixed stride (at 30%: baseline)"], drawn["logistic_profile (at 30%: exported)"]
+    np.testing.assert_array_equal(strides, share_and_kl(ladder_result.baseline, *others[1::2]))
+    np.testing.assert_array_equal(ours, share_and_kl(ladder_result.best.measured, *others[::2]))
+    assert len(drawn) == 2
+
+
+def test_points_of_different_policies_are_not_joined(report_result: TuningResult) -> None:
+    series = draw_pareto(report_result).axes[0].containers
+    joined = {drawn.get_label() for drawn in series if drawn.lines[0].get_linestyle() != "None"}
+    assert joined == {"fixed stride (at 10%: baseline)", "logistic_profile (at 10%: exported)"}
+    families = [family.measured for family in report_result.families[1:]]
+    np.testing.assert_array_equal(drawn_on_the_front(report_result)["other families"], share_and_kl(*families))
+
+
+def test_the_legend_names_what_is_on_the_front_and_covers_nothing(report_result: TuningResult) -> None:
     figure = draw_pareto(report_result)
     figure.draw_without_rendering()
-    axes = figure.axes[0]
-    boxes = [Text.get_window_extent(text) for text in axes.texts if isinstance(text, Annotation)]
-    assert len(boxes) == 7
-    inside = axes.get_window_extent()
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.overlaps(other)
-    for box in boxes:
-        assert inside.x0 <= box.x0 < box.x1 <= inside.x1
-
-
-def test_of_many_references_only_those_on_the_front_are_named(ladder_result: TuningResult) -> None:
-    texts = {text.get_text() for text in draw_pareto(ladder_result).axes[0].texts}
-    assert {"logistic_profile\nat 0.5", "fixed stride 2"} <= texts
-    many = [replace(other, label=f"{other.label} {n}") for n in range(2) for other in ladder_result.references]
-    beaten = {text.get_text() for text in draw_pareto(replace(ladder_result, references=many)).axes[0].texts}
-    assert "logistic_profile\nat 0.5 0" in beaten
-    assert not any("fixed stride 2" in text for text in beaten)
-    assert "fixed stride 3.333" in beaten
+    front, ranking, below = figure.axes
+    legend = below.get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {
+        "logistic_profile (at 10%: exported)",
+        "fixed stride (at 10%: baseline)",
+        "other families",
+        "Pareto front",
+        "budget 10%",
+    }
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    caption = figure._supxlabel.get_window_extent()  # type: ignore[attr-defined]
+    for other in (front.get_tightbbox(), ranking.get_tightbbox(), caption):
+        assert not box.overlaps(other)
 
 
 def test_the_front_steps_from_one_undominated_policy_to_the_next(report_result: TuningResult) -> None:
