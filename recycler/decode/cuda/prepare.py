@@ -45,8 +45,7 @@ def _mean_query(query, unit, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
 def compare(
     rows,
     query,
-    full_query,
-    last_query,
+    queries,
     signals,
     n_all_units,
     WANTS_QUERY: tl.constexpr,
@@ -58,17 +57,17 @@ def compare(
 ):
     """Measure similarities: a part of `prepare`, and a kernel for policies that are called between the kernels.
 
-    Arguments are those of `prepare`.
+    Arguments are those of `prepare`, and the signals of its decisions.
     """
     unit = tl.load(rows + tl.program_id(0) // KV_HEADS) * KV_HEADS + tl.program_id(0) % KV_HEADS
     channel = tl.arange(0, HEAD_DIM)
     if WANTS_QUERY or WANTS_LAST:
         now = _mean_query(query, unit, GROUP, HEAD_DIM)
         if WANTS_QUERY:
-            then = tl.load(full_query + unit * HEAD_DIM + channel)
+            then = tl.load(queries.full + unit * HEAD_DIM + channel)
             tl.store(signals + _QUERY * n_all_units + unit, _cosine(now, then))
         if WANTS_LAST:
-            then = tl.load(last_query + unit * HEAD_DIM + channel)
+            then = tl.load(queries.last + unit * HEAD_DIM + channel)
             tl.store(signals + _LAST * n_all_units + unit, _cosine(now, then))
     if WANTS_LAYER:
         # Groups are of one size, so the mean of their means is the mean over all query heads.
@@ -77,7 +76,7 @@ def compare(
         first = unit - unit % KV_HEADS
         for head in range(KV_HEADS):
             now += _mean_query(query, first + head, GROUP, HEAD_DIM)
-            then += tl.load(full_query + (first + head) * HEAD_DIM + channel)
+            then += tl.load(queries.full + (first + head) * HEAD_DIM + channel)
         tl.store(signals + _LAYER * n_all_units + unit, _cosine(now / KV_HEADS, then / KV_HEADS))
 
 
@@ -86,9 +85,8 @@ def _admit(
     place,
     first,
     size,
-    n_tokens,
-    positions,
-    scores,
+    sets,
+    unit,
     K: tl.constexpr,
     SLOTS: tl.constexpr,
     SINKS: tl.constexpr,
@@ -96,6 +94,8 @@ def _admit(
     NEWCOMER: tl.constexpr,
 ):
     """Take the newest token into a set, as `RecycledSet.admit` does. Returns its tokens afterwards."""
+    positions, scores = sets.positions + unit * K, sets.scores + unit * K
+    n_tokens = tl.load(sets.filled + unit)
     slot = tl.arange(0, SLOTS)
     filled = slot < n_tokens
     held = tl.load(positions + slot, mask=filled, other=0)
@@ -109,7 +109,9 @@ def _admit(
     tl.debug_barrier()
     tl.store(positions + to, place)
     tl.store(scores + to, NEWCOMER)
-    return tl.minimum(n_tokens + 1, size)
+    n_tokens = tl.minimum(n_tokens + 1, size)
+    tl.store(sets.filled + unit, n_tokens)
+    return n_tokens
 
 
 @triton.jit(do_not_specialize=["n_all_units", "n_table_units", "constants_row", "tables_row", "n_prompt"])
@@ -118,27 +120,16 @@ def prepare(
     query,
     key,
     value,
-    own,
-    room,
-    full_query,
-    last_query,
-    positions,
-    scores,
+    cached,
+    cache,
+    sets,
     sizes,
-    filled,
-    start,
-    n_own,
-    signals,
-    constants,
-    tables,
-    given,
-    by_keys,
-    decided,
-    overruled,
+    queries,
+    decisions,
     modes_before,
     modes,
-    tokens_read,
-    all_tokens_read,
+    constants,
+    tables,
     n_all_units,
     n_table_units,
     constants_row,
@@ -160,62 +151,40 @@ def prepare(
 ):
     """Measure, decide, write down what was decided, and take in the new token; a program per unit.
 
+    The cache's own part gets this step's key and value, and sets the new token; the last queries become this step's.
+    Decisions follow from the signals or, for an empty CODE, from what is given.
+
     Args:
         rows: int32 `(n,)`: the rows of these programs.
         query: As stored, `(rows, kv_heads, group, head_dim)`, after rotary embedding.
         key: As stored, `(rows, kv_heads, head_dim)`: this step's.
         value: The same.
-        own: int64 `(2,)`: where keys and values since the prompt are, as `walk` has them; gets the new ones.
-        room: int32 `(1,)`: of the own part.
-        full_query: float32 `(units, head_dim)`: mean query of the group at the last full step.
-        last_query: float32 `(units, head_dim)`: the same at the step before; brought up to date.
-        positions: int32 `(units, K)`: places of the sets' tokens.
-        scores: float32 `(units, K)`: what they are ranked by.
-        sizes: int32 `(kv_heads,)`: most tokens of each head's sets.
-        filled: int32 `(units,)`: tokens in each set.
-        start: int32 `(rows,)`: place of each row's first token.
-        n_own: int32 `(1,)`: own tokens in the cache without this step's.
-        signals: float64 `(signals, layers, units)`, at this layer, in the order of `SIGNALS`; brought up to date.
-        constants: Of a `DeviceProgram`.
-        tables: The same, at this layer.
-        given: int8 `(units,)`: decisions made elsewhere, for an empty CODE.
-        by_keys: int8 `(units,)`: whether full decisions are keys-only refreshes.
-        decided: int8 `(units,)`: gets the decisions.
-        overruled: int32 `(reasons, layers, units)`, at this layer: counts how often wrappers overruled the policy.
         modes_before: int8 `(units,)`: gets the modes of the walk before the attention, in which keys-only refreshes
             score the cache.
         modes: int8 `(units,)`: gets those of the attention.
-        tokens_read: float64 `(units,)`: gets what the unit reads of the cache at this step, as `Decoding` has it.
-        all_tokens_read: float64 `(units,)`: its sum over steps.
-        n_all_units: Units of all layers.
+        constants: Of a `DeviceProgram`.
+        tables: The same, at this layer.
         n_table_units: KV heads of all layers.
         constants_row: From the constants of one row to those of the next; 0 if all have the same.
         tables_row: The same of tables.
-        n_prompt: Tokens of the prompt.
-        CODE: Of a `DeviceProgram`; empty to take `given`.
+        CODE: Of a `DeviceProgram`, or empty.
         RESULTS: The same.
         WANTS_QUERY: Whether the policy reads the query similarity; like what follows.
         WANTS_LAST: The step similarity.
         WANTS_LAYER: The layer similarity.
-        K: Slots of a set.
-        SLOTS: The next power of 2.
-        KV_HEADS: Of a row.
-        GROUP: Query heads of a unit.
-        HEAD_DIM: A power of 2.
-        SINKS: As in the selection.
-        WINDOW: The same.
+        SLOTS: K, to the next power of 2.
         NEWCOMER: Score of a token that arrives.
     """
     nth, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     row = tl.load(rows + nth)
     unit = row * KV_HEADS + head
+    at = decisions.signals + unit
     if len(CODE) > 0:
         compare(
             rows,
             query,
-            full_query,
-            last_query,
-            signals,
+            queries,
+            decisions.signals,
             n_all_units,
             WANTS_QUERY,
             WANTS_LAST,
@@ -227,49 +196,35 @@ def prepare(
         tl.debug_barrier()
         constants += nth * constants_row
         tables += nth * tables_row + head
-        registers = run_program(signals + unit, constants, tables, n_all_units, n_table_units, CODE)
+        registers = run_program(at, constants, tables, n_all_units, n_table_units, CODE)
         full = registers[RESULTS[0]] != 0
         for i in tl.static_range(1, len(RESULTS)):
-            count = overruled + (i - 1) * n_all_units + unit
+            count = decisions.overruled + (i - 1) * n_all_units + unit
             tl.store(count, tl.load(count) + (registers[RESULTS[i]] != 0).to(tl.int32))
     else:
-        full = tl.load(given + unit) != 0
-    scores_keys = full & (tl.load(by_keys + unit) != 0)
-    tl.store(decided + unit, full.to(tl.int8))
+        full = tl.load(decisions.given + unit) != 0
+    scores_keys = full & (tl.load(decisions.by_keys + unit) != 0)
+    tl.store(decisions.decided + unit, full.to(tl.int8))
     tl.store(modes_before + unit, tl.where(scores_keys, KEYS_ONLY, SKIP).to(tl.int8))
     tl.store(modes + unit, tl.where(full & (scores_keys == 0), FULL, RECYCLED).to(tl.int8))
 
     channel = tl.arange(0, HEAD_DIM)
-    tl.store(last_query + unit * HEAD_DIM + channel, _mean_query(query, unit, GROUP, HEAD_DIM))
-    n_before = tl.load(n_own)
-    own_key, own_value = own_tokens(own, key.dtype.element_ty)
-    to = (unit.to(tl.int64) * tl.load(room) + n_before) * HEAD_DIM + channel
+    tl.store(queries.last + unit * HEAD_DIM + channel, _mean_query(query, unit, GROUP, HEAD_DIM))
+    n_before = tl.load(cached.n_own)
+    own_key, own_value = own_tokens(cache.own, key.dtype.element_ty)
+    to = (unit.to(tl.int64) * tl.load(cache.room) + n_before) * HEAD_DIM + channel
     tl.store(own_key + to, tl.load(key + unit * HEAD_DIM + channel))
     tl.store(own_value + to, tl.load(value + unit * HEAD_DIM + channel))
 
-    place, first, size = n_prompt + n_before, tl.load(start + row), tl.load(sizes + head)
-    n_tokens = _admit(
-        place,
-        first,
-        size,
-        tl.load(filled + unit),
-        positions + unit * K,
-        scores + unit * K,
-        K,
-        SLOTS,
-        SINKS,
-        WINDOW,
-        NEWCOMER,
-    )
-    tl.store(filled + unit, n_tokens)
+    place, first, size = n_prompt + n_before, tl.load(cached.start + row), tl.load(sizes + head)
+    n_tokens = _admit(place, first, size, sets, unit, K, SLOTS, SINKS, WINDOW, NEWCOMER)
     n_cached = place + 1 - first
     n_chosen = tl.minimum(size, n_cached)
     read = tl.where(full, n_cached, n_tokens).to(tl.float64)
     read = tl.where(scores_keys, (n_chosen + n_cached) * 0.5, read)
-    tl.store(tokens_read + unit, read)
-    tl.store(all_tokens_read + unit, tl.load(all_tokens_read + unit) + read)
+    tl.store(decisions.tokens_read + unit, read)
+    tl.store(decisions.all_tokens_read + unit, tl.load(decisions.all_tokens_read + unit) + read)
 
-    at = signals + unit
     tl.store(at + _STEP * n_all_units, tl.load(at + _STEP * n_all_units) + 1)
     tl.store(at + _N_FULL * n_all_units, tl.load(at + _N_FULL * n_all_units) + full.to(tl.float64))
     tl.store(at + _AGE * n_all_units, tl.where(full, 0.0, tl.load(at + _AGE * n_all_units)) + 1)

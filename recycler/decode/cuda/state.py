@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from policies import SIGNALS
+from recycler.decode.cuda.arrays import Decisions, Queries, Sets
 from recycler.decode.cuda.score import HIGH_BINS
 from recycler.decode.first_sets import FirstSets
 
@@ -47,7 +48,7 @@ class Sizes:
 
 
 class UnitState:
-    """The state of all units, `(layers, rows, kv_heads)` unless said otherwise.
+    """The state of all units.
 
     Args:
         sizes: Of the run.
@@ -57,19 +58,11 @@ class UnitState:
         n_reasons: Reasons that the policy notes.
 
     Attributes:
-        signals: float64 `(signals, layers, rows, kv_heads)`, in the order of `SIGNALS`.
-        decided: int8: decisions of the last step.
-        given: int8: decisions for the next step, where they are not made by a kernel.
-        by_keys: int8: units that refresh by their keys alone.
-        overruled: int32 `(at least 1, layers, rows, kv_heads)`: how often, by reason.
-        tokens_read: float64: at the last step, as `Decoding` has it.
-        all_tokens_read: float64: since the prompt.
-        positions: int32 `(..., k)`: places of the sets' tokens, in the first slots.
-        scores: float32 `(..., k)`: what they are ranked by.
-        filled: int32: tokens in each set.
+        signals, positions, ...: The arrays of `Decisions` and `Sets`, for all layers: `(layers, rows, kv_heads, ...)`,
+            after signals or reasons if there are several.
         set_sizes: int32 `(layers, kv_heads)`: most tokens of each head's sets.
-        full_query: float32 `(..., head_dim)`: mean query of the group at the last full step.
-        last_query: The same at the last step.
+        full_query: float32 `(layers, rows, kv_heads, head_dim)`: those of `Queries`.
+        last_query: The same.
         start: int32 `(rows,)`: place of each row's first token.
         n_own: int32 `(1,)`: own tokens in the cache.
         rows: int32 `(rows,)`: all rows.
@@ -113,6 +106,26 @@ class UnitState:
         self.start = torch.tensor(first.start, dtype=torch.int32, device=device)
         self.n_own = zeros(1, dtype=torch.int32)
         self.rows = torch.arange(sizes.rows, dtype=torch.int32, device=device)
+
+    def sets(self, layer: int) -> Sets:
+        """The sets of a layer."""
+        return Sets(self.positions[layer], self.scores[layer], self.filled[layer])
+
+    def queries(self, layer: int) -> Queries:
+        """The queries of a layer."""
+        return Queries(self.full_query[layer], self.last_query[layer])
+
+    def decisions(self, layer: int) -> Decisions:
+        """What the policy is shown and decides at a layer."""
+        return Decisions(
+            signals=self.signals[:, layer],
+            given=self.given[layer],
+            by_keys=self.by_keys[layer],
+            decided=self.decided[layer],
+            overruled=self.overruled[:, layer],
+            tokens_read=self.tokens_read[layer],
+            all_tokens_read=self.all_tokens_read[layer],
+        )
 
 
 class Scratch:

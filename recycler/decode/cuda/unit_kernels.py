@@ -9,6 +9,7 @@ from torch import Tensor
 
 from policies import SIGNALS, GroupPooling, Ranking, Selection
 from recycler.decode import modes
+from recycler.decode.cuda.arrays import Cache, Cached
 from recycler.decode.cuda.choose import finish, pick
 from recycler.decode.cuda.decisions import RowPrograms
 from recycler.decode.cuda.own_tokens import OwnTokens
@@ -55,25 +56,41 @@ class UnitKernels:
         chooses: bool,
     ) -> None:
         self._layer, self._sizes, self._state, self._scratch = layer, sizes, state, scratch
-        self._prompt, self._own, self._selection, self._scaling = prompt, own, selection, scaling
+        self._selection, self._scaling = selection, scaling
         self._tile, self._by_keys, self._chooses = tile_tokens, by_keys, chooses
-        self._wants = tuple(name in needs for name in ("query_similarity", "step_similarity", "layer_similarity"))
         self._measures = bool(needs & {"refresh_mass", "refresh_overlap"})
         self._units_to = _power_of_2(sizes.units)
-        self._shape = {"KV_HEADS": sizes.kv_heads, "GROUP": sizes.group}
+        key, value = prompt
+        self._cache = Cache(
+            prompt_key=key,
+            prompt_value=value,
+            prompt_row=0 if key.shape[0] < sizes.rows else key.stride(0),
+            own=own.addresses[layer],
+            room=own.room,
+        )
+        self._cached = Cached(state.start, state.n_own)
+        self._sets, self._queries, self._decisions = state.sets(layer), state.queries(layer), state.decisions(layer)
+        self._set_sizes = state.set_sizes[layer]
+        self._refresh = (state.signals[_MASS, layer], state.signals[_OVERLAP, layer])
+        self._n_all_units = sizes.layers * sizes.units
+        self._wants = {
+            "WANTS_QUERY": "query_similarity" in needs,
+            "WANTS_LAST": "step_similarity" in needs,
+            "WANTS_LAYER": "layer_similarity" in needs,
+        }
+        self._heads = {"KV_HEADS": sizes.kv_heads, "GROUP": sizes.group}
+        self._stays = {"SINKS": selection.sinks, "WINDOW": selection.window}
 
     def compare(self, query: Tensor) -> None:
         """Measure similarities for a policy that is asked next."""
-        state = self._state
         compare[(self._sizes.units,)](
             self._state.rows,
             query,
-            state.full_query[self._layer],
-            state.last_query[self._layer],
-            state.signals[:, self._layer],
-            state.decided.numel(),
-            *self._wants,
-            **self._shape,
+            self._queries,
+            self._decisions.signals,
+            self._n_all_units,
+            **self._wants,
+            **self._heads,
             HEAD_DIM=self._sizes.head_dim,
             num_warps=1,
         )
@@ -113,50 +130,36 @@ class UnitKernels:
         constants_row: int,
         tables_row: int,
     ) -> None:
-        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
+        sizes = self._sizes
         slots = _power_of_2(sizes.k)
         prepare[(len(rows) * sizes.kv_heads,)](
             rows,
             query,
             key,
             value,
-            self._own.addresses[layer],
-            self._own.room,
-            state.full_query[layer],
-            state.last_query[layer],
-            state.positions[layer],
-            state.scores[layer],
-            state.set_sizes[layer],
-            state.filled[layer],
-            state.start,
-            state.n_own,
-            state.signals[:, layer],
+            self._cached,
+            self._cache,
+            self._sets,
+            self._set_sizes,
+            self._queries,
+            self._decisions,
+            self._scratch.modes_before,
+            self._scratch.modes,
             constants,
             tables,
-            state.given[layer],
-            state.by_keys[layer],
-            state.decided[layer],
-            state.overruled[:, layer],
-            scratch.modes_before,
-            scratch.modes,
-            state.tokens_read[layer],
-            state.all_tokens_read[layer],
-            state.decided.numel(),
+            self._n_all_units,
             sizes.layers * sizes.kv_heads,
             constants_row,
             tables_row,
             sizes.n_prompt,
             CODE=code,
             RESULTS=results,
-            WANTS_QUERY=self._wants[0],
-            WANTS_LAST=self._wants[1],
-            WANTS_LAYER=self._wants[2],
+            **self._wants,
             K=sizes.k,
             SLOTS=slots,
-            **self._shape,
+            **self._heads,
             HEAD_DIM=sizes.head_dim,
-            SINKS=self._selection.sinks,
-            WINDOW=self._selection.window,
+            **self._stays,
             NEWCOMER=0.0 if self._selection.ranking == Ranking.ACCUMULATED else float("inf"),
             # All slots of a set are looked at together.
             num_warps=max(4, min(16, slots // 512)),
@@ -185,10 +188,10 @@ class UnitKernels:
             rank_anew[(self._sizes.units,)](
                 scratch.modes,
                 scratch.modes_before,
-                self._state.filled[self._layer],
+                self._sets.filled,
                 scratch.logits,
                 scratch.normaliser,
-                self._state.scores[self._layer],
+                self._sets.scores,
                 scratch.places,
                 K=self._sizes.k,
                 GROUP=self._sizes.group,
@@ -197,12 +200,11 @@ class UnitKernels:
             )
 
     def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
-        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
-        key, value = self._prompt
+        cache, sets, scratch, sizes = self._cache, self._sets, self._scratch, self._sizes
         # Tensor cores take 16 rows; float32 is multiplied without them, and rows of zeros take time.
         least_rows = 1 if query.dtype == torch.float32 else 16
         how = {
-            **self._shape,
+            **self._heads,
             "HEAD_DIM": sizes.head_dim,
             "UNITS": self._units_to,
             "TILE": self._tile,
@@ -210,16 +212,11 @@ class UnitKernels:
         }
         walk[(sizes.n_programs,)](
             query,
-            key,
-            value,
-            0 if key.shape[0] < sizes.rows else key.stride(0),
-            self._own.addresses[layer],
-            self._own.room,
-            state.positions[layer],
-            state.filled[layer],
+            *cache,
+            sets.positions,
+            sets.filled,
             unit_modes,
-            state.start,
-            state.n_own,
+            *self._cached,
             scratch.logits,
             scratch.highest,
             scratch.total,
@@ -240,13 +237,12 @@ class UnitKernels:
             scratch.total,
             scratch.partial,
             unit_modes,
-            state.filled[layer],
-            state.start,
-            state.n_own,
+            sets.filled,
+            *self._cached,
             scratch.normaliser,
             scratch.attended,
-            state.last_query[layer],
-            state.full_query[layer],
+            self._queries.last,
+            self._queries.full,
             sizes.units,
             sizes.n_prompt,
             sizes.n_programs,
@@ -256,15 +252,12 @@ class UnitKernels:
         )
 
     def _choose(self, unit_modes: Tensor, mode: int) -> None:
-        state, scratch, sizes, layer = self._state, self._scratch, self._sizes, self._layer
-        selection = self._selection
-        stays = {"SINKS": selection.sinks, "WINDOW": selection.window}
+        sets, scratch, sizes, selection = self._sets, self._scratch, self._sizes, self._selection
         chunks = {"CHUNK": sizes.chunk_tokens, "CHUNKS": scratch.chunks}
-        cached = (state.start, state.n_own)
         score[(sizes.n_programs,)](
             unit_modes,
             mode,
-            *cached,
+            *self._cached,
             scratch.logits,
             scratch.normaliser,
             scratch.token_scores,
@@ -277,15 +270,15 @@ class UnitKernels:
             BACKWARD=selection.pool_backward,
             FORWARD=selection.pool_forward,
             MEAN=selection.group == GroupPooling.MEAN,
-            **self._shape,
-            **stays,
+            **self._heads,
+            **self._stays,
             num_warps=8,
         )
         pick[(sizes.n_programs,)](
             unit_modes,
             mode,
-            *cached,
-            state.set_sizes[layer],
+            *self._cached,
+            self._set_sizes,
             scratch.token_scores,
             scratch.counts,
             scratch.picked,
@@ -296,14 +289,14 @@ class UnitKernels:
             KV_HEADS=sizes.kv_heads,
             UNITS=self._units_to,
             **chunks,
-            **stays,
+            **self._stays,
             num_warps=8,
         )
         finish[(sizes.units,)](
             unit_modes,
             mode,
-            *cached,
-            state.set_sizes[layer],
+            *self._cached,
+            self._set_sizes,
             scratch.logits,
             scratch.normaliser,
             scratch.token_scores,
@@ -311,20 +304,17 @@ class UnitKernels:
             scratch.picked,
             scratch.n_picked,
             scratch.marks,
-            layer,
-            state.positions[layer],
-            state.scores[layer],
-            state.filled[layer],
-            state.signals[_MASS, layer],
-            state.signals[_OVERLAP, layer],
+            self._layer,
+            *sets,
+            *self._refresh,
             sizes.n_prompt,
             scratch.places,
             sizes.layers,
             K=sizes.k,
             MEASURES=self._measures,
-            **self._shape,
+            **self._heads,
             **chunks,
-            **stays,
+            **self._stays,
             num_warps=8,
         )
 

@@ -121,8 +121,9 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, on_engine: Make) -> Iterator[None]:
     launch = interpreter.GridExecutor.__call__
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        assert all(isinstance(arg, Held) for arg in args if isinstance(arg, Tensor)), f"{self.fn} is given CPU tensors."
-        return launch(self, *map(held, args), **kwargs)
+        given = [arg for arg in tree_leaves(args) if isinstance(arg, Tensor)]
+        assert all(isinstance(arg, Held) for arg in given), f"{self.fn} is given CPU tensors."
+        return launch(self, *tree_map(held, args), **kwargs)
 
     with monkeypatch.context() as patch:
         on_engine()
