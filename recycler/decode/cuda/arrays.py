@@ -97,3 +97,30 @@ class Decisions(NamedTuple):
     overruled: Tensor
     tokens_read: Tensor
     all_tokens_read: Tensor
+
+
+class Weights(NamedTuple):
+    """Attention by token.
+
+    Attributes:
+        logits: float32 `(units, group, places)`, scaled: of a walk over the whole cache by place, of one over a set by
+            slot.
+        normaliser: float32 `(units, group)`: log of the sum of their exponentials.
+    """
+
+    logits: Tensor
+    normaliser: Tensor
+
+
+class Parts(NamedTuple):
+    """Parts of the attention, `programs + units` of them.
+
+    Attributes:
+        highest: float32 `(parts, group)`: the largest logit.
+        total: float32 `(parts, group)`: sum of exp(logit - highest).
+        output: float32 `(parts, group, head_dim)`: sum of exp(logit - highest) x value.
+    """
+
+    highest: Tensor
+    total: Tensor
+    output: Tensor

@@ -24,12 +24,9 @@ def tiles_of_units(modes, filled, start, end, n_units, KV_HEADS: tl.constexpr, U
 
     Args:
         modes: int8 `(units,)`.
-        filled: int32 `(units,)`: tokens in each set.
-        start: int32 `(rows,)`: place of each row's first token.
+        filled: Of `Sets`.
+        start: Of `Cached`.
         end: One past the last token.
-        n_units: Units.
-        KV_HEADS: Of a row.
-        UNITS: The next power of 2.
         TILE: Tokens of a tile.
     """
     unit = tl.arange(0, UNITS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from policies import SIGNALS
-from recycler.decode.cuda.arrays import Decisions, Queries, Sets
+from recycler.decode.cuda.arrays import Decisions, Parts, Queries, Sets, Weights
 from recycler.decode.cuda.score import HIGH_BINS
 from recycler.decode.first_sets import FirstSets
 
@@ -143,11 +143,8 @@ class Scratch:
         chunks: Chunks of so many places, to the next power of 2.
         modes_before: int8 `(units,)`: modes of the walk of keys-only refreshes.
         modes: int8 `(units,)`: modes of the attention.
-        logits: float32 `(units, group, places)`.
-        highest: float32 `(programs + units, group)`: parts of the attention, as `walk` has them.
-        total: The same.
-        partial: float32 `(programs + units, group, head_dim)`.
-        normaliser: float32 `(units, group)`.
+        weights: Of the last walk.
+        parts: The same.
         token_scores: float32 `(units, places)`.
         counts: int32 `(units, 2048)`, all 0 between steps.
         picked: int32 `(units, chunks * chunk_tokens)`.
@@ -159,19 +156,17 @@ class Scratch:
     def __init__(self, sizes: Sizes, places: int, measures: bool, dtype: torch.dtype, device: torch.device) -> None:
         self.places = places
         self.chunks = 1 << (-(-places // sizes.chunk_tokens) - 1).bit_length()
-        parts = sizes.n_programs + sizes.units
+        units, group, parts = sizes.units, sizes.group, sizes.n_programs + sizes.units
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.logits = zeros(sizes.units, sizes.group, places)
-        self.modes_before, self.modes = zeros(sizes.units, dtype=torch.int8), zeros(sizes.units, dtype=torch.int8)
-        self.highest, self.total = zeros(parts, sizes.group), zeros(parts, sizes.group)
-        self.partial = zeros(parts, sizes.group, sizes.head_dim)
-        self.normaliser = zeros(sizes.units, sizes.group)
-        self.token_scores = zeros(sizes.units, places)
-        self.counts = zeros(sizes.units, HIGH_BINS.value, dtype=torch.int32)
-        self.picked = zeros(sizes.units, self.chunks * sizes.chunk_tokens, dtype=torch.int32)
-        self.n_picked = zeros(sizes.units, 2, self.chunks, dtype=torch.int32)
-        self.marks = zeros(sizes.units, places if measures else 1, dtype=torch.int32)
-        self.attended = zeros(sizes.rows, sizes.kv_heads * sizes.group * sizes.head_dim, dtype=dtype)
+        self.modes_before, self.modes = zeros(units, dtype=torch.int8), zeros(units, dtype=torch.int8)
+        self.weights = Weights(logits=zeros(units, group, places), normaliser=zeros(units, group))
+        self.parts = Parts(zeros(parts, group), zeros(parts, group), zeros(parts, group, sizes.head_dim))
+        self.token_scores = zeros(units, places)
+        self.counts = zeros(units, HIGH_BINS.value, dtype=torch.int32)
+        self.picked = zeros(units, self.chunks * sizes.chunk_tokens, dtype=torch.int32)
+        self.n_picked = zeros(units, 2, self.chunks, dtype=torch.int32)
+        self.marks = zeros(units, places if measures else 1, dtype=torch.int32)
+        self.attended = zeros(sizes.rows, sizes.kv_heads * group * sizes.head_dim, dtype=dtype)

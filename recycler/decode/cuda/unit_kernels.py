@@ -189,8 +189,7 @@ class UnitKernels:
                 scratch.modes,
                 scratch.modes_before,
                 self._sets.filled,
-                scratch.logits,
-                scratch.normaliser,
+                *scratch.weights,
                 self._sets.scores,
                 scratch.places,
                 K=self._sizes.k,
@@ -200,7 +199,7 @@ class UnitKernels:
             )
 
     def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
-        cache, sets, scratch, sizes = self._cache, self._sets, self._scratch, self._sizes
+        scratch, sizes = self._scratch, self._sizes
         # Tensor cores take 16 rows; float32 is multiplied without them, and rows of zeros take time.
         least_rows = 1 if query.dtype == torch.float32 else 16
         how = {
@@ -212,15 +211,12 @@ class UnitKernels:
         }
         walk[(sizes.n_programs,)](
             query,
-            *cache,
-            sets.positions,
-            sets.filled,
+            self._cached,
+            self._cache,
+            self._sets,
             unit_modes,
-            *self._cached,
-            scratch.logits,
-            scratch.highest,
-            scratch.total,
-            scratch.partial,
+            scratch.weights.logits,
+            scratch.parts,
             self._scaling,
             sizes.units,
             sizes.n_prompt,
@@ -233,16 +229,13 @@ class UnitKernels:
             num_stages=3,
         )
         merge[(sizes.units, sizes.group)](
-            scratch.highest,
-            scratch.total,
-            scratch.partial,
+            self._cached,
+            self._sets.filled,
+            self._queries,
             unit_modes,
-            sets.filled,
-            *self._cached,
-            scratch.normaliser,
+            scratch.parts,
+            scratch.weights.normaliser,
             scratch.attended,
-            self._queries.last,
-            self._queries.full,
             sizes.units,
             sizes.n_prompt,
             sizes.n_programs,
@@ -258,8 +251,7 @@ class UnitKernels:
             unit_modes,
             mode,
             *self._cached,
-            scratch.logits,
-            scratch.normaliser,
+            *scratch.weights,
             scratch.token_scores,
             scratch.counts,
             sizes.units,
@@ -297,8 +289,7 @@ class UnitKernels:
             mode,
             *self._cached,
             self._set_sizes,
-            scratch.logits,
-            scratch.normaliser,
+            *scratch.weights,
             scratch.token_scores,
             scratch.counts,
             scratch.picked,

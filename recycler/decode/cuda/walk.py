@@ -15,20 +15,12 @@ NOTHING = tl.constexpr(-1e30)
 @triton.jit(do_not_specialize=["n_units", "n_prompt", "places"])
 def walk(
     query,
-    prompt_key,
-    prompt_value,
-    prompt_row,
-    own,
-    room,
-    positions,
-    filled,
+    cached,
+    cache,
+    sets,
     modes,
-    start,
-    n_own,
     logits,
-    highest,
-    total,
-    partial,
+    parts,
     scaling,
     n_units,
     n_prompt,
@@ -50,39 +42,18 @@ def walk(
 
     Args:
         query: As stored, `(rows, kv_heads, group, head_dim)`.
-        prompt_key: As stored, `(rows or 1, kv_heads, n_prompt, head_dim)`.
-        prompt_value: The same.
-        prompt_row: Elements from one row of the prompt's part to the next; 0 if all rows share it.
-        own: int64 `(2,)`: where keys and values since the prompt are, as stored, `(rows, kv_heads, room, head_dim)`.
-        room: int32 `(1,)`: of the own part.
-        positions: int32 `(units, K)`: places of the sets' tokens.
-        filled: int32 `(units,)`: tokens in each set.
         modes: int8 `(units,)`.
-        start: int32 `(rows,)`: place of each row's first token.
-        n_own: int32 `(1,)`: own tokens in the cache without this step's, which is there as well.
-        logits: float32 `(units, group, places)`: gets the scaled logits of full units, by place; if KEEPS_SET_LOGITS,
-            those of recycled ones by slot.
-        highest: float32 `(programs + units, group)`: gets the largest logit of a part.
-        total: The same: gets the sum of exp(logit - highest).
-        partial: float32 `(programs + units, group, head_dim)`: gets the sum of exp(logit - highest) x value.
+        logits: Of `Weights`: gets those of full units, by place; if KEEPS_SET_LOGITS, those of recycled ones by slot.
         scaling: Factor on query x key.
-        n_units: Units of the layer.
-        n_prompt: Tokens of the prompt.
-        places: Of the logits.
-        K: Slots of a set.
-        KV_HEADS: Of a row.
-        GROUP: Query heads of a unit.
-        HEAD_DIM: A power of 2.
-        UNITS: Units, to the next power of 2.
         ROWS: A power of 2 from GROUP on that `tl.dot` takes; what is beyond the group is zeros.
         TILE: Tokens of a tile.
         READS_VALUES: False for a walk of keys-only refreshes.
         KEEPS_SET_LOGITS: Whether sets are ranked anew by them.
     """
-    end = n_prompt + tl.load(n_own) + 1
-    own_key, own_value = own_tokens(own, prompt_key.dtype.element_ty)
-    own_room = tl.load(room)
-    tiles = tiles_of_units(modes, filled, start, end, n_units, KV_HEADS, UNITS, TILE)
+    end = n_prompt + tl.load(cached.n_own) + 1
+    own_key, own_value = own_tokens(cache.own, cache.prompt_key.dtype.element_ty)
+    own_room = tl.load(cache.room)
+    tiles = tiles_of_units(modes, sets.filled, cached.start, end, n_units, KV_HEADS, UNITS, TILE)
     ends = tl.cumsum(tiles)
     n_tiles = tl.sum(tiles)
     n_programs = tl.minimum(tl.num_programs(0), n_tiles)
@@ -103,12 +74,12 @@ def walk(
         unit_first = unit_end - unit_tiles
 
         row, head = (unit // KV_HEADS).to(tl.int64), unit % KV_HEADS
-        first = tl.load(start + row)
+        first = tl.load(cached.start + row)
         recycled = tl.load(modes + unit) == RECYCLED
-        n_listed = tl.where(recycled, tl.load(filled + unit), 0)
+        n_listed = tl.where(recycled, tl.load(sets.filled + unit), 0)
         n_tokens = tl.where(recycled, n_listed, end - first)
         n_kept = n_tokens if KEEPS_SET_LOGITS else n_tokens - n_listed
-        prompt_base = row * prompt_row + head.to(tl.int64) * n_prompt * HEAD_DIM
+        prompt_base = row * cache.prompt_row + head.to(tl.int64) * n_prompt * HEAD_DIM
         own_base = (unit.to(tl.int64) * own_room - n_prompt) * HEAD_DIM
         q = tl.load(
             query + (unit * GROUP + member[:, None]) * HEAD_DIM + channel[None, :],
@@ -120,14 +91,14 @@ def walk(
         output = tl.zeros((ROWS, HEAD_DIM), tl.float32)
         # The next tile's places are read a tile ahead: else the copies of keys and values would wait for them.
         slot = (tile - unit_first) * TILE + in_tile
-        listed = tl.load(positions + unit * K + slot, mask=slot < n_listed, other=0)
+        listed = tl.load(sets.positions + unit * K + slot, mask=slot < n_listed, other=0)
         for t in range(tile - unit_first, stop - unit_first):
             slot = t * TILE + in_tile
             seen = slot < n_tokens
             place = tl.where(recycled, listed, first + slot)
             in_prompt = (place < n_prompt)[:, None]
             offset = place.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]
-            keys = tl.where(in_prompt, prompt_key + prompt_base + offset, own_key + own_base + offset)
+            keys = tl.where(in_prompt, cache.prompt_key + prompt_base + offset, own_key + own_base + offset)
             k = tl.load(keys, mask=seen[:, None], other=0)
             logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
             to = (unit.to(tl.int64) * GROUP + member[:, None]) * places + tl.where(recycled, slot, place)[None, :]
@@ -139,32 +110,29 @@ def walk(
             weight = tl.exp(logit - better[:, None])
             weight_sum = weight_sum * shrink + tl.sum(weight, 1)
             if READS_VALUES:
-                values = tl.where(in_prompt, prompt_value + prompt_base + offset, own_value + own_base + offset)
+                values = tl.where(in_prompt, cache.prompt_value + prompt_base + offset, own_value + own_base + offset)
                 v = tl.load(values, mask=seen[:, None], other=0)
                 output = output * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             best = better
-            listed = tl.load(positions + unit * K + slot + TILE, mask=slot + TILE < n_listed, other=0)
+            listed = tl.load(sets.positions + unit * K + slot + TILE, mask=slot + TILE < n_listed, other=0)
         part = (program + unit) * GROUP + member
-        tl.store(highest + part, best, mask=member < GROUP)
-        tl.store(total + part, weight_sum, mask=member < GROUP)
+        tl.store(parts.highest + part, best, mask=member < GROUP)
+        tl.store(parts.total + part, weight_sum, mask=member < GROUP)
         if READS_VALUES:
-            tl.store(partial + part[:, None] * HEAD_DIM + channel[None, :], output, mask=member[:, None] < GROUP)
+            to = parts.output + part[:, None] * HEAD_DIM + channel[None, :]
+            tl.store(to, output, mask=member[:, None] < GROUP)
         tile = stop
 
 
 @triton.jit(do_not_specialize=["n_units", "n_prompt", "n_programs"])
 def merge(
-    highest,
-    total,
-    partial,
-    modes,
+    cached,
     filled,
-    start,
-    n_own,
+    queries,
+    modes,
+    parts,
     normaliser,
     attended,
-    last_query,
-    full_query,
     n_units,
     n_prompt,
     n_programs,
@@ -178,33 +146,22 @@ def merge(
 ):
     """Bring the parts of one query head of one unit together; program `(unit, member)`.
 
+    Units that score the whole cache have their full query brought up to date: not before the walk, as others may look
+    at it until every unit of the layer has decided.
+
     Args:
-        highest: As `walk` left it.
-        total: The same.
-        partial: The same.
-        modes: As for `walk`, like what follows.
-        filled: Tokens in each set.
-        start: Place of each row's first token.
-        n_own: Own tokens without this step's.
-        normaliser: float32 `(units, group)`: gets the log of the sum of exp(logit).
+        filled: Of `Sets`.
+        modes: As for `walk`.
+        normaliser: Of `Weights`.
         attended: As stored, `(units, group, head_dim)`: gets the attention.
-        last_query: float32 `(units, head_dim)`: mean query of the group at this step.
-        full_query: The same at the last full step; brought up to date for units that score the whole cache. Not
-            before the walk: until every unit of the layer has decided, others may look at it.
-        n_units: Units.
-        n_prompt: Tokens of the prompt.
         n_programs: Of the walk.
-        KV_HEADS: Of a row.
-        GROUP: Query heads of a unit.
-        HEAD_DIM: A power of 2.
-        UNITS: Units, to the next power of 2.
-        TILE: Of the walk.
+        TILE: The same.
         PARTS: Parts looked at in one go.
         READS_VALUES: As in the walk.
     """
     unit, member = tl.program_id(0), tl.program_id(1)
-    end = n_prompt + tl.load(n_own) + 1
-    tiles = tiles_of_units(modes, filled, start, end, n_units, KV_HEADS, UNITS, TILE)
+    end = n_prompt + tl.load(cached.n_own) + 1
+    tiles = tiles_of_units(modes, filled, cached.start, end, n_units, KV_HEADS, UNITS, TILE)
     here = tl.arange(0, UNITS) == unit
     unit_tiles = tl.sum(tl.where(here, tiles, 0))
     if unit_tiles == 0:
@@ -222,16 +179,15 @@ def merge(
     for low in range(first_part, last_part + 1, PARTS):
         part = low + tl.arange(0, PARTS)
         exists = part <= last_part
-        top = tl.load(highest + part * GROUP + member, mask=exists, other=NOTHING)
+        top = tl.load(parts.highest + part * GROUP + member, mask=exists, other=NOTHING)
         better = tl.maximum(best, tl.max(top))
         weight = tl.where(exists, tl.exp(top - better), 0)
         shrink = tl.exp(best - better)
-        weight_sum = weight_sum * shrink + tl.sum(weight * tl.load(total + part * GROUP + member, mask=exists, other=0))
+        total = tl.load(parts.total + part * GROUP + member, mask=exists, other=0)
+        weight_sum = weight_sum * shrink + tl.sum(weight * total)
         if READS_VALUES:
-            sums = tl.load(
-                partial + (part * GROUP + member)[:, None] * HEAD_DIM + channel[None, :], mask=exists[:, None], other=0
-            )
-            output = output * shrink + tl.sum(weight[:, None] * sums, 0)
+            sums = parts.output + (part * GROUP + member)[:, None] * HEAD_DIM + channel[None, :]
+            output = output * shrink + tl.sum(weight[:, None] * tl.load(sums, mask=exists[:, None], other=0), 0)
         best = better
     at = unit * GROUP + member
     tl.store(normaliser + at, best + tl.log(weight_sum))
@@ -239,4 +195,4 @@ def merge(
         tl.store(attended + at * HEAD_DIM + channel, (output / weight_sum).to(attended.dtype.element_ty))
     mode = tl.load(modes + unit)
     if (member == 0) & (mode != RECYCLED):
-        tl.store(full_query + unit * HEAD_DIM + channel, tl.load(last_query + unit * HEAD_DIM + channel))
+        tl.store(queries.full + unit * HEAD_DIM + channel, tl.load(queries.last + unit * HEAD_DIM + channel))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recycler.decode.cuda.arrays import Cache, Cached, Parts, Queries, Sets
 from recycler.decode.cuda.walk import merge, walk
 from recycler.decode.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
 
@@ -51,28 +52,39 @@ def run(case: Case, device: torch.device, *, n_programs: int = 3, tile: int = 16
     rows, kv_heads, group, head_dim = case.query.shape
     units, n, k = rows * kv_heads, case.key.shape[2], case.sets.shape[1]
     room, places = n - case.n_prompt + 2, n + 3
-    parts = [part.to(device) for part in (case.key, case.value)]
-    prompt = [part[: 1 if case.shared else rows, :, : case.n_prompt].contiguous() for part in parts]
+    keys_and_values = [part.to(device) for part in (case.key, case.value)]
+    prompt = [part[: 1 if case.shared else rows, :, : case.n_prompt].contiguous() for part in keys_and_values]
     own = [
-        torch.full((rows, kv_heads, room, head_dim), float("nan"), dtype=part.dtype, device=device) for part in parts
+        torch.full((rows, kv_heads, room, head_dim), float("nan"), dtype=part.dtype, device=device)
+        for part in keys_and_values
     ]
-    for part, new in zip(parts, own, strict=True):
+    for part, new in zip(keys_and_values, own, strict=True):
         new[:, :, : n - case.n_prompt] = part[:, :, case.n_prompt :]
 
     def empty(*shape: int) -> Tensor:
         return torch.full(shape, float("nan"), device=device)
 
     unit_modes = torch.tensor(case.modes, dtype=torch.int8, device=device)
-    start = torch.tensor(case.starts, dtype=torch.int32, device=device)
-    n_own = torch.tensor([n - case.n_prompt - 1], dtype=torch.int32, device=device)
+    cached = Cached(
+        start=torch.tensor(case.starts, dtype=torch.int32, device=device),
+        n_own=torch.tensor([n - case.n_prompt - 1], dtype=torch.int32, device=device),
+    )
+    cache = Cache(
+        *prompt,
+        prompt_row=0 if case.shared else prompt[0].stride(0),
+        own=torch.tensor([part.data_ptr() for part in own], device=device),
+        room=torch.tensor([room], dtype=torch.int32, device=device),
+    )
+    query, positions, filled = (x.to(device).contiguous() for x in (case.query, case.sets, case.filled))
+    sets = Sets(positions, scores=empty(units, k), filled=filled)
+    queries = Queries(
+        full=torch.zeros((units, head_dim), device=device),
+        last=torch.ones((units, head_dim), device=device),
+    )
     logits, normaliser = empty(units, group, places), empty(units, group)
-    highest, total = empty(n_programs + units, group), empty(n_programs + units, group)
-    partial = empty(n_programs + units, group, head_dim)
+    n_parts = n_programs + units
+    parts = Parts(empty(n_parts, group), empty(n_parts, group), empty(n_parts, group, head_dim))
     attended = torch.zeros((units, group, head_dim), dtype=case.query.dtype, device=device)
-    last_query, full_query = torch.ones((units, head_dim), device=device), torch.zeros((units, head_dim), device=device)
-    addresses = torch.tensor([part.data_ptr() for part in own], device=device)
-    own_room = torch.tensor([room], dtype=torch.int32, device=device)
-    query, sets, filled = (x.to(device).contiguous() for x in (case.query, case.sets, case.filled))
     how = {
         "KV_HEADS": kv_heads,
         "GROUP": group,
@@ -82,15 +94,24 @@ def run(case: Case, device: torch.device, *, n_programs: int = 3, tile: int = 16
         "READS_VALUES": values,
     }
     walk[(n_programs,)](
-        query, *prompt, 0 if case.shared else prompt[0].stride(0), addresses, own_room, sets, filled, unit_modes, start,
-         n_own, logits, highest, total, partial, head_dim**-0.5, units, case.n_prompt, places,
+        query, cached, cache, sets, unit_modes, logits, parts, head_dim**-0.5, units, case.n_prompt, places,
         K=k, ROWS=16, KEEPS_SET_LOGITS=False, **how,
     )  # fmt: skip
     merge[(units, group)](
-        highest, total, partial, unit_modes, filled, start, n_own, normaliser, attended, last_query, full_query,
-        units, case.n_prompt, n_programs, PARTS=4, **how,
-    )  # fmt: skip
-    return Walked(*(x.cpu() for x in (attended, normaliser, logits, full_query)))
+        cached,
+        filled,
+        queries,
+        unit_modes,
+        parts,
+        normaliser,
+        attended,
+        units,
+        case.n_prompt,
+        n_programs,
+        PARTS=4,
+        **how,
+    )
+    return Walked(*(x.cpu() for x in (attended, normaliser, logits, queries.full)))
 
 
 def exact(case: Case, unit: int) -> tuple[Tensor, Tensor, Tensor]:
