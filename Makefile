@@ -43,4 +43,4 @@ lint: env
 check: lint test
 
 clean:
-	rm -rf $(ENV) $(OUT)
+	rm -rf $(ENV) $(OUT) build

