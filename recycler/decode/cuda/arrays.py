@@ -124,3 +124,23 @@ class Parts(NamedTuple):
     highest: Tensor
     total: Tensor
     output: Tensor
+
+
+class Search(NamedTuple):
+    """Where new sets are looked for.
+
+    Attributes:
+        scores: float32 `(units, places)`: of all tokens.
+        counts: int32 `(units, 2048)`, all 0 between steps: how often the scores' high bits occur.
+        picked: int32 `(units, CHUNKS * CHUNK)`: places of candidates, of each chunk those above from its
+            beginning on, and those that share the bits of the k-th best from its end on.
+        n_picked: int32 `(units, 2, CHUNKS)`: how many.
+        marks: int32 `(units, places)`, or of one token if nothing is measured: the last stamp of each token that was in
+            a set.
+    """
+
+    scores: Tensor
+    counts: Tensor
+    picked: Tensor
+    n_picked: Tensor
+    marks: Tensor

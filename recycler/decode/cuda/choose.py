@@ -33,13 +33,9 @@ def _bin_of(found, wanted, BINS: tl.constexpr):
 def pick(
     modes,
     mode,
-    start,
-    n_own,
+    cached,
     sizes,
-    scores,
-    counts,
-    picked,
-    n_picked,
+    search,
     n_units,
     n_prompt,
     places,
@@ -53,47 +49,31 @@ def pick(
     """List, in each chunk, the tokens whose high bits are above those of the k-th best, and those that share them.
 
     Args:
-        modes: As in `score`, like `mode` to `n_own`.
-        mode: Of the units to be treated.
-        start: Place of each row's first token.
-        n_own: Own tokens without this step's.
-        sizes: int32 `(kv_heads,)`: most tokens of each head's sets.
-        scores: As `score` left them.
-        counts: The same.
-        picked: int32 `(units, CHUNKS * CHUNK)`: gets places, of each chunk those above from its beginning on, and those
-            that share the bits from its end on.
-        n_picked: int32 `(units, 2, CHUNKS)`: gets how many.
-        n_units: As in `score`, like what follows.
-        n_prompt: Tokens of the prompt.
-        places: Of the scores.
-        KV_HEADS: Of a row.
-        UNITS: Units, to the next power of 2.
-        CHUNK: Tokens of a chunk.
-        CHUNKS: Chunks of all places, to the next power of 2.
-        SINKS: First tokens that stay.
-        WINDOW: Last tokens that stay.
+        modes: As in `score`.
+        mode: The same.
     """
-    end = n_prompt + tl.load(n_own) + 1
+    end = n_prompt + tl.load(cached.n_own) + 1
     order = units_in(modes, mode, n_units, UNITS)
     n_chunks = tl.cdiv(end, CHUNK)
     for item in range(tl.program_id(0), tl.max(order) * n_chunks, tl.num_programs(0)):
         unit = tl.sum((order <= item // n_chunks).to(tl.int32))
         chunk = item % n_chunks
-        first = tl.load(start + unit // KV_HEADS)
+        first = tl.load(cached.start + unit // KV_HEADS)
         wanted = tl.load(sizes + unit % KV_HEADS) - SINKS - WINDOW
-        found = tl.load(counts + unit * HIGH_BINS + tl.arange(0, HIGH_BINS))
+        found = tl.load(search.counts + unit * HIGH_BINS + tl.arange(0, HIGH_BINS))
         digit, _ = _bin_of(found, wanted, HIGH_BINS)
         digit = tl.where(wanted > 0, digit, HIGH_BINS)
         place = chunk * CHUNK + tl.arange(0, CHUNK)
         ranked = (place >= first + SINKS) & (place < end - WINDOW)
-        bits = tl.load(scores + unit.to(tl.int64) * places + place, mask=ranked, other=0).to(tl.int32, bitcast=True)
+        scores = search.scores + unit.to(tl.int64) * places
+        bits = tl.load(scores + place, mask=ranked, other=0).to(tl.int32, bitcast=True)
         above = (ranked & ((bits >> 20) > digit)).to(tl.int32)
         sharing = (ranked & ((bits >> 20) == digit)).to(tl.int32)
-        to = picked + (unit.to(tl.int64) * CHUNKS + chunk) * CHUNK
+        to = search.picked + (unit.to(tl.int64) * CHUNKS + chunk) * CHUNK
         tl.store(to + tl.cumsum(above) - 1, place, mask=above > 0)
         tl.store(to + CHUNK - tl.cumsum(sharing), place, mask=sharing > 0)
-        tl.store(n_picked + unit * 2 * CHUNKS + chunk, tl.sum(above))
-        tl.store(n_picked + (unit * 2 + 1) * CHUNKS + chunk, tl.sum(sharing))
+        tl.store(search.n_picked + unit * 2 * CHUNKS + chunk, tl.sum(above))
+        tl.store(search.n_picked + (unit * 2 + 1) * CHUNKS + chunk, tl.sum(sharing))
 
 
 @triton.jit
@@ -115,25 +95,17 @@ def _nth_picked(upto, picked, n, exists, FROM_END: tl.constexpr, CHUNK: tl.const
 def finish(
     modes,
     mode,
-    start,
-    n_own,
+    cached,
+    sets,
     sizes,
-    logits,
-    normaliser,
-    scores,
-    counts,
-    picked,
-    n_picked,
-    marks,
-    stamp,
-    positions,
-    kept,
-    filled,
+    weights,
+    search,
     refresh_mass,
     refresh_overlap,
+    stamp,
+    n_layers,
     n_prompt,
     places,
-    n_layers,
     K: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -145,53 +117,32 @@ def finish(
 ):
     """Choose a unit's set: sinks, window and the best of the rest; of two equal scores the later token.
 
+    What was searched is used up: counts are 0 afterwards.
+
     Args:
-        modes: As in `pick`, like what follows up to `n_picked`; program `unit` does nothing in another mode.
-        mode: Of the units to be treated.
-        start: Place of each row's first token.
-        n_own: Own tokens without this step's.
-        sizes: Most tokens of each head's sets.
-        logits: As in `score`.
-        normaliser: As in `score`.
-        scores: Of all tokens.
-        counts: All 0 afterwards.
-        picked: Places of candidates.
-        n_picked: How many; overwritten.
-        marks: int32 `(units, places)`: the last stamp of each token that was in a set.
-        stamp: Number of this layer; with the step it makes a number that no mark has yet.
-        positions: int32 `(units, K)`: the old sets, and then the new ones.
-        kept: float32 `(units, K)`: gets their scores.
-        filled: int32 `(units,)`: tokens in each set.
+        modes: As in `score`; program `unit` does nothing in another mode.
+        mode: The same.
         refresh_mass: float64 `(units,)`: gets the recovered mass of the new set.
         refresh_overlap: float64 `(units,)`: gets the overlap of the new set with the old one.
-        n_prompt: Tokens of the prompt.
-        places: Of the scores.
+        stamp: Number of this layer; with the step it makes a number that no mark has yet.
         n_layers: Of the model.
-        K: Slots of a set.
-        KV_HEADS: Of a row.
-        GROUP: Query heads of a unit.
-        CHUNK: As in `pick`.
-        CHUNKS: As in `pick`.
-        SINKS: First tokens that stay.
-        WINDOW: Last tokens that stay.
         MEASURES: Whether the policy wants to know about new sets.
     """
     unit = tl.program_id(0)
     if tl.load(modes + unit) != mode:
         return
-    own = tl.load(n_own)
-    first, end = tl.load(start + unit // KV_HEADS), n_prompt + own + 1
+    own = tl.load(cached.n_own)
+    first, end = tl.load(cached.start + unit // KV_HEADS), n_prompt + own + 1
     size = tl.load(sizes + unit % KV_HEADS)
-    positions += unit * K
-    kept += unit * K
-    scores += unit.to(tl.int64) * places
-    counts += unit * HIGH_BINS
-    picked += unit.to(tl.int64) * CHUNKS * CHUNK
-    n_picked += unit * 2 * CHUNKS
-    marks += unit.to(tl.int64) * places
+    positions, kept = sets.positions + unit * K, sets.scores + unit * K
+    scores = search.scores + unit.to(tl.int64) * places
+    counts = search.counts + unit * HIGH_BINS
+    picked = search.picked + unit.to(tl.int64) * CHUNKS * CHUNK
+    n_picked = search.n_picked + unit * 2 * CHUNKS
+    marks = search.marks + unit.to(tl.int64) * places
     mark = own * n_layers + stamp + 1
     if MEASURES:
-        n_old = tl.load(filled + unit)
+        n_old = tl.load(sets.filled + unit)
         for low in range(0, n_old, _AT_ONCE):
             slot = low + tl.arange(0, _AT_ONCE)
             old = tl.load(positions + slot, mask=slot < n_old, other=0)
@@ -205,9 +156,8 @@ def finish(
             slot = low + tl.arange(0, _AT_ONCE)
             tl.store(positions + slot, first + slot, mask=slot < n_new)
     else:
-        _choose(
-            first, end, size - SINKS - WINDOW, scores, counts, picked, n_picked, positions, CHUNK, CHUNKS, SINKS, WINDOW
-        )
+        wanted = size - SINKS - WINDOW
+        _choose(first, end, wanted, scores, picked, n_picked, positions, CHUNK, CHUNKS, SINKS, WINDOW)
     tl.store(counts + tl.arange(0, HIGH_BINS), tl.zeros((HIGH_BINS,), tl.int32))
     tl.debug_barrier()
 
@@ -221,9 +171,9 @@ def finish(
             n_kept += tl.sum((chosen & (tl.load(marks + place, mask=chosen, other=0) == mark)).to(tl.int32))
             for member in tl.static_range(GROUP):
                 row = unit * GROUP + member
-                logit = tl.load(logits + row.to(tl.int64) * places + place, mask=chosen, other=float("-inf"))
-                mass += tl.sum(tl.exp(tl.minimum(logit - tl.load(normaliser + row), 0.0))) / GROUP
-    tl.store(filled + unit, n_new)
+                logit = tl.load(weights.logits + row.to(tl.int64) * places + place, mask=chosen, other=float("-inf"))
+                mass += tl.sum(tl.exp(tl.minimum(logit - tl.load(weights.normaliser + row), 0.0))) / GROUP
+    tl.store(sets.filled + unit, n_new)
     if MEASURES:
         tl.store(refresh_mass + unit, mass.to(tl.float64))
         tl.store(refresh_overlap + unit, n_kept.to(tl.float64) / n_new.to(tl.float64))
@@ -235,7 +185,6 @@ def _choose(
     end,
     wanted,
     scores,
-    counts,
     picked,
     n_picked,
     positions,

@@ -14,14 +14,14 @@ _AT_ONCE = tl.constexpr(1024)
 
 
 @triton.jit
-def _group_scores(logits, normaliser, unit, at, there, places, GROUP: tl.constexpr, MEAN: tl.constexpr):
+def _group_scores(weights, unit, at, there, places, GROUP: tl.constexpr, MEAN: tl.constexpr):
     """Attention of a unit's group to some tokens, one number per token, as `recycler.sets.scores.group_scores`."""
     of_group = tl.zeros_like(at).to(tl.float32)
     # A loop of the kernel, not of its compiler: unrolled, it takes all registers.
     for member in range(GROUP):
         row = unit * GROUP + member
-        logit = tl.load(logits + row.to(tl.int64) * places + at, mask=there, other=float("-inf"))
-        attention = tl.exp(tl.minimum(logit - tl.load(normaliser + row), 0.0))
+        logit = tl.load(weights.logits + row.to(tl.int64) * places + at, mask=there, other=float("-inf"))
+        attention = tl.exp(tl.minimum(logit - tl.load(weights.normaliser + row), 0.0))
         of_group = of_group + attention / GROUP if MEAN else tl.maximum(of_group, attention)
     return of_group
 
@@ -30,10 +30,8 @@ def _group_scores(logits, normaliser, unit, at, there, places, GROUP: tl.constex
 def score(
     modes,
     mode,
-    start,
-    n_own,
-    logits,
-    normaliser,
+    cached,
+    weights,
     scores,
     counts,
     n_units,
@@ -51,41 +49,27 @@ def score(
 ):
     """Scores of all tokens, as `recycler.sets.scores.token_scores` has them, and how often their high bits occur.
 
+    Counted are tokens that are neither sinks nor in the window.
+
     Args:
         modes: int8 `(units,)`.
         mode: That of the units to be treated.
-        start: int32 `(rows,)`: place of each row's first token.
-        n_own: int32 `(1,)`: own tokens in the cache without this step's.
-        logits: float32 `(units, group, places)`, scaled.
-        normaliser: float32 `(units, group)`: log of the sum of their exponentials.
-        scores: float32 `(units, places)`: gets the scores.
-        counts: int32 `(units, 2048)`, all 0: gets the counts, of tokens that are neither sinks nor in the window.
-        n_units: Units of the layer.
-        n_prompt: Tokens of the prompt.
-        places: Of the logits.
-        KV_HEADS: Of a row.
-        GROUP: Query heads of a unit.
-        UNITS: Units, to the next power of 2.
-        CHUNK: Tokens of a chunk.
-        SINKS: As in the selection, like what follows.
-        WINDOW: Last tokens that stay.
-        BACKWARD: Pooling.
-        FORWARD: Pooling.
-        MEAN: Pool over the group by the mean, not the maximum.
+        scores: Of `Search`: gets the scores.
+        counts: Of `Search`: gets the counts.
     """
-    end = n_prompt + tl.load(n_own) + 1
+    end = n_prompt + tl.load(cached.n_own) + 1
     order = units_in(modes, mode, n_units, UNITS)
     n_chunks = tl.cdiv(end, CHUNK)
     for item in range(tl.program_id(0), tl.max(order) * n_chunks, tl.num_programs(0)):
         unit = tl.sum((order <= item // n_chunks).to(tl.int32))
-        first = tl.load(start + unit // KV_HEADS)
+        first = tl.load(cached.start + unit // KV_HEADS)
         place = (item % n_chunks) * CHUNK + tl.arange(0, CHUNK)
         exists = (place >= first) & (place < end)
         pooled = tl.zeros((CHUNK,), tl.float32)
         for shift in range(-FORWARD, BACKWARD + 1):
             near = place + shift
             there = exists & (near >= first) & (near < end)
-            pooled = tl.maximum(pooled, _group_scores(logits, normaliser, unit, near, there, places, GROUP, MEAN))
+            pooled = tl.maximum(pooled, _group_scores(weights, unit, near, there, places, GROUP, MEAN))
         tl.store(scores + unit.to(tl.int64) * places + place, pooled, mask=exists)
         ranked = (place >= first + SINKS) & (place < end - WINDOW)
         found = tl.histogram(pooled.to(tl.int32, bitcast=True) >> 20, HIGH_BINS, mask=ranked)
@@ -95,11 +79,9 @@ def score(
 @triton.jit(do_not_specialize=["places"])
 def rank_anew(
     modes,
-    refreshed,
-    filled,
-    logits,
-    normaliser,
-    kept,
+    modes_before,
+    sets,
+    weights,
     places,
     K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -109,26 +91,18 @@ def rank_anew(
     """Let the attention of a recycled step rank the set that it attended to; program `unit`.
 
     Args:
-        modes: int8 `(units,)` of the walk.
-        refreshed: int8 `(units,)` of the walk before: units with a new set, which keeps the scores that chose it.
-        filled: int32 `(units,)`: tokens in each set.
-        logits: float32 `(units, group, places)`, scaled, by slot.
-        normaliser: float32 `(units, group)`.
-        kept: float32 `(units, K)`: the scores of the sets' tokens.
-        places: Of the logits.
-        K: Slots of a set.
-        GROUP: Query heads of a unit.
-        MEAN: Pool over the group by the mean, not the maximum.
+        modes: int8 `(units,)` of the walk, which left its logits by slot.
+        modes_before: int8 `(units,)` of the walk before: units with a new set, which keeps the scores that chose it.
         ADDS: Add to the scores instead of replacing them.
     """
     unit = tl.program_id(0)
-    if (tl.load(modes + unit) == RECYCLED) & (tl.load(refreshed + unit) == SKIP):
-        n_tokens = tl.load(filled + unit)
+    if (tl.load(modes + unit) == RECYCLED) & (tl.load(modes_before + unit) == SKIP):
+        n_tokens = tl.load(sets.filled + unit)
         for low in range(0, n_tokens, _AT_ONCE):
             slot = low + tl.arange(0, _AT_ONCE)
             there = slot < n_tokens
-            of_group = _group_scores(logits, normaliser, unit, slot, there, places, GROUP, MEAN)
-            to = kept + unit * K + slot
+            of_group = _group_scores(weights, unit, slot, there, places, GROUP, MEAN)
+            to = sets.scores + unit * K + slot
             if ADDS:
                 of_group += tl.load(to, mask=there, other=0)
             tl.store(to, of_group, mask=there)

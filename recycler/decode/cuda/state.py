@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from policies import SIGNALS
-from recycler.decode.cuda.arrays import Decisions, Parts, Queries, Sets, Weights
+from recycler.decode.cuda.arrays import Decisions, Parts, Queries, Search, Sets, Weights
 from recycler.decode.cuda.score import HIGH_BINS
 from recycler.decode.first_sets import FirstSets
 
@@ -145,11 +145,7 @@ class Scratch:
         modes: int8 `(units,)`: modes of the attention.
         weights: Of the last walk.
         parts: The same.
-        token_scores: float32 `(units, places)`.
-        counts: int32 `(units, 2048)`, all 0 between steps.
-        picked: int32 `(units, chunks * chunk_tokens)`.
-        n_picked: int32 `(units, 2, chunks)`.
-        marks: int32 `(units, places)`, or of one token if nothing is measured.
+        search: For new sets.
         attended: As stored, `(rows, query_heads * head_dim)`: the attention.
     """
 
@@ -164,9 +160,11 @@ class Scratch:
         self.modes_before, self.modes = zeros(units, dtype=torch.int8), zeros(units, dtype=torch.int8)
         self.weights = Weights(logits=zeros(units, group, places), normaliser=zeros(units, group))
         self.parts = Parts(zeros(parts, group), zeros(parts, group), zeros(parts, group, sizes.head_dim))
-        self.token_scores = zeros(units, places)
-        self.counts = zeros(units, HIGH_BINS.value, dtype=torch.int32)
-        self.picked = zeros(units, self.chunks * sizes.chunk_tokens, dtype=torch.int32)
-        self.n_picked = zeros(units, 2, self.chunks, dtype=torch.int32)
-        self.marks = zeros(units, places if measures else 1, dtype=torch.int32)
+        self.search = Search(
+            scores=zeros(units, places),
+            counts=zeros(units, HIGH_BINS.value, dtype=torch.int32),
+            picked=zeros(units, self.chunks * sizes.chunk_tokens, dtype=torch.int32),
+            n_picked=zeros(units, 2, self.chunks, dtype=torch.int32),
+            marks=zeros(units, places if measures else 1, dtype=torch.int32),
+        )
         self.attended = zeros(sizes.rows, sizes.kv_heads * group * sizes.head_dim, dtype=dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from policies import Selection
 from recycler.decode import modes
+from recycler.decode.cuda.arrays import Cached, Search, Sets, Weights
 from recycler.decode.cuda.choose import finish, pick
 from recycler.decode.cuda.score import score
 from recycler.sets.recycled_set import select
@@ -61,32 +62,40 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
     normaliser = case.logits.masked_fill(~seen[:, None, None], float("-inf")).logsumexp(-1).flatten(0, 1).to(device)
     unit_modes = zeros(units, dtype=torch.int8)
     unit_modes[:] = torch.tensor([modes.FULL if fresh else modes.RECYCLED for fresh in case.fresh])
-    start, sizes = (torch.tensor(x, dtype=torch.int32, device=device) for x in (case.starts, case.sizes))
     # Of the cache's tokens all but the last are the prompt's.
-    n_own, n_prompt = zeros(1), n - 1
-    scores, counts = zeros(units, places, dtype=torch.float32), zeros(units, 2048)
-    picked, n_picked = zeros(units, chunks * CHUNK), zeros(units, 2, chunks)
-    positions = zeros(units, k) if before is None else before.to(device).clone()
-    kept, filled = zeros(units, k, dtype=torch.float32), torch.full((units,), k, dtype=torch.int32, device=device)
+    start, sizes = (torch.tensor(x, dtype=torch.int32, device=device) for x in (case.starts, case.sizes))
+    cached, n_prompt = Cached(start, zeros(1)), n - 1
+    sets = Sets(
+        positions=zeros(units, k) if before is None else before.to(device).clone(),
+        scores=zeros(units, k, dtype=torch.float32),
+        filled=torch.full((units,), k, dtype=torch.int32, device=device),
+    )
+    weights = Weights(logits, normaliser)
+    search = Search(
+        scores=zeros(units, places, dtype=torch.float32),
+        counts=zeros(units, 2048),
+        picked=zeros(units, chunks * CHUNK),
+        n_picked=zeros(units, 2, chunks),
+        marks=zeros(units, places),
+    )
     mass, overlap = zeros(units, dtype=torch.float64), zeros(units, dtype=torch.float64)
     selection = case.selection
-    stays = {"SINKS": selection.sinks, "WINDOW": selection.window}
+    how = {"CHUNK": CHUNK, "SINKS": selection.sinks, "WINDOW": selection.window}
     mode, units_to = modes.FULL, 1 << (units - 1).bit_length()
     score[(n_programs,)](
-        unit_modes, mode, start, n_own, logits, normaliser, scores, counts, units, n_prompt, places,
-        KV_HEADS=kv_heads, GROUP=group, UNITS=units_to, CHUNK=CHUNK, BACKWARD=selection.pool_backward,
-        FORWARD=selection.pool_forward, MEAN=selection.group == "mean", **stays,
+        unit_modes, mode, cached, weights, search.scores, search.counts, units, n_prompt, places,
+        KV_HEADS=kv_heads, GROUP=group, UNITS=units_to, BACKWARD=selection.pool_backward,
+        FORWARD=selection.pool_forward, MEAN=selection.group == "mean", **how,
     )  # fmt: skip
     pick[(n_programs,)](
-        unit_modes, mode, start, n_own, sizes, scores, counts, picked, n_picked, units, n_prompt, places,
-        KV_HEADS=kv_heads, UNITS=units_to, CHUNK=CHUNK, CHUNKS=chunks, **stays,
+        unit_modes, mode, cached, sizes, search, units, n_prompt, places,
+        KV_HEADS=kv_heads, UNITS=units_to, CHUNKS=chunks, **how,
     )  # fmt: skip
     finish[(units,)](
-        unit_modes, mode, start, n_own, sizes, logits, normaliser, scores, counts, picked, n_picked,
-        zeros(units, places), 0, positions, kept, filled, mass, overlap, n_prompt, places, 1,
-        K=k, KV_HEADS=kv_heads, GROUP=group, CHUNK=CHUNK, CHUNKS=chunks, MEASURES=True, **stays,
+        unit_modes, mode, cached, sets, sizes, weights, search, mass, overlap, 0, 1, n_prompt, places,
+        K=k, KV_HEADS=kv_heads, GROUP=group, CHUNKS=chunks, MEASURES=True, **how,
     )  # fmt: skip
-    return Chosen(*(x.cpu().numpy() for x in (positions, kept, filled, mass, overlap, counts)))
+    return Chosen(*(x.cpu().numpy() for x in (sets.positions, sets.scores, sets.filled, mass, overlap, search.counts)))
 
 
 def assert_as_reference(case: Case, chosen: Chosen) -> None:
