@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import prange
 
 from policies.compiled.kernel import helper
 from recycler.decode.cpu.arrays import (
@@ -19,10 +20,9 @@ from recycler.decode.cpu.arrays import (
 from recycler.decode.cpu.compiled import kernel
 from recycler.decode.cpu.linear import ADD, FIRST_COLUMN, REPLACE, linear, rms_norm
 from recycler.decode.cpu.scalars import exp, narrow, widen
-from recycler.decode.cpu.shares import on_threads
 
 
-@kernel(fastmath=True)
+@kernel(parallel=True, fastmath=True)
 def project(
     x: Array,
     weights: LayerWeights,
@@ -52,7 +52,8 @@ def project(
         n_threads: Threads to use.
     """
     rms_norm(x, weights.norm, weights.eps, scratch.normed)
-    on_threads(_project_share, (weights, scratch), n_threads)
+    for thread in prange(n_threads):
+        _project_share(np.int64(thread), n_threads, weights, scratch)
     _rotate_and_append(weights, cosine, sine, cache, n_own, scratch)
     if rules.wants_query_similarity:
         _cosine_similarity(scratch.unit_query, units.full_query, signals, QUERY_SIMILARITY)
@@ -150,13 +151,14 @@ def _layer_similarity(now: Array, then: Array, signals: Array) -> None:
             signals[row, LAYER_SIMILARITY, kv_head] = product / (max(a**0.5, 1e-8) * max(b**0.5, 1e-8))
 
 
-@kernel(fastmath=True)
+@kernel(parallel=True, fastmath=True)
 def feed(x: Array, weights: LayerWeights, scratch: Scratch, n_threads: int) -> None:
     """Output projection and the gated feed-forward layer (arXiv 2002.05202, SwiGLU), added to the residual stream."""
     for stage in range(3):
         if stage == 1:
             rms_norm(x, weights.feed_norm, weights.feed_eps, scratch.normed)
-        on_threads(_feed_share, (stage, x, weights, scratch), n_threads)
+        for thread in prange(n_threads):
+            _feed_share(np.int64(thread), n_threads, stage, x, weights, scratch)
 
 
 @helper(fastmath=True)
@@ -186,13 +188,14 @@ def _gate(gate: Array, up: Array, low: int, high: int) -> None:
             gate[row, i] = up[row, i] * g * (1 if g > 0 else shrunk) / (1 + shrunk)
 
 
-@kernel(fastmath=True)
+@kernel(parallel=True, fastmath=True)
 def predict(
     x: Array, norm: Array, eps: float, head: Array, head_bias: Array, scratch: Scratch, logits: Array, n_threads: int
 ) -> None:
     """The last norm and the language-model head; `logits` is Float `(rows, vocabulary)`."""
     rms_norm(x, norm, eps, scratch.normed)
-    on_threads(_predict_share, (scratch.normed, head, head_bias, logits), n_threads)
+    for thread in prange(n_threads):
+        _predict_share(np.int64(thread), n_threads, scratch.normed, head, head_bias, logits)
 
 
 @helper(fastmath=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import prange
 
 from policies.compiled.kernel import helper
 from recycler.decode.cpu.arrays import Array, Cache, Rules, Scratch, Units
 from recycler.decode.cpu.attention import NOTHING, attend_tokens, merge
 from recycler.decode.cpu.compiled import kernel
 from recycler.decode.cpu.sets import admit, choose_set, group_scores, mark_set, measure_set
-from recycler.decode.cpu.shares import on_threads
 from recycler.decode.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
 
 # Turns of a step: refreshes by keys alone, then the attention.
 _REFRESH, _ATTEND = 0, 1
 
 
-@kernel()
+@kernel(parallel=True, fastmath={"contract"})
 def attend(
     full: Array,
     scaling: float,
@@ -50,8 +50,10 @@ def attend(
     end = cache.prompt_key.shape[2] + n_own
     first_turn = _begin(full, start, cache, n_own, units, rules, scratch)
     for turn in range(first_turn, _ATTEND + 1):
-        on_threads(_walk_share, (turn, scaling, start, cache, n_own, units, rules, scratch), n_threads)
-        on_threads(_settle_share, (turn, start, end, units, signals, rules, scratch), n_threads)
+        for thread in prange(n_threads):
+            _walk_share(np.int64(thread), n_threads, turn, scaling, start, cache, n_own, units, rules, scratch)
+        for thread in prange(n_threads):
+            _settle_share(np.int64(thread), n_threads, turn, start, end, units, signals, rules, scratch)
 
 
 @helper()
