@@ -179,7 +179,7 @@ class AsksForTheStep(StepPolicy):
     ("policy", "selection"),
     [
         (FixedStride(3), SELECTION),
-        (CosineThreshold(0.6), SELECTION),
+        (CosineThreshold(0.3), SELECTION),
         (BUDGET, Selection(12, 2, 4, pool_forward=0, prompt_queries=8)),
         (RefreshKeys(BUDGET), Selection(12, 2, 4, ranking="accumulated")),
         (LOGISTIC, Selection(12, 2, 4, unit_k=((8, 16), (10, 14)), ranking="updated")),
