@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from triton.runtime import interpreter
 
-from policies import Selection, StepPolicy
+from policies import Selection, StepPolicy, StepSignals
 from recycler.decode import engines
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
@@ -75,7 +75,7 @@ SUBJECTS = [
         model={"head_dim": 16, "dtype": torch.float32},
         atol=3e-5,
         narrow=(torch.bfloat16, torch.float16),
-        n_steps=4,
+        n_steps=6,
         n_rows=2,
         thorough=False,
         device=DEVICE,
@@ -117,6 +117,8 @@ class Run:
 class Runs:
     """Runs decoding on a subject; tests ask for the fixture `runs`."""
 
+    padding = PADDING
+
     def __init__(self, subject: Subject, make_model: Callable[..., PreTrainedModel]) -> None:
         self.subject, self._make_model = subject, make_model
 
@@ -124,10 +126,6 @@ class Runs:
         """A tiny model for this engine."""
         model = self._make_model(family, **(dict(self.subject.model) | more))
         return model if self.subject.device.type == "cpu" else copy.deepcopy(model).to(self.subject.device)
-
-    def batch(self, make_tokens: Callable[..., Tensor]) -> Tensor:
-        """Prompts of 20 tokens, and the text that follows."""
-        return make_tokens(20 + self.subject.n_steps, self.subject.n_rows)
 
     def plainly(self) -> Runs:
         """The same models without an engine."""
@@ -258,7 +256,8 @@ class Reference:
 @pytest.fixture(scope="session")
 def reference(plain_decoder: Callable[..., Any]) -> Callable[..., Reference]:
     """Decodes in plain Python as `Runs.follow` does on an engine; once for equal arguments."""
-    known: dict[Any, Reference] = {}
+    # With their models, so that no other one gets the identity of one that is gone.
+    known: dict[Any, tuple[PreTrainedModel, Reference]] = {}
 
     def decode(
         model: PreTrainedModel,
@@ -271,7 +270,7 @@ def reference(plain_decoder: Callable[..., Any]) -> Callable[..., Reference]:
     ) -> Reference:
         asked = (id(model), repr(policy), repr(selection), str(tokens.tolist()), n_prompt, tuple(padding))
         if asked in known:
-            return known[asked]
+            return known[asked][1]
         here = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
         plain = plain_decoder(policy, selection, list(padding[: len(tokens)]))
 
@@ -290,10 +289,31 @@ def reference(plain_decoder: Callable[..., Any]) -> Callable[..., Reference]:
             (layer, row, head): set().union(*(step["values_read"][row][head] for step in layers[layer]))
             for layer, row, head in units
         }
-        known[asked] = Reference(logits, seen, read)
-        return known[asked]
+        known[asked] = model, Reference(logits, seen, read)
+        return known[asked][1]
 
     return decode
+
+
+@dataclass(frozen=True)
+class AsksForTheLayer(StepPolicy):
+    """No program: what it does depends on the layer."""
+
+    reads_query: bool
+    kind: ClassVar[str] = "asks_for_the_layer"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"query_similarity"}) if self.reads_query else frozenset()
+
+    def decide(self, signals: StepSignals) -> Any:
+        full = signals.age >= (2 if signals.layer == 0 else 3)
+        return full & (signals.query_similarity < 0.99) if self.reads_query else full
+
+
+@pytest.fixture
+def asks_for_the_layer() -> type[AsksForTheLayer]:
+    return AsksForTheLayer
 
 
 @pytest.fixture

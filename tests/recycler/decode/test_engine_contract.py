@@ -7,8 +7,7 @@ import gc
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,21 +29,21 @@ from policies import (
     Selection,
     SentenceBoundary,
     StepPolicy,
-    StepSignals,
 )
 from recycler.decode.per_row import PerRow
 
 Make = Callable[..., Any]
 
 N_PROMPT = 20
-PADDING = (0, 5, 11)
 SOME_UNITS = ((1, 0), (0, 1))
 LOGISTIC = LearnedLogistic(
     ("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 0.2, 1.0, 0.5), -1.8
 )
 BUDGET = BudgetConstrained(MaxAge(CosineThreshold(0.9), ((5, 6), (4, 5))), ((0.4, 0.3), (0.6, 0.5)), 1)
+# The first ones meet every engine: by keys in some units, with accounts; by a layer's similarity; by all measures.
 POLICIES: tuple[StepPolicy, ...] = (
     RefreshKeys(BUDGET, SOME_UNITS),
+    LayerCosine(0.8, check_every=2),
     LOGISTIC,
     FixedStride(((2, 3), (5, 1)), ((0, 1), (2, 0))),
     # One form, other numbers; every unit runs full several times in a row before it next runs recycled.
@@ -54,7 +53,6 @@ POLICIES: tuple[StepPolicy, ...] = (
     NeverFull(),
     BUDGET,
     CosineThreshold(0.6, check_every=2),
-    LayerCosine(0.8, check_every=3),
     SentenceBoundary(tuple(range(0, 61, 5)), max_age=6),
     RandomRefresh.drawn(0.3, (2, 2), seed=0),
     RefreshKeys(LearnedLogistic(("age", "refresh_loss", "refresh_churn"), (0.3, 1.0, 0.5), -1.4)),
@@ -106,6 +104,12 @@ def generate(model: Any, tokens: Tensor, padding: Sequence[int], n_steps: int, *
     return written
 
 
+def batch(runs: Any, make_tokens: Make) -> Tensor:
+    """Prompts and the text that follows, a row for each."""
+    tokens: Tensor = make_tokens(N_PROMPT + runs.subject.n_steps, runs.subject.n_rows)
+    return tokens
+
+
 def assert_close(found: Tensor, expected: Tensor, atol: float) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=atol)
 
@@ -142,7 +146,7 @@ def test_always_full_is_the_stock_decoder(
 def test_a_set_as_large_as_the_context_is_full_attention(
     runs: Any, make_tokens: Make, policy: StepPolicy, selection: Selection
 ) -> None:
-    model, tokens = runs.model(), runs.batch(make_tokens)
+    model, tokens = runs.model(), batch(runs, make_tokens)
     full, recycled = (runs.follow(model, one, selection, tokens, N_PROMPT) for one in (AlwaysFull(), policy))
     assert_close(recycled.logits, full.logits, runs.subject.atol)
     # What is not left out of a set is read anyway.
@@ -153,10 +157,10 @@ def test_a_set_as_large_as_the_context_is_full_attention(
 # A decoder in plain Python
 
 
-@cases("policy", POLICIES, n_first=2)
+@cases("policy", POLICIES, n_first=3)
 def test_a_batch_decodes_as_in_plain_python(runs: Any, reference: Make, make_tokens: Make, policy: StepPolicy) -> None:
     selection = selection_for(policy)
-    model, tokens = runs.model(), runs.batch(make_tokens)
+    model, tokens = runs.model(), batch(runs, make_tokens)
     expected = reference(model, policy, selection, tokens, N_PROMPT)
     found = runs.follow(model, policy, selection, tokens, N_PROMPT)
     assert_close(found.logits, expected.logits, runs.subject.atol)
@@ -206,7 +210,7 @@ def test_policies_are_shown_what_plain_python_measures(
     runs: Any, reference: Make, spy: Make, make_tokens: Make, policy: StepPolicy
 ) -> None:
     selection, spying = selection_for(policy), spy(policy)
-    model, tokens = runs.model(), runs.batch(make_tokens)
+    model, tokens = runs.model(), batch(runs, make_tokens)
     expected = reference(model, policy, selection, tokens, N_PROMPT)
     runs.follow(model, spying, selection, tokens, N_PROMPT)
     for name in (*SIGNALS, "full"):
@@ -215,28 +219,12 @@ def test_policies_are_shown_what_plain_python_measures(
         assert shown.dtype == (bool if name == "full" else np.float64)
 
 
-@dataclass(frozen=True)
-class AsksForTheLayer(StepPolicy):
-    """No program: what it does depends on the layer."""
-
-    reads_query: bool
-    kind: ClassVar[str] = "asks_for_the_layer"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"query_similarity"}) if self.reads_query else frozenset()
-
-    def decide(self, signals: StepSignals) -> Any:
-        full = signals.age >= (2 if signals.layer == 0 else 3)
-        return full & (signals.query_similarity < 0.99) if self.reads_query else full
-
-
 @pytest.mark.filterwarnings("ignore:the policy budget_constrained is called on the host")
 @pytest.mark.parametrize("reads_query", [True, False], ids=["asked within layers", "asked between steps"])
 def test_a_policy_that_is_no_program_decodes_as_in_plain_python(
-    runs: Any, reference: Make, make_tokens: Make, reads_query: bool
+    runs: Any, reference: Make, make_tokens: Make, asks_for_the_layer: Make, reads_query: bool
 ) -> None:
-    policy = BudgetConstrained(AsksForTheLayer(reads_query), 0.4)
+    policy = BudgetConstrained(asks_for_the_layer(reads_query), 0.4)
     model, tokens = runs.model(), make_tokens(N_PROMPT + runs.subject.n_steps)
     expected = reference(model, policy, SELECTIONS["last_full"], tokens, N_PROMPT)
     found = runs.follow(model, policy, SELECTIONS["last_full"], tokens, N_PROMPT)
@@ -269,12 +257,12 @@ def test_the_cache_grows_and_nothing_is_lost(
 
 
 def test_a_batch_is_its_rows_alone(runs: Any, make_tokens: Make) -> None:
-    model, tokens = runs.model(), runs.batch(make_tokens)
+    model, tokens = runs.model(), batch(runs, make_tokens)
     policies, selection = POLICIES[: runs.subject.n_rows], SELECTIONS["updated, a size per unit"]
     together = runs.follow(model, PerRow(policies), selection, tokens, N_PROMPT)
     alone = [
         runs.follow(model, policy, selection, tokens[row : row + 1, width:], N_PROMPT - width)
-        for row, (policy, width) in enumerate(zip(policies, PADDING, strict=False))
+        for row, (policy, width) in enumerate(zip(policies, runs.padding, strict=False))
     ]
     assert_close(together.logits, torch.cat([run.logits for run in alone], dim=1), runs.subject.atol)
     for name in ("full_steps", "keys_only_steps", "tokens_read"):
@@ -396,7 +384,7 @@ def test_a_budget_holds_at_every_prefix(runs: Any, make_tokens: Make, burst: flo
 # Replay
 
 
-@cases("policy", [FixedStride(((1.1, 2.5), (3, 4)), 0.5), *POLICIES[:3], *POLICIES[10:]], n_first=2)
+@cases("policy", [FixedStride(((1.1, 2.5), (3, 4)), 0.5), POLICIES[0], LOGISTIC, *POLICIES[10:]], n_first=3)
 def test_replay_decides_as_the_decoder_does(runs: Any, make_tokens: Make, policy: StepPolicy) -> None:
     # A machine that is lent for its GPU has no optuna.
     pytest.importorskip("optuna")
@@ -430,7 +418,7 @@ def test_replay_decides_as_the_decoder_does(runs: Any, make_tokens: Make, policy
 def test_values_outside_of_the_sets_are_not_read(
     runs: Any, reference: Make, make_tokens: Make, policy: StepPolicy
 ) -> None:
-    model, tokens = runs.model(), runs.batch(make_tokens)
+    model, tokens = runs.model(), batch(runs, make_tokens)
     selection, n_spoilt = Selection(8, 1, 2, 1, 2), list[int]()
     expected = reference(model, policy, selection, tokens, N_PROMPT)
 
@@ -454,7 +442,7 @@ def test_in_narrow_types_it_is_as_close_to_exact_as_the_plain_path(
     runs: Any, reference: Make, make_tokens: Make
 ) -> None:
     for dtype in runs.subject.narrow:
-        model, tokens = runs.model(dtype=dtype), runs.batch(make_tokens)
+        model, tokens = runs.model(dtype=dtype), batch(runs, make_tokens)
         how = (FixedStride(3), SELECTIONS["last_full, a size per unit"], tokens, N_PROMPT)
         exact = reference(copy.deepcopy(model).double(), *how).logits
         found, plain = (one.follow(model, *how) for one in (runs, runs.plainly()))
@@ -484,19 +472,20 @@ def test_a_run_that_has_ended_keeps_no_cache_alive(runs: Any, make_tokens: Make)
     assert session.receipt().n_steps == 1
 
 
-def test_a_run_does_not_leave_the_engine_in_the_middle(runs: Any, make_tokens: Make) -> None:
+@cases("asked", [{"output_hidden_states": True}, {"labels": torch.tensor([[1]])}], n_first=1)
+def test_a_run_does_not_leave_the_engine_in_the_middle(runs: Any, make_tokens: Make, asked: dict[str, Any]) -> None:
     if runs.subject.engine is None:
         pytest.skip("a session without an engine runs whatever the model's own forward takes")
     model, token = runs.model(), make_tokens(1).to(runs.subject.device)
     sentence = (
-        f"a decode step cannot leave the {runs.subject.name} engine, and the call passes output_hidden_states: "
+        f"a decode step cannot leave the {runs.subject.name} engine, and the call passes {next(iter(asked))}: "
         "use recycled(..., fast=False)."
     )
     with torch.no_grad(), runs.session(model, AlwaysFull(), SELECTIONS["last_full"]) as session:
         cache = model(make_tokens(N_PROMPT).to(model.device)).past_key_values
         model(token, past_key_values=cache)
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-            model(token, past_key_values=cache, output_hidden_states=True)
+            model(token, past_key_values=cache, **asked)
         # Nothing has happened to the cache: the run goes on.
         model(token, past_key_values=cache)
     assert session.receipt().n_steps == 2

@@ -29,7 +29,6 @@ from recycler.decode.cpu.walk import attend
 Make = Callable[..., Any]
 
 N_PROMPT = 20
-PADDING = (0, 5, 11)
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 UPDATED = Selection(9, sinks=1, window=3, group="mean", ranking="updated")
 SIZED = Selection(12, 2, 4, 1, 2, unit_k=((6, 18), (14, 10)))
@@ -79,7 +78,7 @@ def test_sets_hold_what_they_must_and_copies_are_of_their_tokens(
         for layer, units in enumerate(decoding._units):
             keys = cache.layers[layer].keys.numpy()
             for row, head in np.ndindex(units.filled.shape):
-                start, n = PADDING[row], units.filled[row, head]
+                start, n = runs.padding[row], units.filled[row, head]
                 places = set(units.positions[row, head, :n].tolist())
                 size = selection.k if selection.unit_k is None else selection.unit_k[layer][head]
                 assert len(places) == n == min(size, end - start)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from policies import FixedStride, LearnedLogistic, RefreshKeys, Selection, StepPolicy, StepSignals
+from policies import FixedStride, LearnedLogistic, RefreshKeys, Selection, StepPolicy
 
 Make = Callable[..., Any]
 
@@ -53,28 +52,12 @@ def test_how_the_work_is_shared_changes_nothing_but_rounding(runs_on: Make, on_e
         np.testing.assert_array_equal(getattr(done[0].receipt, name), getattr(done[1].receipt, name), err_msg=name)
 
 
-@dataclass(frozen=True)
-class AsksForTheLayer(StepPolicy):
-    """No program: what it does depends on the layer."""
-
-    reads_query: bool
-    kind: ClassVar[str] = "asks_for_the_layer"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"query_similarity"}) if self.reads_query else frozenset()
-
-    def decide(self, signals: StepSignals) -> Any:
-        full = signals.age >= (2 if signals.layer == 0 else 3)
-        return full & (signals.query_similarity < 0.99) if self.reads_query else full
-
-
 @pytest.mark.parametrize(
     ("reads_query", "when"), [(False, "between steps"), (True, "in the middle of every layer")], ids=str
 )
 def test_a_policy_that_is_no_program_is_called_on_the_host_and_it_says_so(
-    runs_on: Make, make_tokens: Make, reads_query: bool, when: str
+    runs_on: Make, make_tokens: Make, asks_for_the_layer: Make, reads_query: bool, when: str
 ) -> None:
-    runs, policy = runs_on("cuda"), AsksForTheLayer(reads_query)
+    runs, policy = runs_on("cuda"), asks_for_the_layer(reads_query)
     with pytest.warns(UserWarning, match=f"^the policy asks_for_the_layer is called on the host {when}, and the GPU"):
         runs.follow(runs.model(), policy, SELECTION, make_tokens(N_PROMPT + 1), N_PROMPT)
