@@ -151,7 +151,7 @@ def _random_trace(name: str, steps: int, max_age: int, units: tuple[int, int], s
         selection={},
         prompt={"name": name, "kind": "random", "n_prompt_tokens": _PROMPT_TOKENS},
         n_steps=steps,
-        max_age=max_age,
+        ages=range(1, max_age + 1),
         versions={},
     )
     return Trace(

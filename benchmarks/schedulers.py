@@ -195,7 +195,7 @@ def _measure(loaded: LoadedModel, setting: Setting, out: Path) -> tuple[list[Pro
     policies = {name: winner.candidate.policy for name, winner in tuned.winners.items()}
     store = Store(out / setting.name / "outcomes")
     if setting is not source:
-        methods = _methods(_in_proportion(tuned.sized.selection, setting.k), policies)
+        methods = _methods(tuned.sized.selection.at_k(setting.k), policies)
         bar = tqdm(_prompts(loaded, setting), desc=f"comparing, {setting.name}", unit="prompt")
         return [measure_once(store, loaded, _teacher_forced(prompt), methods) for prompt in bar], parameters
     selection = tuned.sized.selection
@@ -207,14 +207,6 @@ def _measure(loaded: LoadedModel, setting: Setting, out: Path) -> tuple[list[Pro
         methods = [*_methods(selection, policies), ForeseenMethod("hindsight 0.1", "future", oracle, selection)]
         outcomes.append(measure_once(store, loaded, _teacher_forced(prompt), methods))
     return outcomes, parameters
-
-
-def _in_proportion(selection: Selection, k: int) -> Selection:
-    """The same sets with another k, and sizes of units in the same proportion to it."""
-    if selection.unit_k is None:
-        return dataclasses.replace(selection, k=k)
-    sizes = tuple(tuple(size * k // selection.k for size in row) for row in selection.unit_k)
-    return dataclasses.replace(selection, k=k, unit_k=sizes)
 
 
 def _tune(

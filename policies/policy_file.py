@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from policies.base import StepPolicy
-from policies.schema import policy_file_problem
+from policies.schema import FORMATS, policy_file_problem
 from policies.selection import Selection
 from policies.serialize import policy_from_json, policy_to_json
 from policies.version import written_by
 
-FORMAT = 1
+FORMAT = FORMATS[-1]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class PolicyFile:
         provenance: Free JSON values: digests of traces, budget, results, versions.
         written_by: This project and its version, or those of a file that was read; None if the file does not say, as
             before 0.2. It lies with the provenance in the file.
+        horizon_steps: Decode steps of the outputs that it was tuned and confirmed on: what it does beyond is not known.
+            None if the file does not say; format 1, of 0.1, says it among the results in its provenance.
     """
 
     policy: StepPolicy
@@ -69,10 +71,21 @@ class PolicyFile:
     model: ModelShape
     provenance: Mapping[str, Any] = field(default_factory=dict)
     written_by: str | None = field(default_factory=written_by, compare=False)
+    horizon_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_fits(self.policy, self.model)
         check_fits(self.selection, self.model)
+        if self.horizon_steps is not None and self.horizon_steps < 1:
+            raise ValueError(f"horizon_steps must be at least 1 step, not {self.horizon_steps}.")
+
+    def at_k(self, k: int) -> PolicyFile:
+        """The same policy with sets of another size, those of units in proportion; see `Selection.at_k`.
+
+        Raises:
+            ValueError: If k has no room for sinks and window.
+        """
+        return dataclasses.replace(self, selection=self.selection.at_k(k))
 
     def check_model(self, model: ModelShape) -> None:
         """Refuse to run on a model of another shape than the one that the policy was tuned on.
@@ -91,6 +104,7 @@ class PolicyFile:
             "policy": policy_to_json(self.policy),
             "selection": self.selection.to_json(),
             "model": dataclasses.asdict(self.model),
+            "horizon_steps": self.horizon_steps,
             "provenance": {**self.provenance, **by},
         }
 
@@ -110,6 +124,7 @@ class PolicyFile:
             policy=policy_from_json(values["policy"]),
             selection=Selection(**values["selection"]),
             model=ModelShape(**values["model"]),
+            horizon_steps=values.get("horizon_steps") if values["format"] > 1 else _horizon_of_format_1(provenance),
             provenance=provenance,
             written_by=by,
         )
@@ -138,6 +153,12 @@ class PolicyFile:
             return cls.from_json(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _horizon_of_format_1(provenance: Mapping[str, Any]) -> int | None:
+    closed_loop = provenance.get("closed_loop")
+    steps = closed_loop.get("steps") if isinstance(closed_loop, Mapping) else None
+    return steps if isinstance(steps, int) and steps > 0 else None
 
 
 def check_fits(part: StepPolicy | Selection, model: ModelShape) -> None:

@@ -22,6 +22,10 @@ _TYPES: dict[str, dict[str, Any]] = {
 }
 
 
+# Of policy files that are read; the last is written. Format 1, of 0.1, has no horizon.
+FORMATS = (1, 2)
+
+
 def policy_file_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a policy file; kinds that it does not know pass as plug-ins."""
     tokens = {"type": "integer", "minimum": 0}
@@ -33,7 +37,11 @@ def policy_file_schema() -> dict[str, Any]:
         "required": ["format", "policy", "selection", "model"],
         "additionalProperties": False,
         "properties": {
-            "format": {"const": 1},
+            "format": {"enum": list(FORMATS)},
+            "horizon_steps": {
+                "description": "Decode steps of the outputs that the policy was tuned on; null if that is not known.",
+                "oneOf": [count, {"type": "null"}],
+            },
             "policy": {"$ref": "#/$defs/policy"},
             "selection": {
                 "type": "object",
@@ -47,6 +55,7 @@ def policy_file_schema() -> dict[str, Any]:
                     "pool_forward": tokens,
                     "group": {"enum": [str(choice) for choice in GroupPooling]},
                     "ranking": {"enum": [str(choice) for choice in Ranking]},
+                    "score_decay": {"type": "number", "minimum": 0, "maximum": 1},
                     "prompt_queries": {"oneOf": [count, {"type": "null"}]},
                     "unit_k": {
                         "description": "Most tokens of each unit's set: a row per layer and a column per KV head.",
@@ -106,8 +115,8 @@ def policy_file_problem(values: Any) -> str | None:
             _check_kinds(values["policy"])
         except ValueError as error:
             return str(error)
-    if isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] != 1:
-        return f"it is of format {values['format']}, and this version reads format 1."
+    if isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] not in FORMATS:
+        return f"it is of format {values['format']}, and this version reads formats {' and '.join(map(str, FORMATS))}."
     # Where policies only decide, as in a decoder on somebody else's GPU machine, it need not be installed.
     import jsonschema
 

@@ -32,12 +32,14 @@ class Ranking(StrEnum):
     LAST_FULL ranks by the scores of the unit's last full step (RefreshKV); tokens that arrived since have none and
     stay. UPDATED ranks by the attention of the latest step over the set, recycled steps included (Recycled Attention).
     ACCUMULATED adds the attention of every step over the set to the scores that the set was chosen by (H2O, arXiv
-    2306.14048); a token that arrives begins at 0.
+    2306.14048); a token that arrives begins at 0. DECAYED is between the two: of the score that a token has,
+    `Selection.score_decay` is left when the attention of the next step is added.
     """
 
     LAST_FULL = "last_full"
     UPDATED = "updated"
     ACCUMULATED = "accumulated"
+    DECAYED = "decayed"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Selection:
         prompt_queries: Last queries of the prompt whose attention, summed, chooses the first set (SnapKV's observation
             window, arXiv 2404.14469); None for all of them (H2O). Full steps always choose by their own query.
         unit_k: Most tokens of each unit's set, `(layers, kv_heads)`, with mean at most `k`; None gives every unit `k`.
+        score_decay: With ranking `decayed`, what is left of a token's score after a step, in [0, 1]; else of no effect.
     """
 
     k: int
@@ -71,6 +74,7 @@ class Selection:
     ranking: Ranking = Ranking.LAST_FULL
     prompt_queries: int | None = 1
     unit_k: Sequence[Sequence[int]] | None = None
+    score_decay: float = 0.8
 
     @classmethod
     def unpooled(cls, k: int) -> Selection:
@@ -80,9 +84,11 @@ class Selection:
         one clock for all units every set ages, so `Selection(k)` pools. Divided by what it is worth, a budget
         refreshes the few units whose attention moves nearly at every step and most others never: the former need no
         pooling, and the latter live on the first set, which the prompt's last 32 queries therefore choose together
-        (SnapKV's observation window, arXiv 2404.14469).
+        (SnapKV's observation window, arXiv 2404.14469). So that it serves for as long as an output may be, tokens
+        leave by the attention of the latest steps: ranked by the last full step, all that a set chose has left it after
+        k steps, and what remains is a sliding window.
         """
-        return cls(k, pool_forward=0, prompt_queries=32)
+        return cls(k, pool_forward=0, prompt_queries=32, ranking=Ranking.DECAYED)
 
     def pooled(self) -> Selection:
         """The same with the default pooling and sizes, which serve clocks better; itself if it pools already."""
@@ -105,6 +111,11 @@ class Selection:
                 f"k must hold the sinks and the window: k is {self.k}, but sinks and window need "
                 f"{self.sinks} + {max(self.window, 1)} = {self.sinks + max(self.window, 1)} tokens."
             )
+        decay = self.score_decay
+        if not isinstance(decay, (int, float)) or isinstance(decay, bool) or not 0 <= decay <= 1:
+            raise ValueError(
+                f"score_decay must be the share of a score that is left after a step, 0 to 1, not {decay!r}."
+            )
         if self.unit_k is not None:
             sizes = as_per_unit("unit_k", self.unit_k, self.sinks + max(self.window, 1), float("inf"))
             broken = [size for size in numbers(sizes) if isinstance(sizes, (int, float)) or size != int(size)]
@@ -124,6 +135,12 @@ class Selection:
                 )
 
     @property
+    def score_kept(self) -> float | None:
+        """Share of its score that a token keeps from step to step; None where scores stay as a set was chosen by."""
+        kept = {Ranking.UPDATED: 0.0, Ranking.ACCUMULATED: 1.0, Ranking.DECAYED: float(self.score_decay)}
+        return kept.get(self.ranking)
+
+    @property
     def widest(self) -> int:
         """Tokens of the largest set."""
         return self.k if self.unit_k is None else max(map(max, self.unit_k))
@@ -132,6 +149,22 @@ class Selection:
         """The `(layers, kv_heads)` of `unit_k`; empty if the selection fits every model."""
         shape = unit_shape(self.unit_k)
         return frozenset() if shape is None else frozenset({shape})
+
+    def at_k(self, k: int) -> Selection:
+        """The same with another k, and sizes of units in the same proportion to it as far as sinks and window allow.
+
+        Raises:
+            ValueError: If k has no room for sinks and window.
+        """
+        if self.unit_k is None:
+            return replace(self, k=k)
+        least = self.sinks + max(self.window, 1)
+        sizes = [[max(size * k // self.k, least) for size in row] for row in self.unit_k]
+        # Units at the least size may take the mean above k: the largest give some of theirs.
+        for _ in range(max(int(np.sum(sizes)) - k * int(np.size(sizes)), 0)):
+            row = max(range(len(sizes)), key=lambda row: max(sizes[row]))
+            sizes[row][sizes[row].index(max(sizes[row]))] -= 1
+        return replace(self, k=k, unit_k=sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as plain JSON values; `Selection(**values)` is the same again."""

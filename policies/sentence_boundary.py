@@ -21,9 +21,9 @@ class SentenceBoundary(StepPolicy):
     Source: Slow-Fast Inference (SFI, arXiv 2603.12038): attention moves little within a sentence, so dense steps are
     taken near sentence boundaries, recognised by token ids, and when a refresh interval has passed since the last one
     (32 to 96 steps in the authors' scripts). Deviations: their code (github.com/LV-NUS/SFI) waits for the first token
-    of the next sentence and keeps a least gap of 16 or 24 steps between two dense steps; here the full step is that of
-    the token which ends the sentence, so that the set is fresh for the next one, and there is no least gap. Their
-    choice of sets is another too: see `Selection` for ours.
+    of the next sentence; here the full step is that of the token which ends the sentence, so that the set is fresh for
+    the next one. They keep a least gap of 16 or 24 steps between two dense steps; here there is none unless `min_age`
+    gives one. Their choice of sets is another too: see `Selection` for ours.
 
     A token that is not known (`signals.token` is NaN: the model is fed embeddings) leads to full attention.
 
@@ -31,22 +31,26 @@ class SentenceBoundary(StepPolicy):
         tokens: Ids of the tokens that end a sentence, 1 to 256 of them, in any order, kept sorted;
             `recycler.evaluate.sentence_ends.sentence_end_tokens` finds those of a tokenizer.
         max_age: Steps, at least 1, as of the policy `MaxAge`. 1 means always full.
+        min_age: Steps, at least 1: the end of a sentence does not count while the set is younger.
     """
 
     tokens: tuple[int, ...]
     max_age: PerUnit = 32
+    min_age: PerUnit = 1
     kind: ClassVar[str] = "sentence_boundary"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", _as_tokens(self.tokens))
-        object.__setattr__(self, "max_age", as_per_unit("max_age", self.max_age, 1, float("inf")))
+        for name in ("max_age", "min_age"):
+            object.__setattr__(self, name, as_per_unit(name, getattr(self, name), 1, float("inf")))
 
     def decide(self, signals: StepSignals) -> Array:
         token = signals.token
         full = (signals.age >= signals.per_unit(self.max_age)) | (token != token)
-        for end in self.tokens:
-            full = full | (token == end)
-        return full
+        ended = token == self.tokens[0]
+        for end in self.tokens[1:]:
+            ended = ended | (token == end)
+        return full | (ended & (signals.age >= signals.per_unit(self.min_age)))
 
 
 def _as_tokens(values: Any) -> tuple[int, ...]:

@@ -34,6 +34,10 @@ def main(
     chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing at a temperature above 0.")] = 0,
+    k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the recycled set, those of units in proportion; default: the policy's."),
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Keep to the plain path, without the fast engine.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Generate with full attention too, and compare tokens and speed.")
@@ -41,6 +45,8 @@ def main(
 ) -> dict[str, Any]:
     """Generate with recycled attention: the text as it comes, then what was really applied."""
     policy_file = PolicyFile.read(policy)
+    if k is not None:
+        policy_file = policy_file.at_k(k)
     text = _read_prompt(prompt, prompt_file)
     loaded = _load(policy_file.model.id, model, dtype, device)
     policy_file.check_model(model_shape(loaded.model, loaded.id))
@@ -56,7 +62,10 @@ def main(
             streamer=streamer,
         )
 
-    with recycled(loaded.model, policy_file.policy, policy_file.selection, fast=not plain) as session:
+    horizon_steps = policy_file.horizon_steps
+    with recycled(
+        loaded.model, policy_file.policy, policy_file.selection, fast=not plain, horizon_steps=horizon_steps
+    ) as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()
     # Piped, the table is as wide as it needs to be; a terminal has its own width.
@@ -74,6 +83,7 @@ def main(
         "engine": applied["engine"],
         "why_plain": applied["why_plain"],
         "reasons": applied["reasons"],
+        "horizon_steps": applied["horizon_steps"],
         "written_by": applied["written_by"],
         "model": loaded.id,
         "policy": str(policy),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +35,19 @@ def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], captio
     Raises:
         ValueError: If `age` is none of the recorded ages.
     """
-    if not 1 <= age <= overall.max_age:
+    if age not in overall.ages:
         raise ValueError(f"age must be one of the recorded ages 1 to {overall.max_age}, not {age}.")
     figure = style.new_figure("Recovered mass by age of the recycled set", caption, (13.5, 8.2))
     grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1.0), width_ratios=(1.15, 1.0))
     curves, layers_heads = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
     units_ages = figure.add_subplot(grid[:, 1])
 
-    mass = overall.by_unit("recovered_mass")
+    mass, from_fresh = overall.by_unit("recovered_mass"), (0, *overall.ages)
     style.style_axes(curves, "Mean by kind of text", "age of the set (steps)", "recovered mass (share of attention)")
-    _draw_bands(curves, np.concatenate([overall.fresh_mass.mean()[None], mass]), first_age=0)
+    _draw_bands(curves, from_fresh, np.concatenate([overall.fresh_mass.mean()[None], mass]))
     for (kind, summary), look in zip(by_kind.items(), style.looks(len(by_kind)), strict=True):
         means = np.concatenate([[summary.mean_fresh_mass], summary.by_age("recovered_mass")])
-        _draw_line(curves, means, look, kind, first_age=0)
+        _draw_line(curves, (0, *summary.ages), means, look, kind)
     _age_axis(curves, 0, overall.max_age * 1.02)
     style.add_legend(curves)
 
@@ -58,7 +58,7 @@ def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], captio
     norm = Normalize(min(lowest, 0.95), 1.0)
     style.style_axes(layers_heads, f"Mean by layer and KV head at age {age}", "layer", "KV head", grid=False)
     columns, rows = np.arange(layers + 1) - 0.5, np.arange(heads + 1) - 0.5
-    layers_heads.pcolormesh(columns, rows, mass[age - 1].T, norm=norm, cmap=style.SHARES)
+    layers_heads.pcolormesh(columns, rows, mass[overall.ages.index(age)].T, norm=norm, cmap=style.SHARES)
     layers_heads.xaxis.set_major_locator(style.index_ticks(layers))
     layers_heads.yaxis.set_major_locator(style.index_ticks(heads))
     layers_heads.invert_yaxis()
@@ -66,8 +66,9 @@ def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], captio
     style.style_axes(
         units_ages, "Mean by unit and age", "age of the set (steps)", "layer (one row per KV head)", grid=False
     )
-    columns, rows = np.arange(overall.max_age + 1) + 0.5, np.arange(layers * heads + 1) / heads - 0.5
-    cells = mass.reshape(overall.max_age, -1).T
+    columns = np.array([0.5, *np.add(overall.ages[:-1], overall.ages[1:]) / 2, overall.max_age + 0.5])
+    rows = np.arange(layers * heads + 1) / heads - 0.5
+    cells = mass.reshape(len(overall.ages), -1).T
     image = units_ages.pcolormesh(columns, rows, cells, norm=norm, cmap=style.SHARES)
     _age_axis(units_ages, 0.5, overall.max_age + 0.5)
     units_ages.yaxis.set_major_locator(style.index_ticks(layers))
@@ -127,11 +128,11 @@ def draw_overlap(overall: Summary, by_kind: Mapping[str, Summary], caption: str)
         style.style_axes(
             panel, kind, "stride (steps)" if bottom else "", "overlap (share of the new set)" if left else ""
         )
-        _draw_bands(panel, summary.by_unit("overlap"))
+        _draw_bands(panel, summary.ages, summary.by_unit("overlap"))
         for number, other in enumerate(name for name in by_kind if name != kind):
-            label = "other kinds" if number == 0 else "_"
-            _draw_line(panel, by_kind[other].by_age("overlap"), (style.GREY, "-"), label, width=0.8)
-        _draw_line(panel, summary.by_age("overlap"), look, "mean of this kind")
+            label, grey = "other kinds" if number == 0 else "_", by_kind[other]
+            _draw_line(panel, grey.ages, grey.by_age("overlap"), (style.GREY, "-"), label, width=0.8)
+        _draw_line(panel, summary.ages, summary.by_age("overlap"), look, "mean of this kind")
         _age_axis(panel, 0.93, overall.max_age * 1.07)
         panel.set_ylim(0, 1.02)
         panel.tick_params(labelbottom=bottom, labelleft=left)
@@ -146,8 +147,7 @@ def write_picture(figure: Figure, path: Path | str) -> Path:
     return Path(path)
 
 
-def _draw_bands(axes: Axes, by_unit: np.ndarray, first_age: int = 1) -> None:
-    ages = np.arange(first_age, first_age + len(by_unit))
+def _draw_bands(axes: Axes, ages: Sequence[int], by_unit: np.ndarray) -> None:
     lowest, low, high, highest = quantiles_over_units(by_unit, (0.1, 0.25, 0.75, 0.9))
     outer, inner = style.BANDS
     axes.fill_between(ages, lowest, highest, color=outer, linewidth=0, label="10 to 90 % of units")
@@ -155,9 +155,8 @@ def _draw_bands(axes: Axes, by_unit: np.ndarray, first_age: int = 1) -> None:
 
 
 def _draw_line(
-    axes: Axes, means: np.ndarray, look: style.Look, label: str, *, first_age: int = 1, width: float = 2.2
+    axes: Axes, ages: Sequence[int], means: np.ndarray, look: style.Look, label: str, *, width: float = 2.2
 ) -> None:
-    ages = np.arange(first_age, first_age + len(means))
     # A recording with a single age has no line to draw.
     marker = "o" if len(ages) == 1 else ""
     axes.plot(ages, means, look[1], color=look[0], linewidth=width, label=label, marker=marker)

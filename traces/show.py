@@ -73,7 +73,7 @@ def main(
         "kv_heads": kv_heads,
         "model": model,
         "k": k,
-        "recovered_mass": {str(age): _plain(mass[age - 1]) for age in doubling_ages(overall.max_age)},
+        "recovered_mass": {str(age): _plain(mass[overall.ages.index(age)]) for age in doubling_ages(overall.max_age)},
         "pictures": [str(picture) for picture in pictures],
     }
 
@@ -92,7 +92,7 @@ def _tables(overall: Summary, by_kind: Mapping[str, Summary]) -> list[Table]:
         for kind, summary in rows.items():
             means = summary.by_age(name)
             values = ([summary.mean_fresh_mass] if fresh else []) + [
-                float(means[age - 1]) if age <= summary.max_age else math.nan for age in ages
+                float(means[summary.ages.index(age)]) if age in summary.ages else math.nan for age in ages
             ]
             table.add_row(Text(kind), *(_number(value) for value in values))
         tables.append(table)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -14,25 +14,37 @@ import numpy as np
 from traces.reporting.whole_file import whole_file
 
 FILE_NAME = "size_losses.npz"
-FORMAT = "recycled-attention-size-losses/1"
+FORMAT = "recycled-attention-size-losses/2"
+
+
+class SetLosses(NamedTuple):
+    """What sets of several sizes miss on one prompt, shares of attention in [0, 1].
+
+    Attributes:
+        by_age: float32 `(sizes, max_age, layers, kv_heads)`: mean over the steps that have a set of that age; NaN where
+            none has.
+        since_prompt: float32 `(sizes, steps, layers, kv_heads)`: what the prompt's own set misses at each step.
+    """
+
+    by_age: np.ndarray
+    since_prompt: np.ndarray
 
 
 @dataclass(frozen=True)
 class SizeLosses:
-    """Mean lost mass by size and age, along the path of full attention; a companion of a folder of traces.
+    """Lost mass by size of the sets, along the path of full attention; a companion of a folder of traces.
 
     Attributes:
         model: As in the traces.
         selection: As in the traces, with `k` and without `unit_k`.
         sizes: Tokens of the sets, rising; `k` is one of them.
-        lost: Per prompt name, float32 `(sizes, max_age, layers, kv_heads)` in [0, 1]: share of attention that a set of
-            that size and age misses, mean over the steps that have one; NaN where none has.
+        lost: By prompt name.
     """
 
     model: Mapping[str, Any]
     selection: Mapping[str, Any]
     sizes: tuple[int, ...]
-    lost: Mapping[str, np.ndarray]
+    lost: Mapping[str, SetLosses]
 
     def write(self, folder: Path | str) -> Path:
         """Write it into a folder of traces: beside its place first, then renamed."""
@@ -43,7 +55,9 @@ class SizeLosses:
             "selection": dict(self.selection),
             "sizes": list(self.sizes),
         }
-        arrays: dict[str, Any] = {"header": np.array(json.dumps(header)), **self.lost}
+        arrays: dict[str, Any] = {"header": np.array(json.dumps(header))}
+        for name, lost in self.lost.items():
+            arrays |= {f"{field}: {name}": array for field, array in lost._asdict().items()}
         with whole_file(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
         return path
@@ -61,12 +75,14 @@ class SizeLosses:
         try:
             with path.open("rb") as file, np.load(file) as arrays:
                 header = json.loads(str(arrays["header"]))
-                lost = {name: arrays[name] for name in arrays.files if name != "header"}
+                names = [file.removeprefix("by_age: ") for file in arrays.files if file.startswith("by_age: ")]
+                lost = {name: SetLosses(arrays[f"by_age: {name}"], arrays[f"since_prompt: {name}"]) for name in names}
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
             units = int(header["model"]["layers"]), int(header["model"]["kv_heads"])
             sizes = tuple(int(size) for size in header["sizes"])
-            if any(table.shape[0] != len(sizes) or table.shape[2:] != units for table in lost.values()):
+            tables = [table for of_prompt in lost.values() for table in of_prompt]
+            if any(table.shape[0] != len(sizes) or table.shape[2:] != units for table in tables):
                 raise ValueError(f"its tables are not of {len(sizes)} sizes, {units[0]} layers and {units[1]} KV heads")
             return cls(header["model"], header["selection"], sizes, lost)
         except (OSError, EOFError, BadZipFile, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ MASS_EDGES = np.linspace(0.0, 1.0, 101)
 
 
 def doubling_ages(max_age: int) -> list[int]:
-    """The ages 1, 2, 4, … that are at most `max_age`, in steps."""
+    """The ages 1, 2, 4, … that are at most `max_age`, in steps; traces record all of them that they reach."""
     return [2**power for power in range(max_age.bit_length())]
 
 
@@ -38,21 +39,18 @@ class Tally:
         return cls(np.asarray(total), np.asarray(np.count_nonzero(recorded, axis=0)))
 
     def __add__(self, other: Tally) -> Tally:
-        rows = max((len(tally.total) for tally in (self, other) if tally.total.ndim), default=0)
-        mine, theirs = self._padded(rows), other._padded(rows)
-        return Tally(mine.total + theirs.total, mine.count + theirs.count)
+        return Tally(self.total + other.total, self.count + other.count)
 
     def mean(self, axes: int | tuple[int, ...] = ()) -> np.ndarray:
         """Mean of the values, over `axes` too when given; NaN where there is none."""
         total, count = self.total.sum(axis=axes), self.count.sum(axis=axes)
         return np.asarray(np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0))
 
-    def _padded(self, rows: int) -> Tally:
-        # Traces of one folder may reach different ages: the ages that one of them lacks count as not recorded.
-        if not self.total.ndim or len(self.total) == rows:
-            return self
-        missing = [(0, rows - len(self.total))] + [(0, 0)] * (self.total.ndim - 1)
-        return Tally(np.pad(self.total, missing), np.pad(self.count, missing))
+    def spread(self, n_rows: int, rows: Sequence[int]) -> Tally:
+        """The same among `n_rows` rows, of which those that are not among `rows` hold no value."""
+        total, count = (np.zeros((n_rows, *values.shape[1:]), values.dtype) for values in (self.total, self.count))
+        total[rows], count[rows] = self.total, self.count
+        return Tally(total, count)
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,8 @@ class Summary:
         n_traces: Traces.
         n_steps: Decode steps of all of them.
         n_prompt_tokens: Prompt tokens of all of them.
-        recovered_mass: Tally `(max_age, layers, kv_heads)`; index a - 1 is age a.
+        ages: Ages that any of them records, rising from 1.
+        recovered_mass: Tally `(ages, layers, kv_heads)`.
         query_similarity: The same.
         overlap: The same.
         fresh_mass: Tally `(layers, kv_heads)`: recovered mass at age 0, the last token of the prompt included.
@@ -80,6 +79,7 @@ class Summary:
     n_traces: int
     n_steps: int
     n_prompt_tokens: int
+    ages: tuple[int, ...]
     recovered_mass: Tally
     query_similarity: Tally
     overlap: Tally
@@ -91,27 +91,34 @@ class Summary:
     @classmethod
     def of(cls, trace: Trace) -> Summary:
         """Summarise one trace."""
-        mass_by_similarity, joint = _mass_by_similarity(trace.query_similarity, trace.recovered_mass)
+        # What else an entry may be: the prompt's set, which is younger.
+        of_age = np.array(trace.header.ages) <= np.arange(trace.header.n_steps)[:, None] + 1
+        by_age = {name: np.where(of_age[..., None, None], getattr(trace, name), np.nan) for name in BY_AGE}
+        mass_by_similarity, joint = _mass_by_similarity(by_age["query_similarity"], by_age["recovered_mass"])
         return cls(
             n_traces=1,
             n_steps=trace.header.n_steps,
             n_prompt_tokens=int(trace.header.prompt["n_prompt_tokens"]),
+            ages=tuple(trace.header.ages),
             fresh_mass=Tally.over_steps(trace.fresh_mass),
             token_log_prob=Tally.over_steps(trace.token_log_prob),
             mass_by_similarity=mass_by_similarity,
             joint=joint,
-            **{name: Tally.over_steps(getattr(trace, name)) for name in BY_AGE},
+            **{name: Tally.over_steps(values) for name, values in by_age.items()},
         )
 
     def __add__(self, other: Summary) -> Summary:
         if self.units != other.units:
             raise ValueError(f"traces of other (layers, KV heads) do not add up: {self.units} and {other.units}.")
-        return Summary(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+        ages = tuple(sorted({*self.ages, *other.ages}))
+        mine, theirs = self._at(ages), other._at(ages)
+        sums = {field.name: mine[field.name] + theirs[field.name] for field in fields(self) if field.name != "ages"}
+        return Summary(ages=ages, **sums)
 
     @property
     def max_age(self) -> int:
         """Oldest age of any of the traces, in steps."""
-        return len(self.recovered_mass.total)
+        return self.ages[-1]
 
     @property
     def units(self) -> tuple[int, int]:
@@ -130,12 +137,18 @@ class Summary:
         return float(self.fresh_mass.mean((0, 1)))
 
     def by_age(self, name: str) -> np.ndarray:
-        """Mean `(max_age,)` of one of the arrays by age: `recovered_mass`, `query_similarity` or `overlap`."""
+        """Mean `(ages,)` of one of the arrays by age: `recovered_mass`, `query_similarity` or `overlap`."""
         return self._tally(name).mean((1, 2))
 
     def by_unit(self, name: str) -> np.ndarray:
-        """Mean `(max_age, layers, kv_heads)` of one of the arrays by age."""
+        """Mean `(ages, layers, kv_heads)` of one of the arrays by age."""
         return self._tally(name).mean()
+
+    def _at(self, ages: Sequence[int]) -> dict[str, Any]:
+        """All fields, arrays by age at `ages`, which hold its own."""
+        rows = np.searchsorted(ages, self.ages).tolist()
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {name: values[name].spread(len(ages), rows) for name in BY_AGE}
 
     def _tally(self, name: str) -> Tally:
         if name not in BY_AGE:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-FORMAT = "recycled-attention-trace/1"
+from traces.ages import check_ages
 
-# Arrays over (steps, max_age, layers, kv_heads).
+FORMAT = "recycled-attention-trace/2"
+# Of 0.1: every age up to `max_age`.
+_FORMAT_1 = "recycled-attention-trace/1"
+
+# Arrays over (steps, ages, layers, kv_heads).
 BY_AGE = ("recovered_mass", "query_similarity", "overlap")
 
 
@@ -25,7 +29,7 @@ class TraceHeader:
         selection: The fields of `policies.Selection`.
         prompt: `name`, `kind`, `source`, `licence`, `n_prompt_tokens`.
         n_steps: Decode steps recorded.
-        max_age: Oldest set recorded, in steps.
+        ages: Ages of sets that are recorded, in steps, rising from 1; see `traces.ages`.
         versions: Version of every package that shaped the numbers.
     """
 
@@ -33,8 +37,17 @@ class TraceHeader:
     selection: Mapping[str, Any]
     prompt: Mapping[str, Any]
     n_steps: int
-    max_age: int
+    ages: Sequence[int]
     versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ages", tuple(self.ages))
+        check_ages(self.ages)
+
+    @property
+    def max_age(self) -> int:
+        """Oldest set recorded, in steps."""
+        return self.ages[-1]
 
     @property
     def units(self) -> tuple[int, int]:
@@ -53,14 +66,17 @@ class TraceHeader:
             ValueError: If it is another format, or fields are missing or unknown.
         """
         values = json.loads(text)
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        written = values.pop("format", None) if isinstance(values, dict) else None
+        if written not in (FORMAT, _FORMAT_1):
             raise ValueError(f"the header is not of format {FORMAT!r}")
         try:
+            if written == _FORMAT_1:
+                values["ages"] = range(1, values.pop("max_age") + 1)
             header = cls(**values)
             # What the shapes of the arrays follow from.
             _ = header.units, int(header.prompt["n_prompt_tokens"])
         except (TypeError, KeyError) as error:
-            raise ValueError(f"the header has other fields than format {FORMAT}: {error}") from error
+            raise ValueError(f"the header has other fields than format {written}: {error}") from error
         return header
 
 
@@ -68,13 +84,14 @@ class TraceHeader:
 class Trace:
     """Everything that a schedule could have met on one prompt, along the path of full attention.
 
-    Index `[t, a - 1]` of the arrays by age is decode step t with a set chosen a steps before, at step t - a. The set
-    that prefill chose counts as chosen at step -1; where t - a < -1 there is no such set and the value is NaN.
+    Index `[t, i]` of the arrays by age is decode step t with a set chosen `header.ages[i]` steps before. The set that
+    prefill chose counts as chosen at step -1, so it is t + 1 steps old at step t: the first entry of a greater age is
+    that of this set, and entries beyond are NaN.
 
     Attributes:
         header: Where the trace comes from.
         tokens: int32 `(n_prompt_tokens + n_steps,)`: the prompt, then the tokens fed at each step.
-        recovered_mass: float32 `(n_steps, max_age, layers, kv_heads)` in [0, 1]: share of the unit's attention, mean
+        recovered_mass: float32 `(n_steps, ages, layers, kv_heads)` in [0, 1]: share of the unit's attention, mean
             over its query heads, on the set as it has become at that age.
         query_similarity: The same shape, in [-1, 1]: cosine of the unit's query (mean over its query heads, after
             rotary embedding) at t with that at t - a.
@@ -95,7 +112,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         header = self.header
-        by_age = (header.n_steps, header.max_age, *header.units)
+        by_age = (header.n_steps, len(header.ages), *header.units)
         shapes = dict.fromkeys(BY_AGE, by_age) | {
             "tokens": (int(header.prompt["n_prompt_tokens"]) + header.n_steps,),
             "fresh_mass": (header.n_steps + 1, *header.units),

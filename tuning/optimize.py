@@ -19,7 +19,6 @@ import typer
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import FixedStride, ModelShape, Selection, StepPolicy, written_by
 from recycler.measure.ablation import measure_prompt_sensitivity, measure_sensitivity
@@ -77,9 +76,13 @@ def main(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL for a shared study; default: a file in the output folder.")
     ] = None,
-    k: Annotated[int, typer.Option(help="Tokens of the recycled set, where traces are recorded.")] = 128,
+    k: Annotated[
+        str, typer.Option(help="Tokens of the recycled set, where traces are recorded; 5% is a share of the context.")
+    ] = "128",
     context_tokens: Annotated[int, typer.Option(help="Prompt tokens, where traces are recorded.")] = 1536,
-    steps: Annotated[int, typer.Option(help="Decode steps, where traces are recorded.", min=2)] = 64,
+    steps: Annotated[
+        int, typer.Option(help="Decode steps that the policy is to hold for, where traces are recorded.", min=2)
+    ] = 512,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind, where traces are recorded.", min=2)] = 4,
     max_kl: Annotated[
         float | None,
@@ -96,14 +99,14 @@ def main(
     ] = None,
 ) -> dict[str, Any]:
     """Record, tune every family at the budget, confirm the winners in closed loop, export the best policy."""
-    began = time.perf_counter()
+    stages = Stages()
     asked = _asked(max_kl, confidence, kl_cap)
     most = budget if budget is not None else _BUDGET if asked is None else 1.0
     check_budget(most)
     # Searching at one budget whatever the limit, and at the usual one, shares its trials with other runs.
     search_budget = most if asked is None else min(most, _BUDGET)
     chosen_families = families_named([name.strip() for name in families.split(",") if name.strip()])
-    selection = Selection.unpooled(k)
+    selection = Selection.unpooled(_n_tokens(k, context_tokens))
     if asked is not None and traces is None:
         # Before minutes of recording.
         check_n_prompts(asked, len(KINDS) * (per_kind // 2), len(KINDS))
@@ -119,10 +122,14 @@ def main(
         )
         prompt_split = split_by_prompt(prompts)
         _make(out)
+        stages.begin("sensitivity")
         sensitivity = measure_prompt_sensitivity(loaded, out / "set_sizes", prompt_split.ablate, selection)
+        stages.begin("set sizes")
         losses = measure_size_losses(loaded, prompt_split.tune, selection, out / "set_sizes")
         sized = size_sets(selection, losses, sensitivity)
+        stages.begin("recording")
         files = record_prompts(loaded, prompts, sized.selection, trace_folder, max_age=steps)
+    stages.begin("search")
     split = split_by_prompt(files)
     n_kinds = len({str(file.header.prompt["kind"]) for file in files})
     if asked is not None:
@@ -146,25 +153,29 @@ def main(
         )
         for family in chosen_families
     ]
+    stages.begin("choosing winners")
     store = ClosedLoopStore(out / "closed_loop")
     everyone = [candidate.policy for search in searches for candidate in search.candidates]
-    validation = tqdm(split.validate, desc="choosing winners", unit="prompt")
-    winners = choose_winners(searches, [store.run(loaded, file, everyone) for file in validation])
+    winners = choose_winners(searches, store.run_all(loaded, split.validate, everyone, desc="choosing winners"))
 
     def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
         return _measured(store, loaded, split.held_out, policies)
 
+    stages.begin("confirming winners")
     if asked is None:
         compared = compare_winners(measure, data, winners)
     else:
         compared = compare_ladder(measure, data, winners, asked, ladder_budgets(most), n_kinds)
     result = _result(shape, split, compared)
 
+    stages.begin("report")
     policy_path = out / "policy.json"
     policy_file(result, split.tune, seed).write(policy_path)
     write_results(result, out)
     report = write_report(result, out)
     print_table(result, Console())
+    seconds = stages.end()
+    print(", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
     best = result.best.measured
     ratio = kl_share(result, best)
     return {
@@ -181,9 +192,29 @@ def main(
         "traces": str(trace_folder),
         "report": str(report),
         "held_out_prompts": len(split.held_out),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(sum(seconds.values()), 1),
+        "stages_s": seconds,
         **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
     }
+
+
+class Stages:
+    """How long each part of a run took."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._name, self._began = "loading", time.perf_counter()
+
+    def begin(self, name: str) -> None:
+        """End the stage before, and begin one."""
+        now = time.perf_counter()
+        self._seconds[self._name] = round(now - self._began, 1)
+        self._name, self._began = name, now
+
+    def end(self) -> dict[str, float]:
+        """End the last stage; seconds by stage."""
+        self.begin("")
+        return self._seconds
 
 
 def _asked(max_kl: float | None, confidence: float | None, kl_cap: float | None) -> KlLimit | None:
@@ -193,6 +224,16 @@ def _asked(max_kl: float | None, confidence: float | None, kl_cap: float | None)
         if value is not None:
             raise ValueError(f"{option} {value:g} is of a certificate, but there is no --max-kl to certify.")
     return None
+
+
+def _n_tokens(k: str, context_tokens: int) -> int:
+    """Tokens that `--k` asks for: a number of them, or a share of the context."""
+    number = k.strip().removesuffix("%")
+    try:
+        n_tokens = int(number) if number == k.strip() else round(float(number) / 100 * context_tokens)
+    except (ValueError, OverflowError):
+        raise ValueError(f"k is a number of tokens, as 128, or a share of the context, as 5%, not {k!r}.") from None
+    return n_tokens
 
 
 def _load(model: str | None, files: Sequence[TraceFile], dtype: str, device: str | None) -> LoadedModel:
@@ -231,11 +272,8 @@ def _measured(
     if pooled == selection:
         clocks = {}
     rows, clock_rows = list(policies.values()), list(clocks.values())
-    runs, clock_runs = [], []
-    for file in tqdm(files, desc="confirming winners", unit="prompt"):
-        runs.append(store.run(loaded, file, rows))
-        if clocks:
-            clock_runs.append(store.run(loaded, file, clock_rows, pooled))
+    runs = store.run_all(loaded, files, rows, desc="confirming winners")
+    clock_runs = store.run_all(loaded, files, clock_rows, pooled, desc="confirming clocks") if clocks else []
     found = dict(zip(policies, measured(list(policies), rows, traces, runs), strict=True))
     labels = [f"{label}, pooled" for label in clocks]
     others = measured(labels, clock_rows, traces, clock_runs, traced_set=False)

@@ -21,7 +21,8 @@ class GrowingTokens:
     """Keys or values: a prompt's, as they came, and the tokens since, with room for more.
 
     Attributes:
-        prompt: `(rows or 1, kv_heads, tokens, head_dim)`, with one row if all rows share it; never copied.
+        prompt: `(prompts, kv_heads, tokens, head_dim)`, which rows share in turn: row i has prompt i modulo their
+            number; never copied.
         own: `(rows, kv_heads, room, head_dim)`.
         n_own: Tokens in `own`.
     """
@@ -67,8 +68,13 @@ class GrowingTokens:
         """All tokens as one tensor; a copy unless there is only the prompt."""
         if self.n_own == 0:
             return self.prompt
-        prompt = self.prompt.expand(self.own.shape[0], -1, -1, -1)
+        prompt = of_rows(self.prompt, self.own.shape[0])
         return torch.cat([prompt, self.own[:, :, : self.n_own]], dim=2)
+
+
+def of_rows(prompt: Tensor, rows: int) -> Tensor:
+    """The prompt of each of some rows, `(prompts, ...)` to `(rows, ...)`; a copy where several prompts are shared."""
+    return prompt.expand(rows, *prompt.shape[1:]) if len(prompt) == 1 else prompt.repeat(rows // len(prompt), 1, 1, 1)
 
 
 def _more_room_tokens(n_tokens: int) -> int:

@@ -63,14 +63,15 @@ class FirstSets:
             layers: All layers of a model.
             start: As above.
             end: As above.
-            n_rows: How many rows decode from a prompt of one row; None for as many as there are.
+            n_rows: How many rows decode: from one prompt, or from several in turn; None for one row from each.
         """
         selection = layers[0].sets.selection
         rows = len(layers[0].query) if n_rows is None else n_rows
 
         def stacked(parts: Sequence[Tensor]) -> Tensor:
             whole = torch.stack(list(parts))
-            return whole.expand(-1, rows, *whole.shape[2:])
+            n_prompts = whole.shape[1]
+            return whole[:, torch.arange(rows, device=whole.device) % n_prompts] if n_prompts < rows else whole
 
         positions = stacked([layer.sets.positions for layer in layers])
         # Empty slots may be anywhere in a set that was just chosen; here they come last.

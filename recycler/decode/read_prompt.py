@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import Selection
-from recycler.decode.cache import GrowingTokens, KvLayer
+from recycler.decode.cache import GrowingTokens, KvLayer, of_rows
 from recycler.decode.first_sets import FirstSets, first_sets_of_layer
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.prefill import prefill
@@ -23,13 +23,13 @@ from recycler.sets.scores import probabilities
 
 @dataclass(frozen=True)
 class PromptLayer:
-    """What a layer knows of a prompt.
+    """What a layer knows of a prompt, or of several of one length.
 
     Attributes:
-        key: `(1, kv_heads, tokens, head_dim)`.
+        key: `(prompts, kv_heads, tokens, head_dim)`.
         value: The same shape.
-        query: `(1, kv_heads, group, head_dim)`, of the last token.
-        probabilities: `(1, kv_heads, group, tokens)`, its attention.
+        query: `(prompts, kv_heads, group, head_dim)`, of the last token.
+        probabilities: `(prompts, kv_heads, group, tokens)`, its attention.
         votes: Of the same shape, by `Selection.prompt_queries`: attention of several queries, summed.
     """
 
@@ -42,17 +42,34 @@ class PromptLayer:
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """A prompt as full attention leaves it.
+    """A prompt as full attention leaves it, or several of one length, from which rows decode in turn.
 
     Attributes:
         layers: One for each layer of the model.
-        logits: `(vocabulary,)`, after the last token.
+        logits: `(prompts, vocabulary)`, after the last token.
         n_tokens: Its length.
     """
 
     layers: tuple[PromptLayer, ...]
     logits: Tensor
     n_tokens: int
+
+    @classmethod
+    def side_by_side(cls, prompts: Sequence[ReadPrompt]) -> ReadPrompt:
+        """Several prompts of one length: row i decodes from prompt i modulo their number."""
+        layers = [
+            PromptLayer(
+                key=torch.cat([layer.key for layer in of_layer]),
+                value=torch.cat([layer.value for layer in of_layer]),
+                query=torch.cat([layer.query for layer in of_layer]),
+                probabilities=torch.cat([layer.probabilities for layer in of_layer]),
+                votes={
+                    queries: torch.cat([layer.votes[queries] for layer in of_layer]) for queries in of_layer[0].votes
+                },
+            )
+            for of_layer in zip(*(prompt.layers for prompt in prompts), strict=True)
+        ]
+        return cls(tuple(layers), torch.cat([prompt.logits for prompt in prompts]), prompts[0].n_tokens)
 
     def first_sets(self, selection: Selection, n_rows: int) -> FirstSets:
         """Choose the sets from which rows decode.
@@ -76,9 +93,14 @@ class ReadPrompt:
         return FirstSets.of(chosen, np.zeros(1, dtype=np.int64), self.n_tokens, n_rows=n_rows)
 
     def caches(self, n_rows: int) -> list[KvLayer]:
-        """Caches of rows that decode from here; they share the prompt's tokens, and each has its own from there on."""
+        """Caches of rows that decode from here; they share the prompts' tokens, and each has its own from there on."""
+
+        def shared(tokens: Tensor) -> Tensor:
+            # Elsewhere a kernel knows one prompt for all rows, or one for each.
+            return tokens if len(tokens) == 1 or tokens.device.type == "cpu" else of_rows(tokens, n_rows)
+
         return [
-            KvLayer(GrowingTokens.after(layer.key, n_rows), GrowingTokens.after(layer.value, n_rows))
+            KvLayer(GrowingTokens.after(shared(layer.key), n_rows), GrowingTokens.after(shared(layer.value), n_rows))
             for layer in self.layers
         ]
 
@@ -137,5 +159,5 @@ def read_prompt(
         elif prompt.numel():
             cache = prefill(model, prompt, chunk_tokens)
         with attention_replaced(model, lambda stock: attention(stock, True)):
-            logits = model(last, past_key_values=cache, use_cache=True).logits[0, -1]
+            logits = model(last, past_key_values=cache, use_cache=True).logits[:, -1]
     return ReadPrompt(tuple(layers), logits, len(tokens))

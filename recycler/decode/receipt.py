@@ -33,6 +33,8 @@ class Receipt:
         reasons: Unit-steps `(layers, kv_heads)` in which a wrapper overruled its policy, by reason: `max_age` asked for
             a full step, `budget` denied one. A budget outside a limit of age may deny what that limit asked for; such a
             unit-step counts under both.
+        longest_steps: Decode steps of the longest output.
+        horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
     """
 
     engine: str
@@ -45,6 +47,19 @@ class Receipt:
     tokens_dense: np.ndarray
     reasons: Mapping[str, np.ndarray] = field(default_factory=dict)
     why_plain: str = ""
+    longest_steps: int = 0
+    horizon_steps: int | None = None
+
+    @property
+    def beyond_horizon(self) -> str:
+        """A sentence where an output was more than twice as long as those that the policy was tuned on; else empty."""
+        if self.horizon_steps is None or self.longest_steps <= 2 * self.horizon_steps:
+            return ""
+        return (
+            f"the longest output has {self.longest_steps} decode steps, and the policy was tuned on "
+            f"{self.horizon_steps}: how far it is from full attention beyond twice of that was not measured; "
+            "tune with more --steps."
+        )
 
     @property
     def unit_full_share(self) -> np.ndarray:
@@ -80,6 +95,8 @@ class Receipt:
             "keys_only_share": self.keys_only_share if decoded else None,
             "read_share": self.read_share if decoded else None,
             "reasons": {reason: int(units.sum()) for reason, units in self.reasons.items()},
+            "longest_steps": self.longest_steps,
+            "horizon_steps": self.horizon_steps,
             "written_by": written_by(),
         }
 
@@ -97,6 +114,8 @@ class Receipt:
             )
         if self.why_plain:
             console.print(f"  the plain path was taken because {self.why_plain}")
+        if self.beyond_horizon:
+            console.print(f"  {self.beyond_horizon}")
         for reason, units in self.reasons.items():
             verb = {"budget": "denied a full step", "max_age": "asked for a full step"}.get(
                 reason, "overruled the policy"
@@ -121,7 +140,7 @@ class Tally:
 
     def __init__(self, units: tuple[int, int]) -> None:
         self._engines: list[str] = []
-        self._n_steps = self._n_rows = self._row_steps = 0
+        self._n_steps = self._n_rows = self._row_steps = self._longest_steps = 0
         self._full_steps, self._keys_only_steps, self._tokens_dense = np.zeros((3, *units), dtype=np.int64)
         self._tokens_read = np.zeros(units)
         self._reasons: dict[str, np.ndarray] = {}
@@ -139,6 +158,7 @@ class Tally:
         if engine not in self._engines:
             self._engines.append(engine)
         self._n_steps += n_steps
+        self._longest_steps = max(self._longest_steps, n_steps)
         self._n_rows = max(self._n_rows, n_rows)
         self._row_steps += n_rows * n_steps
         self._full_steps += totals.full_steps.sum(0)
@@ -149,7 +169,7 @@ class Tally:
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled.sum(0)
 
-    def receipt(self, why_plain: str) -> Receipt:
+    def receipt(self, why_plain: str, horizon_steps: int | None) -> Receipt:
         """What was added so far."""
         return Receipt(
             engine="+".join(self._engines) or "none",
@@ -162,4 +182,6 @@ class Tally:
             tokens_dense=self._tokens_dense.copy(),
             reasons={reason: units.copy() for reason, units in self._reasons.items()},
             why_plain=why_plain if "plain" in self._engines else "",
+            longest_steps=self._longest_steps,
+            horizon_steps=horizon_steps,
         )

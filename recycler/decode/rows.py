@@ -38,12 +38,12 @@ class RowsStep(NamedTuple):
 
 
 class Rows:
-    """Rows after one prompt; the model is touched only during a step.
+    """Rows after a prompt, or after several in turn; the model is touched only during a step.
 
     Args:
         decoding: What runs them.
         n_rows: How many.
-        n_prompt: Tokens of the prompt.
+        n_prompt: Tokens of each prompt.
     """
 
     def __init__(self, decoding: Decoding, n_rows: int, n_prompt: int) -> None:
@@ -69,8 +69,9 @@ def decode_rows(
 ) -> Rows:
     """Begin to decode, one row per policy.
 
-    Rows share the prompt's cache and the reading of the weights. Where no engine covers the model or the selection they
-    take the plain path, which is slower, and as right.
+    Rows share the prompt's cache and the reading of the weights; with several prompts row i decodes from prompt i
+    modulo their number. Where no engine covers the model or the selection they take the plain path, which is slower,
+    and as right.
 
     Args:
         model: The model that read the prompt.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -31,7 +32,12 @@ from recycler.sets.scores import probabilities
 
 @contextmanager
 def recycled(
-    model: PreTrainedModel, policy: StepPolicy, selection: Selection, *, fast: bool = True
+    model: PreTrainedModel,
+    policy: StepPolicy,
+    selection: Selection,
+    *,
+    fast: bool = True,
+    horizon_steps: int | None = None,
 ) -> Iterator[Session]:
     """Decode with recycled attention inside the `with`.
 
@@ -45,6 +51,8 @@ def recycled(
         policy: Who decides which units run full.
         selection: How sets are chosen.
         fast: False keeps to the plain path.
+        horizon_steps: Decode steps of the outputs that the policy was tuned on (`PolicyFile.horizon_steps`); None if
+            that is not known. An output of more than twice as many warns, once, and the receipt says so.
 
     Yields:
         The session; its `receipt()` tells what was done so far.
@@ -53,7 +61,7 @@ def recycled(
         ValueError: If policy or selection has the parameters of another model shape or the model cannot be recycled;
             during decoding, if the cache changes in a way that sets cannot follow.
     """
-    session = Session(model_shape(model), policy, selection)
+    session = Session(model_shape(model), policy, selection, horizon_steps)
     if fast:
         try:
             session.use(engines.engine_for(model))
@@ -73,9 +81,12 @@ class Session:
         shape: The model's.
         policy: Who decides.
         selection: How sets are chosen.
+        horizon_steps: As in `recycled`.
     """
 
-    def __init__(self, shape: ModelShape, policy: StepPolicy, selection: Selection) -> None:
+    def __init__(
+        self, shape: ModelShape, policy: StepPolicy, selection: Selection, horizon_steps: int | None = None
+    ) -> None:
         check_fits(policy, shape)
         check_fits(selection, shape)
         self._shape = shape
@@ -86,6 +97,8 @@ class Session:
         self._end = 0
         self._watches: dict[int, CacheWatch] = {}
         self._votes: dict[int, PromptVotes] = {}
+        self._horizon_steps = horizon_steps
+        self._warned = False
         self._tally = Tally(shape.units)
         self._engine: Engine | None = None
         self._why_plain = ""
@@ -154,7 +167,7 @@ class Session:
         tally = copy.deepcopy(self._tally)
         if self._run is not None:
             self._run.add_to(tally)
-        return tally.receipt(self._why_plain)
+        return tally.receipt(self._why_plain, self._horizon_steps)
 
     def finish(self) -> None:
         """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
@@ -182,6 +195,13 @@ class Session:
         run, self._run = self._run, None
         if run is not None:
             run.add_to(self._tally)
+            self._warn_beyond_horizon()
+
+    def _warn_beyond_horizon(self) -> None:
+        beyond = "" if self._warned or self._horizon_steps is None else self.receipt().beyond_horizon
+        if beyond:
+            self._warned = True
+            warnings.warn(beyond, stacklevel=2)
 
     def _plainly(self, call: ForwardCall, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the model's own forward, with its tokens known to the attention meanwhile."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from policies import AlwaysFull, Selection, StepPolicy, check_fits, policy_to_json
-from recycler.decode.read_prompt import read_prompt
+from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.rows import Rows, decode_rows
 from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.loading import LoadedModel
@@ -44,34 +47,41 @@ class Followed:
     read_share: np.ndarray
 
 
-def follow(rows: Rows, text: Tensor, full_log_p: Callable[[int, Tensor], Tensor]) -> Followed:
-    """Feed a text to all rows, and compare what they predict with full attention.
+def follow(rows: Rows, text: Tensor, full_log_p: Callable[[int, Tensor], Tensor], *, desc: str = "") -> Followed:
+    """Feed texts to rows, and compare what they predict with full attention.
 
     Args:
-        rows: At the beginning of the text.
-        text: int64 `(steps,)`, at least one token.
+        rows: At the beginning of the texts.
+        text: int64 `(steps,)`, at least one token; or `(texts, steps)`, row i getting text i modulo their number.
         full_log_p: Given the step and the log-probabilities of all rows `(rows, vocabulary)`, those of full attention
-            `(vocabulary,)`.
+            `(vocabulary,)` or `(texts, vocabulary)`.
+        desc: What a bar of progress says; none without.
     """
-    n_steps, shape = len(text), (rows.n_rows, len(text))
-    following = text.cpu().numpy()
+    texts = text.reshape(-1, text.shape[-1])
+    n_texts, n_steps = texts.shape
+    shape = (rows.n_rows, n_steps)
     kl, nll_change, read_share = np.empty(shape), np.full(shape, np.nan), np.empty(shape)
     agreement, accuracy = np.empty(shape, dtype=bool), np.zeros(shape, dtype=bool)
     full: list[np.ndarray] = []
     with torch.inference_mode():
-        for step, token in enumerate(text):
-            done = rows.step(token.expand(rows.n_rows))
+        for step in tqdm(range(n_steps), desc=desc, unit="step", disable=not desc, leave=False):
+            done = rows.step(texts[:, step].repeat(rows.n_rows // n_texts))
             full.append(done.full)
             read_share[:, step] = done.tokens_read.mean((1, 2)) / done.dense_tokens
             log_p = done.logits.to(torch.promote_types(done.logits.dtype, torch.float32)).log_softmax(-1)
-            reference = full_log_p(step, log_p)
-            kl[:, step] = (reference.exp() * (reference - log_p)).sum(-1).double().cpu().numpy()
+            reference = full_log_p(step, log_p).reshape(-1, log_p.shape[-1])
+            # `(rows / texts, texts, vocabulary)`: what is said of full attention is computed once for a text.
+            by_text = log_p.unflatten(0, (-1, len(reference)))
+            kl[:, step] = (reference.exp() * (reference - by_text)).sum(-1).double().flatten().cpu().numpy()
             predicted = log_p.argmax(-1)
-            agreement[:, step] = (predicted == reference.argmax(-1)).cpu().numpy()
+            agrees = predicted.unflatten(0, (-1, len(reference))) == reference.argmax(-1)
+            agreement[:, step] = agrees.flatten().cpu().numpy()
             if step + 1 < n_steps:
-                next_token = int(following[step + 1])
-                accuracy[:, step] = (predicted == next_token).cpu().numpy()
-                nll_change[:, step] = (reference[next_token] - log_p[:, next_token]).double().cpu().numpy()
+                following = texts[:, step + 1].repeat(rows.n_rows // n_texts)
+                accuracy[:, step] = (predicted == following).cpu().numpy()
+                of_following = reference.repeat(rows.n_rows // len(reference), 1).gather(-1, following[:, None])
+                change = of_following - log_p.gather(-1, following[:, None])
+                nll_change[:, step] = change[:, 0].double().cpu().numpy()
     return Followed(kl.clip(min=0), agreement, accuracy, nll_change, np.stack(full, axis=1), read_share)
 
 
@@ -87,12 +97,14 @@ class ClosedLoop:
             the last step, whose next token is not in the text.
         full: float64 `(policies, steps, layers, kv_heads)`: decisions, as each counts in the full share: 1 for a full
             step, 1/2 for a keys-only refresh, else 0.
+        read_share: float64 `(policies, steps)`: tokens read of the cache, as a share of what full attention reads.
     """
 
     kl: np.ndarray
     agreement: np.ndarray
     accuracy: np.ndarray
     full: np.ndarray
+    read_share: np.ndarray
 
     @property
     def full_share(self) -> np.ndarray:
@@ -129,19 +141,67 @@ def run_closed_loop(
         ValueError: If a policy or the selection is for another model shape, or the text is longer than the model's
             positions or reaches a sliding window.
     """
-    n_steps = len(tokens) - n_prompt_tokens
+    (found,) = run_closed_loops(
+        model, [tokens], n_prompt_tokens, policies, selection, chunk_tokens=chunk_tokens, fast=fast
+    )
+    return found
+
+
+def run_closed_loops(
+    model: PreTrainedModel,
+    texts: Sequence[np.ndarray],
+    n_prompt_tokens: int,
+    policies: Sequence[StepPolicy],
+    selection: Selection,
+    *,
+    chunk_tokens: int | None = None,
+    fast: bool = True,
+    desc: str = "",
+) -> list[ClosedLoop]:
+    """The same for several texts of one length at once, all with all policies.
+
+    Weights are read once for all rows, and with many rows each number that is read is used by many.
+
+    Args:
+        model: As above, like what is not said here.
+        texts: int `(n_prompt_tokens + steps,)` each.
+        n_prompt_tokens: Where decoding begins, at least 1.
+        policies: Policies to compare.
+        selection: How sets are chosen, by all of them.
+        chunk_tokens: Prompt tokens per forward.
+        fast: False keeps to the plain path.
+        desc: What a bar of progress says; none without.
+
+    Returns:
+        One for each text.
+    """
+    n_texts, n_steps = len(texts), len(texts[0]) - n_prompt_tokens
     check_positions(model, n_prompt_tokens, n_steps)
     shape = model_shape(model)
     for policy in policies:
         check_fits(policy, shape)
     check_fits(selection, shape)
-    text = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=model.device)
+    text = torch.as_tensor(np.stack(texts).astype(np.int64), device=model.device)
     queries = (selection.prompt_queries,)
-    prompt = read_prompt(model, text[:n_prompt_tokens], n_steps, prompt_queries=queries, chunk_tokens=chunk_tokens)
-    rows = decode_rows(model, prompt, (AlwaysFull(), *policies), selection, fast=fast)
+    read = [
+        read_prompt(model, tokens[:n_prompt_tokens], n_steps, prompt_queries=queries, chunk_tokens=chunk_tokens)
+        for tokens in text
+    ]
+    prompt = ReadPrompt.side_by_side(read) if n_texts > 1 else read[0]
+    del read
+    of_rows = [policy for policy in (AlwaysFull(), *policies) for _ in texts]
+    rows = decode_rows(model, prompt, of_rows, selection, fast=fast)
     del prompt
-    found = follow(rows, text[n_prompt_tokens:], lambda step, log_p: log_p[0])
-    return ClosedLoop(found.kl[1:], found.agreement[1:], found.accuracy[1:], found.full[1:])
+    found = follow(rows, text[:, n_prompt_tokens:], lambda step, log_p: log_p[:n_texts], desc=desc)
+    # Full attention is the first policy of every text.
+    return [
+        ClosedLoop(**{field.name: getattr(found, field.name)[i::n_texts][1:] for field in fields(ClosedLoop)})
+        for i in range(n_texts)
+    ]
+
+
+# Rows of a run: beyond, a matrix product gains little, and a step's logits take 20 MB more for every 100.
+_ROWS_AT_ONCE = 96
 
 
 @dataclass(frozen=True)
@@ -169,18 +229,68 @@ class ClosedLoopStore:
             policies: Rows of the batch.
             selection: How sets are chosen; None for as in the trace.
         """
-        chosen = selection or Selection(**trace.header.selection)
-        tokens = trace.array("tokens")
-        n_prompt_tokens = int(trace.header.prompt["n_prompt_tokens"])
+        (found,) = self.run_all(loaded, [trace], policies, selection)
+        return found
+
+    def run_all(
+        self,
+        loaded: LoadedModel,
+        traces: Sequence[TraceFile],
+        policies: Sequence[StepPolicy],
+        selection: Selection | None = None,
+        *,
+        desc: str = "",
+    ) -> list[ClosedLoop]:
+        """The same for several traces of one selection.
+
+        Prompts of one length are run together, as many as make some hundred rows, and kept together.
+
+        Args:
+            loaded: As above, like what is not said here.
+            traces: In any order.
+            policies: Run on every prompt.
+            selection: As above.
+            desc: What bars of progress say; none without.
+
+        Returns:
+            One for each trace.
+        """
+        chosen = selection or Selection(**traces[0].header.selection)
+        at_once = max(1, _ROWS_AT_ONCE // (len(policies) + 1))
+        found: list[ClosedLoop] = []
+        while len(found) < len(traces):
+            rest = traces[len(found) : len(found) + at_once]
+            alike = [_sizes(trace) == _sizes(rest[0]) for trace in rest]
+            some = list(itertools.compress(rest, itertools.accumulate(alike, operator.and_)))
+            n_done = f"{desc}, {len(found)} of {len(traces)} prompts done" if desc else ""
+            found += self._run_together(loaded, some, policies, chosen, n_done)
+        return found
+
+    def _run_together(
+        self,
+        loaded: LoadedModel,
+        traces: Sequence[TraceFile],
+        policies: Sequence[StepPolicy],
+        selection: Selection,
+        desc: str,
+    ) -> list[ClosedLoop]:
+        texts = [trace.array("tokens") for trace in traces]
+        n_prompt_tokens = int(traces[0].header.prompt["n_prompt_tokens"])
         depends_on = {
-            "closed loop of": digest_of_tokens(tokens),
+            "closed loops of": [digest_of_tokens(tokens) for tokens in texts],
             "n_prompt_tokens": n_prompt_tokens,
-            "selection": chosen.to_json(),
+            "selection": selection.to_json(),
             "policies": [policy_to_json(policy) for policy in policies],
         }
 
         def compute() -> dict[str, np.ndarray]:
-            found = run_closed_loop(loaded.model, tokens, n_prompt_tokens, policies, chosen)
-            return {field.name: getattr(found, field.name) for field in fields(found)}
+            loops = run_closed_loops(loaded.model, texts, n_prompt_tokens, policies, selection, desc=desc)
+            return {field.name: np.stack([getattr(loop, field.name) for loop in loops]) for field in fields(ClosedLoop)}
 
-        return ClosedLoop(**Store(self.folder).get(loaded, depends_on, compute))
+        arrays = Store(self.folder).get(loaded, depends_on, compute)
+        return [ClosedLoop(**{name: array[i] for name, array in arrays.items()}) for i in range(len(texts))]
+
+
+def _sizes(trace: TraceFile) -> tuple[int, int]:
+    """Of a prompt and its continuation, in tokens."""
+    return int(trace.header.prompt["n_prompt_tokens"]), trace.header.n_steps

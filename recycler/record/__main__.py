@@ -58,14 +58,19 @@ def main(
         int, typer.Option(help="Tokens after an attended one that come along.")
     ] = _UNPOOLED.pool_forward,
     group: Annotated[GroupPooling, typer.Option(help="How query heads of a group are pooled.")] = Selection.group,
-    ranking: Annotated[Ranking, typer.Option(help="What decides which token leaves a full set.")] = Selection.ranking,
+    ranking: Annotated[Ranking, typer.Option(help="What decides which token leaves a full set.")] = _UNPOOLED.ranking,
+    score_decay: Annotated[
+        float, typer.Option(help="What is left of a score after a step, with ranking decayed.")
+    ] = Selection.score_decay,
     prompt_queries: Annotated[
         int, typer.Option(help="Last queries of the prompt that choose the first set.")
     ] = _UNPOOLED.prompt_queries or 1,
     memory_mib: Annotated[int, typer.Option(min=1, help="Most memory beside the model, in MiB.")] = 1024,
 ) -> dict[str, Any]:
     """Record what every schedule would meet: one trace per prompt, prompts recorded already left as they are."""
-    selection = Selection(k, sinks, window, pool_backward, pool_forward, group, ranking, prompt_queries)
+    selection = Selection(
+        k, sinks, window, pool_backward, pool_forward, group, ranking, prompt_queries, score_decay=score_decay
+    )
     max_age = steps if max_age is None else max_age
     texts = [*(prompts or []), *(files or [])]
     if texts and kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from policies import GroupPooling, Ranking, Selection, check_fits
+from policies import GroupPooling, Selection, check_fits
 from recycler.model.shape import check_positions, model_shape
 from recycler.model.versions import versions
 from recycler.prompts import Prompt
 from recycler.record.step_attention import StepAttention, watch_steps
-from recycler.sets.aged_sets import band
 from recycler.sets.recycled_set import unit_sizes
 from traces import Trace, TraceHeader
+from traces.ages import recorded_ages
 
 # Arrays of (rows, tokens) floats alive at once per KV head, beside two per query head: mean attention, pooled scores,
 # ranks (twice as wide) and their copy, set masks.
@@ -63,19 +64,19 @@ def record_trace(
     if chunk_tokens is None and model.device.type == "cpu":
         chunk_tokens = _CPU_CHUNK_TOKENS
     arrays = {
-        name: np.empty((n_steps, max_age, *shape.units), dtype=np.float32)
+        name: np.empty((n_steps, len(header.ages), *shape.units), dtype=np.float32)
         for name in ("recovered_mass", "query_similarity", "overlap")
     }
     fresh_mass = np.empty((n_steps + 1, *shape.units), dtype=np.float32)
 
     def watch(layer: int, heads: slice, attention: StepAttention) -> None:
         sizes = unit_sizes(selection, layer, attention.query.device)
-        sets = attention.sets(selection, max_age, None if sizes is None else sizes[heads, None])
-        unit_query = normalize(attention.query.mean(1, dtype=sets.recovered_mass.dtype), dim=-1)
-        arrays["recovered_mass"][:, :, layer, heads] = _by_step(sets.recovered_mass)[1:]
-        arrays["query_similarity"][:, :, layer, heads] = _by_step(band(unit_query, unit_query, max_age))[1:]
-        arrays["overlap"][:, :, layer, heads] = _by_step(sets.overlap())[1:]
-        fresh_mass[:, layer, heads] = _by_step(sets.fresh_mass)
+        aged, fresh = attention.sets(selection, header.ages, None if sizes is None else sizes[heads, None])
+        unit_query = attention.query.mean(1, dtype=fresh.dtype)
+        arrays["recovered_mass"][:, :, layer, heads] = _by_step(aged.recovered_mass)[1:]
+        arrays["query_similarity"][:, :, layer, heads] = _by_step(_similarity(unit_query, header.ages))[1:]
+        arrays["overlap"][:, :, layer, heads] = _by_step(aged.overlap)[1:]
+        fresh_mass[:, layer, heads] = _by_step(fresh)
 
     logits = watch_steps(
         model,
@@ -127,20 +128,17 @@ def trace_header(
             "n_prompt_tokens": prompt.n_prompt_tokens,
         },
         n_steps=prompt.n_steps,
-        max_age=max_age,
+        ages=recorded_ages(max_age),
         versions=versions(),
     )
 
 
 def _refuse_what_ages_do_not_share(selection: Selection) -> None:
     """A trace holds every age of the set of every step, so each set must follow from its own step and unit."""
-    for name, value, supported in (
-        ("ranking", selection.ranking, (Ranking.LAST_FULL, Ranking.UPDATED)),
-        ("group", selection.group, (GroupPooling.MAX, GroupPooling.MEAN)),
-    ):
-        if value not in supported:
-            allowed = " or ".join(repr(one.value) for one in supported)
-            raise ValueError(f"traces are recorded for selections with {name} {allowed}, not {value.value!r}.")
+    if selection.group == GroupPooling.LAYER_MEAN:
+        raise ValueError(
+            f"traces are recorded for selections with group 'max' or 'mean', not {selection.group.value!r}."
+        )
     if selection.prompt_queries is None:
         raise ValueError("traces are recorded for selections with a number of prompt_queries, not with all of them.")
 
@@ -171,6 +169,19 @@ def heads_at_once(model: PreTrainedModel, prompt: Prompt, selection: Selection, 
         # Larger blocks fit, and are slower: 1.8 against 1.5 times the prefill at 512 steps of 4,608 tokens.
         memory_mib = min(memory_mib, _CPU_BLOCK_MIB)
     return int(max(1, min(shape.kv_heads, memory_mib * 2**20 // head_bytes)))
+
+
+def _similarity(query: Tensor, ages: Sequence[int]) -> Tensor:
+    """Cosines of queries `(heads, rows, head_dim)` with earlier ones, `(heads, rows, ages)` as in `AgedSets`."""
+    heads, rows, _ = query.shape
+    unit_query = normalize(query, dim=-1)
+    found = query.new_full((heads, rows, len(ages)), float("nan"))
+    for column, age in enumerate(ages):
+        found[:, age:, column] = (unit_query[:, age:] * unit_query[:, : max(rows - age, 0)]).sum(-1)
+        # Rows too young for this age, and old enough for the one before: the first row's query stands there.
+        young = slice(ages[column - 1] + 1 if column else 1, min(age, rows))
+        found[:, young, column] = (unit_query[:, young] * unit_query[:, :1]).sum(-1)
+    return found
 
 
 def _by_step(values: Tensor) -> np.ndarray:

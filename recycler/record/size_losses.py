@@ -15,11 +15,14 @@ from recycler.model.shape import model_shape
 from recycler.prompts import Prompt
 from recycler.record.one_prompt import heads_at_once, n_voters, trace_header
 from recycler.record.step_attention import StepAttention, watch_steps
+from traces.ages import mean_by_age, recorded_ages, since_prompt
 from traces.reporting.differences import differences
-from traces.size_losses import FILE_NAME, SizeLosses
+from traces.size_losses import FILE_NAME, SetLosses, SizeLosses
 
 # Sizes that units may be given, as shares of k: a set that is never refreshed gains by more, one of sinks by none.
 _SHARES_OF_K = (0.375, 0.75, 1, 1.5, 2.5)
+# Means over steps are wanted: sets of every so many steps tell them, the prompt's among them.
+_SOURCES_APART = 8
 
 
 def set_sizes(selection: Selection) -> tuple[int, ...]:
@@ -75,16 +78,19 @@ def _lost_by_size(
     sizes: Sequence[int],
     memory_mib: int,
     chunk_tokens: int,
-) -> np.ndarray:
+) -> SetLosses:
     n_heads = heads_at_once(loaded.model, prompt, selection, memory_mib)
-    lost = np.empty((len(sizes), prompt.n_steps, *model_shape(loaded.model).units), dtype=np.float32)
+    ages = recorded_ages(prompt.n_steps)
+    units = model_shape(loaded.model).units
+    lost = SetLosses(*(np.empty((len(sizes), prompt.n_steps, *units), dtype=np.float32) for _ in SetLosses._fields))
 
     def watch(layer: int, heads: slice, attention: StepAttention) -> None:
         for place, size in enumerate(sizes):
-            sets = attention.sets(dataclasses.replace(selection, k=size), prompt.n_steps, None)
+            aged, _ = attention.sets(dataclasses.replace(selection, k=size), ages, None, apart=_SOURCES_APART)
             # Row 0 is the prompt's end, which is no decode step.
-            recovered = sets.recovered_mass[:, 1:].nanmean(1).T
-            lost[place, :, layer, heads] = 1 - recovered.float().cpu().numpy()
+            missed = 1 - aged.recovered_mass[:, 1:].movedim(0, -1).float().cpu().numpy()
+            lost.by_age[place, :, layer, heads] = mean_by_age(missed, np.array(ages))
+            lost.since_prompt[place, :, layer, heads] = since_prompt(missed, np.array(ages))
 
     watch_steps(
         loaded.model,

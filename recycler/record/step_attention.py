@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,32 +15,9 @@ from recycler.model.attention_hook import AttentionFunction, attention_replaced,
 from recycler.model.prefill import prefill
 from recycler.model.shape import model_shape
 from recycler.prompts import Prompt
-from recycler.sets.aged_sets import evictions, mass_by_age
+from recycler.record.aged_sets import AgedSets, age_sets
 from recycler.sets.recycled_set import select
 from recycler.sets.scores import probabilities, token_scores
-
-
-class AgedSets(NamedTuple):
-    """Sets of all rows at all ages.
-
-    Attributes:
-        recovered_mass: `(heads, rows, max_age)`, in [0, 1].
-        fresh_mass: `(heads, rows)`, in [0, 1].
-        members: `(heads, rows, tokens)`: 1 where a token is in the set chosen at the row, else 0.
-        left: What `evictions` returned.
-        first: Place of row 0.
-    """
-
-    recovered_mass: Tensor
-    fresh_mass: Tensor
-    members: Tensor
-    left: Tensor
-    first: int
-
-    def overlap(self) -> Tensor:
-        """Share of the set chosen at a row that the aged set holds, `(heads, rows, max_age)`."""
-        held = mass_by_age(self.members, self.members, self.left, self.first)
-        return held / self.members.sum(-1, keepdim=True)
 
 
 class StepAttention:
@@ -75,22 +52,25 @@ class StepAttention:
         self._choosing = self._weights.transpose(1, 2)
         if n_voters > 1:
             self._choosing = torch.cat([votes[:, None], self._choosing[:, 1:]], dim=1)
-        self._mean = self._weights.mean(1)
 
-    def sets(self, selection: Selection, max_age: int, sizes: Tensor | None) -> AgedSets:
+    def sets(
+        self, selection: Selection, ages: Sequence[int], sizes: Tensor | None, *, apart: int = 1
+    ) -> tuple[AgedSets, Tensor]:
         """What becomes of the sets that each row would choose.
 
         Args:
             selection: How sets are chosen.
-            max_age: Oldest age.
+            ages: Which ages to look at, rising from 1.
             sizes: int64 `(heads, 1, 1)`: most tokens of each head's sets; None for the selection's k.
+            apart: As in `age_sets`.
+
+        Returns:
+            The aged sets, and what each new one recovers, `(heads, rows)` in [0, 1].
         """
         chosen = select(token_scores(self._choosing, selection), selection, 0, self._ends, sizes)
-        left = evictions(chosen, self._weights, self._first, max_age)
-        members = chosen.holds(self._mean.shape[-1]).to(self._mean.dtype)
         # Sums of parts of a distribution: rounding may leave [0, 1] by an ulp.
-        recovered = mass_by_age(self._mean, members, left, self._first).clamp_(0, 1)
-        return AgedSets(recovered, (self._mean * members).sum(-1).clamp_(0, 1), members, left, self._first)
+        fresh_mass = chosen.recovered_mass(self._weights.transpose(1, 2)).clamp_(0, 1)
+        return age_sets(chosen, self._weights, self._first, ages, apart=apart), fresh_mass
 
 
 Watch = Callable[[int, slice, StepAttention], None]

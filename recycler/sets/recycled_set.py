@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from policies import Ranking, Selection
+from policies import Selection
 
 # Row and KV head of each of some units, as indices.
 UnitIndex = tuple[Tensor, ...]
@@ -17,7 +17,7 @@ UnitIndex = tuple[Tensor, ...]
 STAYS = torch.iinfo(torch.int64).max
 # Rank of an empty slot, below that of any score.
 EMPTY = -1
-# Score of a token that arrived after the last full step: unknown, and ranked above all known ones.
+# Score of a token that arrived after the last full step where steps give none: it ranks above all known ones.
 _UNSCORED = float("inf")
 
 
@@ -61,7 +61,7 @@ class RecycledSet:
         left = self.positions.gather(-1, slot)
         arrived = torch.as_tensor(position, device=left.device).expand_as(left)
         self.positions = self.positions.scatter(-1, slot, arrived)
-        unscored = 0.0 if selection.ranking == Ranking.ACCUMULATED else _UNSCORED
+        unscored = _UNSCORED if selection.score_kept is None else 0.0
         self.scores = self.scores.scatter(-1, slot, unscored)
         return left
 

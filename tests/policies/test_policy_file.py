@@ -46,16 +46,16 @@ class TestWriteAndRead:
     def test_the_file_is_plain_json_with_the_designed_keys(self, file: PolicyFile, tmp_path: Path) -> None:
         file.write(tmp_path / "policy.json")
         values = json.loads((tmp_path / "policy.json").read_text(encoding="utf-8"))
-        assert list(values) == ["format", "policy", "selection", "model", "provenance"]
-        assert values["format"] == 1
+        assert list(values) == ["format", "policy", "selection", "model", "horizon_steps", "provenance"]
+        assert values["format"] == 2
         assert values["selection"]["group"] == "mean"
         assert values["model"] == {"id": "tiny", "layers": 2, "kv_heads": 3, "query_heads": 6, "head_dim": 8}
 
     def test_what_has_a_default_may_be_left_out(self, file: PolicyFile) -> None:
         values = file.to_json() | {"selection": {"k": 64}}
-        del values["provenance"]
+        del values["provenance"], values["horizon_steps"]
         loaded = PolicyFile.from_json(values)
-        assert (loaded.selection, loaded.provenance) == (Selection(64), {})
+        assert (loaded.selection, loaded.provenance, loaded.horizon_steps) == (Selection(64), {}, None)
 
     def test_sizes_of_units_come_back_equal(self, file: PolicyFile, tmp_path: Path) -> None:
         sized = dataclasses.replace(file, selection=Selection(64, unit_k=((36, 64, 92), (40, 50, 60))))
@@ -95,6 +95,25 @@ class TestWriteAndRead:
             dataclasses.replace(file, provenance={"array": object()}).write(path)
         assert path.read_text() == "old"
         assert os.listdir(tmp_path) == ["policy.json"]
+
+
+class TestHorizon:
+    def test_a_file_says_for_how_long_outputs_it_was_tuned(self, file: PolicyFile, tmp_path: Path) -> None:
+        dataclasses.replace(file, horizon_steps=512).write(tmp_path / "policy.json")
+        assert PolicyFile.read(tmp_path / "policy.json").horizon_steps == 512
+
+    @pytest.mark.parametrize("horizon_steps", [0, -1])
+    def test_a_horizon_of_no_steps_is_refused(self, file: PolicyFile, horizon_steps: int) -> None:
+        with pytest.raises(ValueError, match=f"horizon_steps must be at least 1 step, not {horizon_steps}"):
+            dataclasses.replace(file, horizon_steps=horizon_steps)
+
+    def test_format_1_has_it_among_its_results(self) -> None:
+        values = json.loads((RESULTS / "policy-budget-0.1.json").read_text(encoding="utf-8"))
+        assert values["format"] == 1
+        assert PolicyFile.from_json(values).horizon_steps == values["provenance"]["closed_loop"]["steps"] == 64
+        for closed_loop in (None, {}, {"steps": "64"}, {"steps": 0}, [64]):
+            changed = values | {"provenance": {"closed_loop": closed_loop}}
+            assert PolicyFile.from_json(changed).horizon_steps is None
 
 
 class TestWriter:
@@ -156,7 +175,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("part", "value", "sentence"),
         [
-            ("format", 2, "it is of format 2, and this version reads format 1."),
+            ("format", 3, "it is of format 3, and this version reads formats 1 and 2."),
             (
                 "extra",
                 1,

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from policies import GroupPooling, Ranking, Selection
 
@@ -79,7 +82,7 @@ def test_what_is_no_number_of_queries_is_refused(value: Any) -> None:
 def test_the_unpooled_set_takes_no_neighbours_and_lets_the_prompts_last_queries_choose() -> None:
     unpooled = Selection.unpooled(64)
     assert (unpooled.k, unpooled.pool_backward, unpooled.pool_forward, unpooled.prompt_queries) == (64, 0, 0, 32)
-    assert unpooled == Selection(64, pool_forward=0, prompt_queries=32)
+    assert unpooled == Selection(64, pool_forward=0, prompt_queries=32, ranking="decayed")  # type: ignore[arg-type]
 
 
 SIZES = ((40, 64, 88), (36, 100, 56))
@@ -147,3 +150,44 @@ def test_where_a_layer_shares_its_tokens_its_units_share_their_size() -> None:
     assert Selection(64, group=GroupPooling.LAYER_MEAN, unit_k=((40, 40), (88, 88))).widest == 88
     with pytest.raises(ValueError, match=r"each row of unit_k must be one number repeated, not \(40, 41\)\.$"):
         Selection(64, group=GroupPooling.LAYER_MEAN, unit_k=((50, 50), (40, 41)))
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(40, 300), min_size=3, max_size=3), min_size=2, max_size=4),
+    k=st.integers(36, 600),
+)
+def test_at_another_k_sizes_keep_their_proportion_as_far_as_sinks_and_window_allow(
+    sizes: list[list[int]], k: int
+) -> None:
+    mean = math.ceil(np.mean(sizes))
+    selection = Selection(mean, unit_k=sizes).at_k(k)
+    assert selection.k == k
+    found, before = np.array(selection.unit_k), np.array(sizes)
+    assert found.mean() <= k
+    assert (found >= 36).all()
+    # Where none had to grow to the least size, each is what it was, to a token.
+    wanted = before * k / mean
+    if (wanted >= 36).all():
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1)
+    assert Selection(mean).at_k(k) == Selection(k)
+
+
+def test_a_k_without_room_for_sinks_and_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="k must hold the sinks and the window: k is 35"):
+        Selection(128, unit_k=((100, 156),)).at_k(35)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan"), True, "0.5"])
+def test_a_decay_that_is_no_share_is_refused(decay: object) -> None:
+    with pytest.raises(ValueError, match="score_decay must be the share of a score that is left after a step"):
+        Selection(64, ranking="decayed", score_decay=decay)  # type: ignore[arg-type]
+
+
+def test_every_ranking_says_what_a_token_keeps_of_its_score() -> None:
+    kept = {ranking: Selection(64, ranking=ranking, score_decay=0.25).score_kept for ranking in Ranking}
+    assert kept == {
+        Ranking.LAST_FULL: None,
+        Ranking.UPDATED: 0,
+        Ranking.ACCUMULATED: 1,
+        Ranking.DECAYED: 0.25,
+    }

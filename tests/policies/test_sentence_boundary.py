@@ -27,6 +27,12 @@ def test_by_hand_full_at_ends_of_sentences_and_four_steps_after_the_last_full_st
     assert full_steps(SentenceBoundary((STOP, QUESTION), max_age=4), tokens) == [3, 4, 6, 10]
 
 
+def test_an_end_of_a_sentence_too_soon_after_the_last_full_step_does_not_count() -> None:
+    # At step 4 the set is 1 step old, at 6 it is 3: a stop at both; at 9 the limit of age.
+    tokens = [5, 6, 7, STOP, STOP, 5, STOP, 5, 6, 7, 8]
+    assert full_steps(SentenceBoundary((STOP,), max_age=4, min_age=3), tokens) == [3, 6, 10]
+
+
 def test_without_ends_of_sentences_it_is_the_limit_of_age() -> None:
     assert full_steps(SentenceBoundary((STOP,)), [5.0] * 100) == [31, 63, 95]
 

@@ -184,7 +184,7 @@ class PlainSet:
             ]
             left = min(may_leave, key=lambda other: (self.scores[other], other))
             del self.scores[left]
-        self.scores[place] = np.float32(0 if self.selection.ranking == "accumulated" else np.inf)
+        self.scores[place] = np.float32(np.inf if self.selection.ranking == "last_full" else 0)
         return left
 
     def rescore(self, weights: np.ndarray) -> None:
@@ -192,9 +192,9 @@ class PlainSet:
         if self.selection.ranking == "last_full":
             return
         pooled = weights.max(0) if self.selection.group == "max" else weights.mean(0)
-        before = self.scores if self.selection.ranking == "accumulated" else dict.fromkeys(self.scores, np.float32(0))
+        kept = {"updated": 0, "accumulated": 1, "decayed": self.selection.score_decay}[self.selection.ranking]
         now = zip(self.places, pooled.astype(np.float32), strict=True)
-        self.scores = {place: before[place] + score for place, score in now}
+        self.scores = {place: self.scores[place] * np.float32(kept) + score for place, score in now}
 
 
 @pytest.fixture(scope="session")

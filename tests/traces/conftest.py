@@ -41,7 +41,7 @@ def _make_trace(
             "n_prompt_tokens": n_prompt_tokens,
         },
         n_steps=n_steps,
-        max_age=max_age,
+        ages=range(1, max_age + 1),
         versions={"numpy": np.__version__},
     )
     recorded = np.arange(1, max_age + 1)[None, :] <= np.arange(n_steps)[:, None] + 1

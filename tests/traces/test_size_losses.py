@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from traces.size_losses import FILE_NAME, FORMAT, SizeLosses
+from traces.size_losses import FILE_NAME, FORMAT, SetLosses, SizeLosses
 
 MODEL = {"id": "tiny", "layers": 2, "kv_heads": 3, "query_heads": 6, "head_dim": 8, "dtype": "float32"}
 LOST = {
-    name: np.random.default_rng(seed).random((2, 4, 2, 3), dtype=np.float32)
+    name: SetLosses(*np.random.default_rng(seed).random((2, 2, 4, 2, 3), dtype=np.float32))
     for seed, name in enumerate(["code-000", "prose-000"])
 }
 ONE = SizeLosses(MODEL, {"k": 64, "group": "max"}, (40, 64), LOST)
@@ -19,7 +19,8 @@ ONE = SizeLosses(MODEL, {"k": 64, "group": "max"}, (40, 64), LOST)
 
 def put(folder: Path, **changed: Any) -> None:
     header = {"format": FORMAT, "model": MODEL, "selection": {"k": 64}, "sizes": [40, 64]} | changed
-    np.savez(folder / FILE_NAME, header=np.array(json.dumps(header)), **LOST)
+    arrays = {f"{field}: {name}": array for name, of in LOST.items() for field, array in of._asdict().items()}
+    np.savez(folder / FILE_NAME, header=np.array(json.dumps(header)), **arrays)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -28,9 +29,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read is not None
     assert (read.model, read.selection, read.sizes) == (MODEL, {"k": 64, "group": "max"}, (40, 64))
     assert list(read.lost) == list(LOST)
-    for name, table in LOST.items():
-        assert read.lost[name].dtype == np.float32
-        np.testing.assert_array_equal(read.lost[name], table)
+    for name, tables in LOST.items():
+        for found, table in zip(read.lost[name], tables, strict=True):
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, table)
 
 
 def test_a_folder_without_a_file_has_none(tmp_path: Path) -> None:

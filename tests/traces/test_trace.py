@@ -74,7 +74,7 @@ def test_equal_headers_are_equal_text_whatever_the_order_of_their_keys(make_trac
     assert "\n" not in header.to_json()
 
 
-@pytest.mark.parametrize("field", ["model", "selection", "prompt", "n_steps", "max_age", "versions"])
+@pytest.mark.parametrize("field", ["model", "selection", "prompt", "n_steps", "ages", "versions"])
 def test_a_header_without_one_of_its_fields_is_refused(make_trace: Callable[..., Trace], field: str) -> None:
     fields = json.loads(make_trace().header.to_json())
     del fields[field]

@@ -221,10 +221,19 @@ class TestBadFiles:
             _ = file.header
 
     def test_a_trace_of_another_format_is_refused(self, make_trace: MakeTrace, tmp_path: Path) -> None:
-        header = make_trace().header.to_json().replace("trace/1", "trace/2")
+        header = make_trace().header.to_json().replace("trace/2", "trace/3")
         file = write_with_header(tmp_path / "x.safetensors", make_trace().arrays(), header)
-        with pytest.raises(ValueError, match="the header is not of format 'recycled-attention-trace/1'"):
+        with pytest.raises(ValueError, match="the header is not of format 'recycled-attention-trace/2'"):
             _ = file.header
+
+    def test_a_trace_of_format_1_has_every_age(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        trace = make_trace(max_age=4)
+        header = json.loads(trace.header.to_json())
+        assert header.pop("ages") == [1, 2, 3, 4]
+        old = json.dumps(header | {"format": "recycled-attention-trace/1", "max_age": 4})
+        read = write_with_header(tmp_path / "x.safetensors", trace.arrays(), old).load()
+        assert read.header == trace.header
+        np.testing.assert_array_equal(read.overlap, trace.overlap)
 
     @pytest.mark.parametrize("name", ["tokens", "overlap", "token_log_prob"])
     def test_a_missing_array_is_named(self, make_trace: MakeTrace, tmp_path: Path, name: str) -> None:
@@ -330,7 +339,7 @@ def test_the_file_can_be_read_without_this_project(make_trace: MakeTrace, tmp_pa
     length = int.from_bytes(path.read_bytes()[:8], "little")
     metadata = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
     header = json.loads(metadata[METADATA_KEY])
-    assert header["format"] == "recycled-attention-trace/1"
+    assert header["format"] == "recycled-attention-trace/2"
     assert header["prompt"]["name"] == "one"
 
 

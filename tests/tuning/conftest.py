@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,13 +206,15 @@ def _make_trace(
     *,
     n_steps: int = 6,
     max_age: int = 4,
+    ages: Sequence[int] | None = None,
     units: tuple[int, int] = (2, 3),
     seed: int = 0,
     **arrays: Any,
 ) -> Trace:
+    ages = range(1, max_age + 1) if ages is None else ages
     rng = np.random.default_rng(seed)
     layers, kv_heads = units
-    by_age = (n_steps, max_age, *units)
+    by_age = (n_steps, len(ages), *units)
     drawn = {
         "recovered_mass": rng.uniform(0, 1, by_age),
         "query_similarity": rng.uniform(-1, 1, by_age),
@@ -220,7 +222,7 @@ def _make_trace(
         "fresh_mass": rng.uniform(0, 1, (n_steps + 1, *units)),
     }
     given = {name: np.broadcast_to(arrays.get(name, values), values.shape) for name, values in drawn.items()}
-    there_is_no_set = np.arange(1, max_age + 1) > np.arange(n_steps)[:, None] + 1
+    there_is_no_set = np.array([0, *ages[:-1]]) >= np.arange(n_steps)[:, None] + 1
     for name_, values in given.items():
         if values.shape == by_age:
             given[name_] = np.where(there_is_no_set[:, :, None, None], np.nan, values)
@@ -231,7 +233,7 @@ def _make_trace(
             selection={"k": 64},
             prompt={"name": name, "kind": kind, "source": "drawn", "licence": "CC0-1.0", "n_prompt_tokens": 5},
             n_steps=n_steps,
-            max_age=max_age,
+            ages=ages,
             versions={"numpy": np.__version__},
         ),
         tokens=rng.integers(0, 1000, 5 + n_steps, dtype=np.int32),

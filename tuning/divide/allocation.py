@@ -16,25 +16,38 @@ _ROUNDING = 1e-12
 _N_HALVINGS = 60
 
 
-def loss_by_stride(loss_by_age: np.ndarray, strides: np.ndarray = STRIDES) -> np.ndarray:
-    """Mean loss per step of refreshing every S steps, from the mean loss at each age.
+def loss_by_stride(by_age: np.ndarray, since_prompt: np.ndarray, strides: np.ndarray = STRIDES) -> np.ndarray:
+    """Mean loss per step of an output, when a unit refreshes every S steps of it.
 
-    Ages 1 to S - 1 occur equally often, and the full step itself loses nothing.
+    The first refresh comes at step S - 1, as accounts without a burst have it; until then the prompt's set serves. So
+    "never" is a stride like any other, and pays for what the prompt's set misses at the end of the output. A full step
+    itself loses nothing.
 
     Args:
-        loss_by_age: `(max_age, ...)`; ages beyond take the last value.
+        by_age: `(max_age, ...)`, mean loss at each age; ages beyond take the last value.
+        since_prompt: `(steps, ...)`, loss of the prompt's set at each step.
         strides: Whole strides S, at least 1.
 
     Returns:
         `(strides, ...)`.
     """
-    total = np.cumsum(loss_by_age, axis=0)
-    max_age = len(loss_by_age)
+    nothing = np.zeros_like(by_age[:1])
+    # Index n: of the first n steps since a refresh, or since the prompt.
+    total, total_since_prompt = (
+        np.concatenate([nothing, np.cumsum(losses, axis=0)]) for losses in (by_age, since_prompt)
+    )
+    n_steps, max_age = len(since_prompt), len(by_age)
+
+    def after_refresh(n: int) -> np.ndarray:
+        aged: np.ndarray = total[min(n, max_age)] + max(n - max_age, 0) * by_age[-1]
+        return aged
+
     rows = []
-    for stride in strides:
-        recorded = min(int(stride) - 1, max_age)
-        loss = total[recorded - 1] if recorded else np.zeros_like(loss_by_age[0])
-        rows.append((loss + (stride - 1 - recorded) * loss_by_age[-1]) / stride)
+    for stride in map(int, strides):
+        n_first = min(stride - 1, n_steps)
+        n_whole, n_left = divmod(n_steps - n_first, stride)
+        loss = total_since_prompt[n_first] + n_whole * after_refresh(stride - 1)
+        rows.append((loss + after_refresh(max(n_left - 1, 0))) / n_steps)
     return np.stack(rows)
 
 

@@ -34,7 +34,7 @@ def hindsight(traces: TraceBatch, unit_cost: np.ndarray, budget: float) -> np.nd
     full = np.empty((traces.n_steps, len(traces), n_units), dtype=bool)
     for trace in range(len(traces)):
         # Ages that no set has yet are never met.
-        lost = np.nan_to_num(1 - traces.of_trace("recovered_mass", trace).astype(np.float64)) * unit_cost.ravel()
+        lost = np.nan_to_num(1 - traces.at_all_ages("recovered_mass", trace)) * unit_cost.ravel()
         full[:, trace] = _of_trace(lost, budget)
     return full.reshape(traces.n_steps, *traces.shape)
 

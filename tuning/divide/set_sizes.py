@@ -9,7 +9,7 @@ import numpy as np
 
 from policies import Selection
 from traces.sensitivity import Sensitivity
-from traces.size_losses import SizeLosses
+from traces.size_losses import SetLosses, SizeLosses
 from tuning.divide.allocation import STRIDES, loss_by_stride
 from tuning.divide.price import lowest_price
 from tuning.divide.tuning_data import cost_of_lost_mass
@@ -42,16 +42,19 @@ def size_sets(selection: Selection, losses: SizeLosses, sensitivity: Sensitivity
         sensitivity: Of some of them, with this selection.
     """
     at_k = losses.sizes.index(selection.k)
-    cost = cost_of_lost_mass(sensitivity, {name: losses.lost[name][at_k] for name in sensitivity.kl})
-    lost = np.mean(list(losses.lost.values()), axis=0) * cost
-    sizes = allocate_sizes(
-        lost.reshape(*lost.shape[:2], -1), np.array(losses.sizes), SIZES_BUDGET, selection.k
-    ).reshape(cost.shape)
+    cost = cost_of_lost_mass(sensitivity, {name: losses.lost[name].since_prompt[at_k] for name in sensitivity.kl})
+    by_age, since_prompt = (
+        np.mean([getattr(lost, field) for lost in losses.lost.values()], axis=0) * cost for field in SetLosses._fields
+    )
+    # (sizes, strides, units)
+    losses_by_size = zip(by_age, since_prompt, strict=True)
+    loss = np.stack([loss_by_stride(*of_size).reshape(len(STRIDES), -1) for of_size in losses_by_size])
+    sizes = allocate_sizes(loss, np.array(losses.sizes), SIZES_BUDGET, selection.k).reshape(cost.shape)
     return SizedSets(dataclasses.replace(selection, unit_k=sizes.tolist()), cost)
 
 
 def allocate_sizes(
-    lost_by_age: np.ndarray, sizes: np.ndarray, budget: float, k: float, strides: np.ndarray = STRIDES
+    loss: np.ndarray, sizes: np.ndarray, budget: float, k: float, strides: np.ndarray = STRIDES
 ) -> np.ndarray:
     """Sizes of sets that lose least, when full steps are divided as well as they can be at the same time.
 
@@ -60,7 +63,7 @@ def allocate_sizes(
     tokens such that the mean size is at most k. The schedule itself is tuned later, on traces of these sets.
 
     Args:
-        lost_by_age: `(sizes, max_age, units)`, weighted lost mass of sets of each size and age.
+        loss: `(sizes, strides, units)`, loss per step of each unit with sets of each size at each stride.
         sizes: Tokens `(sizes,)`, rising.
         budget: Mean rate of full steps, in (0, 1].
         k: Mean size, at least the least of `sizes`.
@@ -75,8 +78,6 @@ def allocate_sizes(
     if k < sizes[0]:
         raise ValueError(f"sets of {k:g} tokens on average are below the least size, {sizes[0]}.")
     rates = 1 / strides.astype(np.float64)
-    # (sizes, strides, units)
-    loss = np.stack([loss_by_stride(by_age, strides) for by_age in lost_by_age])
 
     def at(token_price: float) -> np.ndarray:
         """The index of each unit's size, with full steps priced to keep the budget."""

@@ -68,10 +68,10 @@ class TuningData:
             sharpness: Power of the unit costs: 1 trusts them, 0 divides the budget by lost mass alone.
             keys_only: Whether units may refresh by keys alone where that is worth more.
         """
-        by_age = self.traces.lost_by_age.mean(0)
+        by_age, since_prompt = self.traces.lost_by_age.mean(0), self.traces.lost_since_prompt.mean(0)
         recorded = by_age[~np.isnan(by_age).any((1, 2))]
         weight = self.unit_cost**sharpness
-        loss = loss_by_stride(recorded * weight).reshape(len(STRIDES), -1)
+        loss = loss_by_stride(recorded * weight, since_prompt * weight).reshape(len(STRIDES), -1)
         by_keys = np.zeros(loss.shape[1], dtype=bool)
         if keys_only:
             missed_by_new_set = (1 - self.traces.fresh_mass[1:].astype(np.float64)).mean((0, 1))
@@ -111,16 +111,16 @@ def unit_cost(traces: TraceBatch, sensitivity: Sensitivity | None) -> np.ndarray
     if sensitivity is None or not measured:
         return np.ones(traces.units)
     rows = [names.index(name) for name in measured]
-    return cost_of_lost_mass(sensitivity, dict(zip(measured, traces.lost_by_age[rows], strict=True)))
+    return cost_of_lost_mass(sensitivity, dict(zip(measured, traces.lost_since_prompt[rows], strict=True)))
 
 
-def cost_of_lost_mass(sensitivity: Sensitivity, lost_by_age: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The same from what was lost at each age, `(max_age, layers, kv_heads)` by name of an ablated prompt."""
-    damage = np.sum([np.sqrt(np.maximum(sensitivity.kl[name], 0)) for name in lost_by_age], axis=0)
+def cost_of_lost_mass(sensitivity: Sensitivity, lost_since_prompt: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The same from what the prompt's set lost at each step, `(steps, layers, kv_heads)` by ablated prompt."""
+    damage = np.sum([np.sqrt(np.maximum(sensitivity.kl[name], 0)) for name in lost_since_prompt], axis=0)
     if not damage.any():
         # As where sets hold the whole context.
         return np.ones(damage.shape)
-    lost = np.sum([np.nanmean(lost[: sensitivity.n_steps], axis=0) for lost in lost_by_age.values()], axis=0)
+    lost = np.sum([lost[: sensitivity.n_steps].mean(0) for lost in lost_since_prompt.values()], axis=0)
     cost = damage / np.maximum(lost, 1e-6)
     cost = np.maximum(cost, _COST_FLOOR * cost.mean())
     return np.asarray(cost / cost.mean())

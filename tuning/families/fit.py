@@ -82,7 +82,7 @@ def _samples(
     trace = rng.integers(0, len(traces), n_samples)
     unit = rng.integers(0, int(np.prod(traces.units)), n_samples)
     layer, head = np.unravel_index(unit, traces.units)
-    at = (trace, step, age - 1, layer, head)
+    at = (trace, step, age, layer, head)
     schedule = Schedule(np.zeros(n_samples))
     schedule.step, schedule.age = step.astype(np.float64), age.astype(np.float64)
     source = step - age
@@ -90,12 +90,12 @@ def _samples(
     if "refresh_churn" in features:
         # The set that a refresh replaces may have had any age; a prompt's set replaces none.
         age_before = rng.integers(1, np.clip(source + 1, 1, traces.max_age) + 1)
-        before = traces.numbers("overlap", trace, np.maximum(source, 0), age_before - 1, layer, head)
+        before = traces.at_age("overlap", trace, np.maximum(source, 0), age_before, layer, head)
         schedule.refresh_overlap = np.where(source >= 0, before, 1.0)
     signals = schedule.signals(
-        query_similarity=traces.numbers("query_similarity", *at),
-        step_similarity=traces.numbers("query_similarity", trace, step, np.zeros_like(step), layer, head),
+        query_similarity=traces.at_age("query_similarity", *at),
+        step_similarity=traces.at_age("query_similarity", trace, step, np.ones_like(step), layer, head),
         token=traces.step_tokens[step, trace, 0, 0],
     )
     columns = np.stack([FEATURES[name].of(signals) for name in features], axis=1)
-    return columns, 1 - traces.numbers("recovered_mass", *at), unit
+    return columns, 1 - traces.at_age("recovered_mass", *at), unit

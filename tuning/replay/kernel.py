@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from policies import SIGNALS
-from policies.compiled.kernel import PROGRAM_SOURCES, digest_of, stamped_kernel
+from policies.compiled.kernel import PROGRAM_SOURCES, digest_of, helper, stamped_kernel
 from policies.compiled.operations import prepare, run
 
 _STEP, _AGE, _N_FULL, _QUERY_SIMILARITY, _STEP_SIMILARITY, _REFRESH_MASS, _REFRESH_OVERLAP, _TOKEN = (
@@ -28,13 +28,26 @@ _N_SIGNALS = len(SIGNALS)
 _SOURCES = digest_of((Path(__file__), *PROGRAM_SOURCES))
 
 
+@helper()
+def _at_age(values: Any, ages: Any, last_recorded: Any, step: int, age: int, unit: int) -> float:
+    """`traces.ages.at_age` of one number."""
+    age = min(age, ages[-1])
+    i = last_recorded[age]
+    found = np.float64(values[step, i, unit])
+    if age == ages[i]:
+        return found
+    share = (age - ages[i]) / (min(ages[i + 1], step + 1) - ages[i])
+    return found * (1 - share) + np.float64(values[step, i + 1, unit]) * share
+
+
 @stamped_kernel(_SOURCES, nogil=True)
 def replay_trace(
     instructions: Any,
     constants: Any,
     tables: Any,
     decision: int,
-    max_age: int,
+    ages: Any,
+    last_recorded: Any,
     recovered_mass: Any,
     query_similarity: Any,
     wants_query_similarity: bool,
@@ -54,9 +67,10 @@ def replay_trace(
         constants: The same.
         tables: float64 `(n, units)`.
         decision: The instruction that decides.
-        max_age: Oldest age that is recorded, in steps.
-        recovered_mass: float32 `(steps, max_age, units)` or empty, as `lost` is.
-        query_similarity: float32 `(steps, max_age, units)` or empty.
+        ages: int64 `(ages,)`: those that are recorded, in steps.
+        last_recorded: int64 `(max_age + 1,)`: see `traces.ages.last_recorded`.
+        recovered_mass: float32 `(steps, ages, units)` or empty, as `lost` is.
+        query_similarity: float32 `(steps, ages, units)` or empty.
         wants_query_similarity: Whether it is a signal at the age of the set.
         wants_step_similarity: Whether it is one at age 1.
         overlap: The same or empty.
@@ -66,7 +80,7 @@ def replay_trace(
         lost: float32 `(steps, units)`: gets the lost mass; or empty.
 
     Returns:
-        Recycled unit-steps with a set older than `max_age`.
+        Recycled unit-steps with a set older than the oldest recorded one.
     """
     n_steps, n_units = full.shape
     wants_lost_mass = lost.shape[0] > 0
@@ -84,26 +98,27 @@ def replay_trace(
         signals[_TOKEN] = tokens[step]
         if wants_query_similarity:
             for unit in range(n_units):
-                at = min(int(age[unit]), max_age) - 1
-                signals[_QUERY_SIMILARITY, unit] = query_similarity[step, at, unit]
+                signals[_QUERY_SIMILARITY, unit] = _at_age(
+                    query_similarity, ages, last_recorded, step, int(age[unit]), unit
+                )
         if wants_step_similarity:
             signals[_STEP_SIMILARITY] = query_similarity[step, 0]
         run(instructions, signals, registers)
         decided = registers[decision]
         for unit in range(n_units):
-            at = min(int(age[unit]), max_age) - 1
+            old = int(age[unit])
             is_full = decided[unit] != 0
             full[step, unit] = is_full
             if wants_lost_mass:
-                lost[step, unit] = 0 if is_full else 1 - np.float64(recovered_mass[step, at, unit])
+                lost[step, unit] = 0 if is_full else 1 - _at_age(recovered_mass, ages, last_recorded, step, old, unit)
             if is_full:
                 n_full[unit] += 1
                 age[unit] = 1
                 if fresh_mass.shape[0] > 0:
                     signals[_REFRESH_MASS, unit] = fresh_mass[step + 1, unit]
                 if overlap.shape[0] > 0:
-                    signals[_REFRESH_OVERLAP, unit] = overlap[step, at, unit]
+                    signals[_REFRESH_OVERLAP, unit] = _at_age(overlap, ages, last_recorded, step, old, unit)
             else:
-                n_beyond += age[unit] > max_age
+                n_beyond += age[unit] > ages[-1]
                 age[unit] += 1
     return n_beyond

@@ -59,7 +59,8 @@ def replay_policy(traces: Trace | TraceBatch, policy: StepPolicy) -> Replay:
     """Run a policy on traces as the decoder would, for all units of all traces at once.
 
     Decisions equal the decoder's wherever it sees the same signals, that is as long as recycled steps have not moved
-    its path away from the recorded one, and no set grows older than the traces' `max_age`.
+    its path away from the recorded one, no policy reads a similarity or an overlap at an age between two recorded ones
+    (`traces.ages`: interpolated), and no set grows older than the traces' `max_age`.
 
     The replay takes 5 bytes per unit-step of all traces; of traces on disk only what is needed comes into memory.
 
@@ -152,7 +153,8 @@ def _run_program(
                 program.constants,
                 tables,
                 program.full,
-                batch.max_age,
+                batch.ages,
+                batch.last_recorded,
                 array("recovered_mass", trace, wants_lost_mass),
                 array("query_similarity", trace, bool(needs & {"query_similarity", "step_similarity"})),
                 "query_similarity" in needs,
@@ -201,7 +203,6 @@ def _replay_by_steps(batch: TraceBatch, policy: StepPolicy) -> Replay:
 
 def _at(batch: TraceBatch, name: str, step: int, age: np.ndarray) -> np.ndarray:
     """An array by age at one step, each unit at its own age: float64 `(traces, layers, kv_heads)`."""
-    index = np.minimum(age, batch.max_age).astype(np.intp).reshape(len(batch), -1) - 1
-    units = np.arange(index.shape[1])
-    rows = [batch.of_trace(name, trace)[step, at, units] for trace, at in enumerate(index)]
-    return np.array(rows, dtype=np.float64).reshape(age.shape)
+    trace, layer, head = (axis.ravel() for axis in np.indices(age.shape))
+    found = batch.at_age(name, trace, np.full(age.size, step), age.astype(np.intp).ravel(), layer, head)
+    return found.reshape(age.shape)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from traces import Trace, TraceFile
+from traces.ages import all_ages, at_age, last_recorded, mean_by_age, since_prompt
 
 # Measured signals that follow from what traces record; `StepSignals.token` does as well.
 TRACED_SIGNALS = frozenset({"query_similarity", "step_similarity", "refresh_mass", "refresh_overlap"})
@@ -49,13 +50,15 @@ class TraceBatch:
         for header in self.headers:
             mine = header.n_steps, header.max_age, header.units
             theirs = first.n_steps, first.max_age, first.units
-            if mine != theirs:
+            if mine != theirs or header.ages != first.ages:
                 raise ValueError(
                     "traces that are replayed together need the same steps, ages and units: "
                     f"{header.prompt['name']} has {mine}, {first.prompt['name']} has {theirs}."
                 )
         self.n_steps = first.n_steps
         self.max_age = first.max_age
+        self.ages = np.array(first.ages, dtype=np.int64)
+        self.last_recorded = last_recorded(first.ages)
         self.units = first.units
         self.kinds = tuple(trace.kind for trace in self.traces)
         self._of_trace: dict[tuple[str, int], np.ndarray] = {}
@@ -85,7 +88,12 @@ class TraceBatch:
 
         NaN where no step has a set of that age.
         """
-        return np.stack([_lost_by_age(trace.recovered_mass) for trace in self.traces])
+        return np.stack([1 - mean_by_age(trace.recovered_mass, self.ages) for trace in self.traces])
+
+    @cached_property
+    def lost_since_prompt(self) -> np.ndarray:
+        """float64 `(traces, steps, layers, kv_heads)`: mass that the prompt's set misses at each step."""
+        return np.stack([1 - since_prompt(trace.recovered_mass, self.ages).astype(np.float64) for trace in self.traces])
 
     def of_trace(self, name: str, trace: int) -> np.ndarray:
         """An array of one trace with its units in a row: float32 `(..., layers x kv_heads)`, read-only."""
@@ -98,25 +106,29 @@ class TraceBatch:
             self._of_trace[name, trace] = known
         return known
 
-    def numbers(self, name: str, trace: np.ndarray, *index: np.ndarray) -> np.ndarray:
-        """Single numbers of an array by age: float64 `(n,)`.
+    def at_all_ages(self, name: str, trace: int) -> np.ndarray:
+        """An array of one trace at every age: float64 `(steps, max_age, layers x kv_heads)`, NaN where no set is."""
+        array = self.of_trace(name, trace)
+        found = np.full((self.n_steps, self.max_age, array.shape[-1]), np.nan)
+        for step in range(self.n_steps):
+            n_recorded = min(int(np.searchsorted(self.ages, step + 1)) + 1, len(self.ages))
+            ages = self.ages[:n_recorded].clip(max=step + 1)
+            found[step, : ages[-1]] = all_ages(array[step, :n_recorded], ages)
+        return found
+
+    def at_age(self, name: str, trace: np.ndarray, step: np.ndarray, age: np.ndarray, *unit: np.ndarray) -> np.ndarray:
+        """Single numbers of an array by age: float64 `(n,)`; see `traces.ages.at_age`.
 
         Args:
             name: Of the array.
             trace: int `(n,)`: which traces to look at.
-            index: Where, for each axis of the array: int `(n,)`.
+            step: int `(n,)`.
+            age: int `(n,)`, from 1 to step + 1.
+            unit: int `(n,)`: layers, and KV heads.
         """
         found = np.empty(len(trace))
         for i in range(len(self)):
             mine = trace == i
-            found[mine] = getattr(self.traces[i], name)[tuple(axis[mine] for axis in index)]
+            at = (step[mine], age[mine], *(axis[mine] for axis in unit))
+            found[mine] = at_age(getattr(self.traces[i], name), self.ages, self.last_recorded, *at)
         return found
-
-
-def _lost_by_age(recovered_mass: np.ndarray) -> np.ndarray:
-    lost = 1 - recovered_mass.astype(np.float64)
-    seen = ~np.isnan(lost)
-    count = seen.sum(0)
-    total = np.where(seen, lost, 0).sum(0)
-    mean: np.ndarray = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-    return mean

@@ -47,5 +47,6 @@ def policy_file(result: TuningResult, tuned_on: Sequence[TraceFile], seed: int) 
         policy=best.measured.policy,
         selection=result.selection,
         model=result.model,
+        horizon_steps=result.n_steps,
         provenance=provenance | {"versions": dict(result.versions)},
     )

@@ -94,15 +94,14 @@ class Units(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """A selection and what the policy wants to be measured, as plain numbers."""
+    """A selection and what the policy wants to be measured, as plain numbers; `score_kept` is below 0 for none."""
 
     sinks: int
     window: int
     pool_backward: int
     pool_forward: int
     group_mean: bool
-    updated_ranking: bool
-    accumulated_ranking: bool
+    score_kept: float
     wants_query_similarity: bool
     wants_step_similarity: bool
     wants_layer_similarity: bool

@@ -54,6 +54,49 @@ def project(
     rms_norm(x, weights.norm, weights.eps, scratch.normed)
     for thread in prange(n_threads):
         _project_share(np.int64(thread), n_threads, weights, scratch)
+    _rotate_and_measure(weights, cosine, sine, cache, n_own, units, signals, rules, scratch)
+
+
+@kernel(fastmath=True)
+def normalise(x: Array, weight: Array, eps: float, out: Array) -> None:
+    """The norm alone, as `rms_norm`."""
+    rms_norm(x, weight, eps, out)
+
+
+@kernel(fastmath=True)
+def rotate(
+    weights: LayerWeights,
+    cosine: Array,
+    sine: Array,
+    cache: Cache,
+    n_own: int,
+    units: Units,
+    signals: Array,
+    rules: Rules,
+    scratch: Scratch,
+) -> None:
+    """What `project` does after the products."""
+    _rotate_and_measure(weights, cosine, sine, cache, n_own, units, signals, rules, scratch)
+
+
+@kernel(fastmath=True)
+def gate(gates: Array, up: Array) -> None:
+    """`gates = silu(gates) * up`, both `(rows, intermediate)`."""
+    _gate(gates, up, np.int64(0), gates.shape[1])
+
+
+@helper(fastmath=True)
+def _rotate_and_measure(
+    weights: LayerWeights,
+    cosine: Array,
+    sine: Array,
+    cache: Cache,
+    n_own: int,
+    units: Units,
+    signals: Array,
+    rules: Rules,
+    scratch: Scratch,
+) -> None:
     _rotate_and_append(weights, cosine, sine, cache, n_own, scratch)
     if rules.wants_query_similarity:
         _cosine_similarity(scratch.unit_query, units.full_query, signals, QUERY_SIMILARITY)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from policies import GroupPooling, Ranking, Schedule, Selection, StepPolicy
+from policies import GroupPooling, Schedule, Selection, StepPolicy
 from recycler.decode.cache import GrowingTokens, KvLayer
 from recycler.decode.counts import RunningTotals, Totals, keys_only_units, setless_units, tokens_read
+from recycler.decode.cpu import dense, wide
 from recycler.decode.cpu.arrays import (
     REFRESH_MASS,
     REFRESH_OVERLAP,
@@ -25,14 +26,13 @@ from recycler.decode.cpu.arrays import (
     Units,
 )
 from recycler.decode.cpu.attention import BLOCK_TOKENS
-from recycler.decode.cpu.compiled import threads_of_torch
 from recycler.decode.cpu.decide import decisions
-from recycler.decode.cpu.dense import feed, predict, project
 from recycler.decode.cpu.walk import attend
 from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import DecoderParts, NotCovered, bias_of, decoder_parts
+from recycler.model.threads import threads_of_torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -98,6 +98,9 @@ class CpuDecoding(Decoding):
         masses = first.measured_mass(policy.needs).numpy().swapaxes(0, 1)
         self._schedule = Schedule(np.zeros(self._full.shape), masses)
         self._group = group
+        # torch multiplies bfloat16 by bfloat16 alone, and activations are in float32 there.
+        is_wide = rows >= wide.LEAST_ROWS and parts.dtype != torch.bfloat16
+        self._dense = wide if is_wide else dense
         self._refer_to_memory()
 
     @property
@@ -129,14 +132,14 @@ class CpuDecoding(Decoding):
         asked.begin_step(self._schedule, tokens.numpy()[:, None, None])
         state = zip(self._weights, self._caches, self._units, asked.signals, asked.full, strict=True)
         for layer, (weights, cache, units, signals, full) in enumerate(state):
-            project(x, weights, cosine, sine, cache, n_own, units, signals, rules, scratch, n_threads)
+            self._dense.project(x, weights, cosine, sine, cache, n_own, units, signals, rules, scratch, n_threads)
             asked.decide(layer)
             how = (weights.scaling, start, cache, n_own + 1, units, signals, rules, scratch, n_threads)
             attend(full, *how)
-            feed(x, weights, scratch, n_threads)
+            self._dense.feed(x, weights, scratch, n_threads)
         logits = torch.empty((len(tokens), self._head.shape[0]), dtype=hidden.dtype)
         eps = self._parts.norm.variance_epsilon
-        predict(x, self._norm, eps, self._head, self._head_bias, scratch, logits.numpy(), n_threads)
+        self._dense.predict(x, self._norm, eps, self._head, self._head_bias, scratch, logits.numpy(), n_threads)
         self._end_step()
         return logits
 
@@ -216,8 +219,7 @@ def _rules(selection: Selection, needs: frozenset[str]) -> Rules:
         pool_backward=selection.pool_backward,
         pool_forward=selection.pool_forward,
         group_mean=selection.group == GroupPooling.MEAN,
-        updated_ranking=selection.ranking == Ranking.UPDATED,
-        accumulated_ranking=selection.ranking == Ranking.ACCUMULATED,
+        score_kept=-1.0 if selection.score_kept is None else selection.score_kept,
         wants_query_similarity="query_similarity" in needs,
         wants_step_similarity="step_similarity" in needs,
         wants_layer_similarity="layer_similarity" in needs,

@@ -74,7 +74,7 @@ def _begin(full: Array, start: Array, cache: Cache, n_own: int, units: Units, ru
             filled, size = units.filled[row, head], units.sizes[head]
             positions, scores = units.positions[row, head, :size], units.scores[row, head, :size]
             slot = admit(place, start[row], rules.sinks, rules.window, filled, positions, scores)
-            if rules.accumulated_ranking:
+            if rules.score_kept >= 0:
                 scores[slot] = 0
             units.filled[row, head] = max(filled, slot + 1)
             if not units.stale[row, head]:
@@ -112,7 +112,7 @@ def _walk_share(
         for head in range(kv_heads):
             n_tokens += _n_tokens(modes[row, head], units.filled[row, head], end - start[row])
     low, high = thread * n_tokens // n_threads, (thread + 1) * n_tokens // n_threads
-    keeps_set_logits = rules.updated_ranking or rules.accumulated_ranking
+    keeps_set_logits = rules.score_kept >= 0
     for unit in range(rows * kv_heads):
         row, head = unit // kv_heads, unit % kv_heads
         mode = modes[row, head]
@@ -235,11 +235,10 @@ def _settle_share(
 @helper()
 def _rank_anew(unit: int, row: int, head: int, thread: int, units: Units, rules: Rules, scratch: Scratch) -> None:
     """Let the attention of a recycled step rank the set that it attended to, where ranks are kept up to date."""
-    if not (rules.updated_ranking or rules.accumulated_ranking):
+    if rules.score_kept < 0:
         return
-    filled, scores = units.filled[row, head], units.scores[row, head]
-    latest = scratch.token_score[thread] if rules.accumulated_ranking else scores
+    filled, scores, latest = units.filled[row, head], units.scores[row, head], scratch.token_score[thread]
     group_scores(scratch.logits[unit], scratch.normaliser[unit], np.int64(0), filled, rules.group_mean, latest)
-    if rules.accumulated_ranking:
-        for slot in range(filled):
-            scores[slot] += latest[slot]
+    kept = np.float32(rules.score_kept)
+    for slot in range(filled):
+        scores[slot] = scores[slot] * kept + latest[slot]

@@ -86,14 +86,14 @@ def rank_anew(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     MEAN: tl.constexpr,
-    ADDS: tl.constexpr,
+    SCORE_KEPT: tl.constexpr,
 ):
     """Let the attention of a recycled step rank the set that it attended to; program `unit`.
 
     Args:
         modes: int8 `(units,)` of the walk, which left its logits by slot.
         modes_before: int8 `(units,)` of the walk before: units with a new set, which keeps the scores that chose it.
-        ADDS: Add to the scores instead of replacing them.
+        SCORE_KEPT: Share of its score that a token keeps.
     """
     unit = tl.program_id(0)
     if (tl.load(modes + unit) == RECYCLED) & (tl.load(modes_before + unit) == SKIP):
@@ -103,6 +103,6 @@ def rank_anew(
             there = slot < n_tokens
             of_group = _group_scores(weights, unit, slot, there, places, GROUP, MEAN)
             to = sets.scores + unit * K + slot
-            if ADDS:
-                of_group += tl.load(to, mask=there, other=0)
+            if SCORE_KEPT > 0:
+                of_group += SCORE_KEPT * tl.load(to, mask=there, other=0)
             tl.store(to, of_group, mask=there)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from policies import SIGNALS, GroupPooling, Ranking, Selection
+from policies import SIGNALS, GroupPooling, Selection
 from recycler.decode import modes
 from recycler.decode.cuda.arrays import Cache, Cached
 from recycler.decode.cuda.choose import finish, pick
@@ -160,7 +160,7 @@ class UnitKernels:
             **self._heads,
             HEAD_DIM=sizes.head_dim,
             **self._stays,
-            NEWCOMER=0.0 if self._selection.ranking == Ranking.ACCUMULATED else float("inf"),
+            NEWCOMER=float("inf") if self._selection.score_kept is None else 0.0,
             # All slots of a set are looked at together.
             num_warps=max(4, min(16, slots // 512)),
             # A fused sum would round otherwise than replay does.
@@ -181,10 +181,10 @@ class UnitKernels:
 
         Nothing else of the step depends on it, but the next layer's `prepare` overwrites what it reads.
         """
-        scratch, ranking = self._scratch, self._selection.ranking
+        scratch, score_kept = self._scratch, self._selection.score_kept
         if self._chooses:
             self._choose(scratch.modes, modes.FULL)
-        if ranking != Ranking.LAST_FULL:
+        if score_kept is not None:
             rank_anew[(self._sizes.units,)](
                 scratch.modes,
                 scratch.modes_before,
@@ -194,7 +194,9 @@ class UnitKernels:
                 K=self._sizes.k,
                 GROUP=self._sizes.group,
                 MEAN=self._selection.group == GroupPooling.MEAN,
-                ADDS=ranking == Ranking.ACCUMULATED,
+                SCORE_KEPT=score_kept,
+                # As the other engines round.
+                enable_fp_fusion=False,
             )
 
     def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
@@ -222,7 +224,7 @@ class UnitKernels:
             scratch.places,
             K=sizes.k,
             ROWS=max(least_rows, _power_of_2(sizes.group)),
-            KEEPS_SET_LOGITS=self._selection.ranking != Ranking.LAST_FULL,
+            KEEPS_SET_LOGITS=self._selection.score_kept is not None,
             **how,
             num_warps=4,
             num_stages=3,

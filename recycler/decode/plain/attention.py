@@ -96,8 +96,8 @@ class MaskedSets(StepAttention):
 
     Attributes:
         query: `(rows, kv_heads, group, head_dim)`.
-        keys: Parts of the cache in order of place, each `(rows or 1, kv_heads, tokens, head_dim)`; a part with one
-            row is shared by all.
+        keys: Parts of the cache in order of place, each `(rows or fewer, kv_heads, tokens, head_dim)`; a part with
+            fewer rows is shared by all, in turn.
         values: Parts of the same shapes.
         visible: bool `(rows, tokens)`, False at padding; None if there is none.
         scaling: Factor on query x key.
@@ -131,9 +131,15 @@ class MaskedSets(StepAttention):
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` per row and KV head; where all rows share `right`, as one product per KV head."""
+    """`left @ right` per row and KV head; where all rows share `right`, as one product per KV head.
+
+    Of several right sides row i has that of i modulo their number.
+    """
     rows, kv_heads, group, inner = left.shape
     if right.shape[0] == rows:
         return left @ right
+    if right.shape[0] > 1:
+        in_turn: Tensor = left.unflatten(0, (-1, len(right))) @ right
+        return in_turn.flatten(0, 1)
     stacked = left.transpose(0, 1).reshape(kv_heads, rows * group, inner) @ right[0]
     return stacked.view(kv_heads, rows, group, -1).transpose(0, 1)

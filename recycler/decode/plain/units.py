@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from policies import GroupPooling, Ranking, Schedule, StepPolicy
+from policies import GroupPooling, Schedule, StepPolicy
 from recycler.decode.first_sets import FirstSets, unit_query
 from recycler.decode.plain.attention import UnitAttention
 from recycler.sets.recycled_set import RecycledSet, UnitIndex, select, unit_sizes
@@ -100,7 +100,7 @@ class LayerUnits:
         """
         if attended.full[0].numel():
             self.refresh(attended.full, attended.full_probabilities)
-        if self.recycled.selection.ranking != Ranking.LAST_FULL:
+        if self.recycled.selection.score_kept is not None:
             # A set that was chosen at this very step is ranked by what chose it.
             older = ~full[attended.recycled]
             self.rescore(tuple(index[older] for index in attended.recycled), attended.set_probabilities[older])
@@ -135,12 +135,10 @@ class LayerUnits:
             probabilities: `(n, group, k)`, their attention to the slots of their sets.
         """
         selection = self.recycled.selection
-        if selection.ranking == Ranking.LAST_FULL or not units[0].numel():
+        if selection.score_kept is None or not units[0].numel():
             return
         scores = group_scores(self._by_layer(units, probabilities), selection.group).flatten(0, -2).float()
-        if selection.ranking == Ranking.ACCUMULATED:
-            scores = scores + self.recycled.scores[units]
-        self.recycled.scores[units] = scores
+        self.recycled.scores[units] = self.recycled.scores[units] * selection.score_kept + scores
 
     def advance(self, full: Tensor) -> None:
         """End the step."""

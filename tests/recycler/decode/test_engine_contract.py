@@ -60,6 +60,7 @@ POLICIES: tuple[StepPolicy, ...] = (
 UNIT_K = ((4, 9), (6, 8))
 SELECTIONS = {
     "updated, a size per unit": Selection(9, 1, 3, group="mean", ranking="updated", unit_k=((4, 14), (11, 7))),
+    "decayed": Selection(9, 1, 3, ranking="decayed", score_decay=0.7, unit_k=((4, 14), (11, 7))),
     "last_full, voted by 4": Selection(7, 1, 2, 1, 2, prompt_queries=4),
     "accumulated": Selection(9, 1, 3, ranking="accumulated"),
     "last_full": Selection(12, 2, 4, 1, 2),

@@ -109,7 +109,7 @@ def test_cache_and_logits_are_those_of_the_stock_model(
     with torch.no_grad():
         stock = model(tokens[None], use_cache=True)
     assert prompt.n_tokens == n_prompt
-    torch.testing.assert_close(prompt.logits, stock.logits[0, -1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(prompt.logits, stock.logits[:, -1], rtol=0, atol=1e-10)
     for mine, theirs in zip(prompt.layers, stock.past_key_values.layers, strict=True):
         torch.testing.assert_close(mine.key, theirs.keys, rtol=0, atol=1e-10)
         torch.testing.assert_close(mine.value, theirs.values, rtol=0, atol=1e-10)

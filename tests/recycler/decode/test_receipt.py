@@ -1,6 +1,7 @@
 """Receipts: what they add up, say and print; that engines count right is their contract."""
 
 import json
+import warnings
 from collections.abc import Callable
 from io import StringIO
 
@@ -136,3 +137,27 @@ def test_json_has_plain_totals(receipt_of: Callable[..., Receipt]) -> None:
     assert (values["n_steps"], values["n_rows"], values["full_share"]) == (10, 1, 0.5)
     assert values["reasons"] == {"max_age": 20}
     assert values["written_by"] == written_by()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("n_steps", "horizon_steps", "warns"), [(8, 4, False), (9, 4, True), (9, None, False)])
+def test_an_output_of_more_than_twice_the_horizon_warns_once_and_the_receipt_says_so(
+    make_model: Callable[..., PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fast: bool,
+    n_steps: int,
+    horizon_steps: int | None,
+    warns: bool,
+) -> None:
+    model = make_model()
+    said = f"the longest output has 9 decode steps, and the policy was tuned on {horizon_steps}:"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with recycled(model, FixedStride(3), SELECTION, fast=fast, horizon_steps=horizon_steps) as session:
+            for _ in range(2):
+                model.generate(make_tokens(20), max_new_tokens=n_steps + 1)
+    assert [str(one.message).startswith(said) for one in caught] == [True] * warns
+    receipt = session.receipt()
+    assert (receipt.longest_steps, receipt.n_steps, receipt.horizon_steps) == (n_steps, 2 * n_steps, horizon_steps)
+    assert (said in printed(receipt)) == warns
+    assert (receipt.to_json()["longest_steps"], receipt.to_json()["horizon_steps"]) == (n_steps, horizon_steps)

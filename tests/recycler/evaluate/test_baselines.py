@@ -20,6 +20,7 @@ from policies import (
     ModelShape,
     NeverFull,
     RandomRefresh,
+    Ranking,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -481,4 +482,4 @@ def test_schedules_get_the_pooled_form_of_an_unpooled_set() -> None:
     found = {one.name: one for one in baselines(64, shape, 0.1, (1,), our_set=unpooled)}
     stride = found["refreshkv_s10" + OUR_SET]
     assert isinstance(stride, Scheduled)
-    assert stride.selection == unpooled.pooled() == Selection(64, prompt_queries=32)
+    assert stride.selection == unpooled.pooled() == Selection(64, prompt_queries=32, ranking=Ranking.DECAYED)

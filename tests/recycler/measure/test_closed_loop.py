@@ -26,7 +26,7 @@ from policies import (
     StepPolicy,
 )
 from recycler.decode.session import recycled
-from recycler.measure.closed_loop import ClosedLoop, run_closed_loop
+from recycler.measure.closed_loop import ClosedLoop, run_closed_loop, run_closed_loops
 
 N_PROMPT, N_STEPS = 18, 16
 
@@ -34,7 +34,7 @@ N_PROMPT, N_STEPS = 18, 16
 @pytest.fixture(params=[True, False], ids=["engine", "plain"], autouse=True)
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Every test of this file runs on the engine and on the plain path."""
-    for function in (recycled, run_closed_loop):
+    for function in (recycled, run_closed_loop, run_closed_loops):
         monkeypatch.setitem(globals(), function.__name__, partial(function, fast=request.param))
     return bool(request.param)
 
@@ -205,3 +205,17 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(make_model(**model), make_tokens(n_tokens), [policy])
+
+
+def test_several_texts_at_once_are_each_alone(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    model, texts = make_model(), [make_tokens(30, seed=seed)[0].numpy() for seed in range(3)]
+    policies, selection = [FixedStride(3), NeverFull()], Selection(9, 1, 3, ranking="decayed")  # type: ignore[arg-type]
+    together = run_closed_loops(model, texts, 20, policies, selection)
+    for text, found in zip(texts, together, strict=True):
+        alone = run_closed_loop(model, text, 20, policies, selection)
+        np.testing.assert_array_equal(found.full, alone.full)
+        np.testing.assert_array_equal(found.read_share, alone.read_share)
+        np.testing.assert_array_equal(found.accuracy, alone.accuracy)
+        np.testing.assert_allclose(found.kl, alone.kl, rtol=0, atol=1e-10)

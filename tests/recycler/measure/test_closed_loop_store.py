@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from policies import AlwaysFull, CosineThreshold, FixedStride, NeverFull, Selection, StepPolicy
 from recycler.measure import closed_loop
-from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore, run_closed_loop
+from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore, run_closed_loop, run_closed_loops
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
 from recycler.record.one_prompt import record_trace
@@ -58,17 +58,17 @@ class Runs:
         self.n = 0
         self.break_off = False
 
-    def __call__(self, *arguments: Any, **options: Any) -> ClosedLoop:
+    def __call__(self, *arguments: Any, **options: Any) -> list[ClosedLoop]:
         self.n += 1
         if self.break_off:
             raise KeyboardInterrupt
-        return run_closed_loop(*arguments, **options)
+        return run_closed_loops(*arguments, **options)
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     runs = Runs()
-    monkeypatch.setattr(closed_loop, "run_closed_loop", runs)
+    monkeypatch.setattr(closed_loop, "run_closed_loops", runs)
     return runs
 
 
@@ -123,11 +123,9 @@ def test_other_policies_are_another_run(
     policies: list[StepPolicy],
 ) -> None:
     store.run(loaded, trace(), POLICIES)
-    equal(
-        store.run(loaded, trace(), policies),
-        run_closed_loop(loaded.model, trace().array("tokens"), N_PROMPT, policies, SELECTION),
-    )
+    found = store.run(loaded, trace(), policies)
     assert (runs.n, len(list(store.folder.iterdir()))) == (2, 2)
+    equal(found, run_closed_loop(loaded.model, trace().array("tokens"), N_PROMPT, policies, SELECTION))
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"n_prompt": N_PROMPT - 1}, {"selection": Selection(13, 2, 4)}])
@@ -144,3 +142,29 @@ def test_the_same_text_under_another_name_is_an_equal_run(
 ) -> None:
     equal(store.run(loaded, trace(), POLICIES), store.run(loaded, trace(name="two"), POLICIES))
     assert runs.n == 1
+
+
+def test_several_traces_run_together_as_each_runs_alone(
+    store: ClosedLoopStore,
+    loaded: LoadedModel,
+    trace: Callable[..., TraceFile],
+    runs: Runs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Three prompts of one length and one of another, twelve rows at once: of three policies and full attention, three.
+    monkeypatch.setattr(closed_loop, "_ROWS_AT_ONCE", 12)
+    files = [trace(seed=seed) for seed in range(4)] + [trace(seed=4, n_prompt=N_PROMPT - 1), trace(seed=5)]
+    found = store.run_all(loaded, files, POLICIES)
+    # Three; one, because the next is longer; that one; the last.
+    assert runs.n == len(list(store.folder.iterdir())) == 4
+    for file, loop in zip(files, found, strict=True):
+        n_prompt = int(file.header.prompt["n_prompt_tokens"])
+        alone = run_closed_loop(loaded.model, file.array("tokens"), n_prompt, POLICIES, SELECTION)
+        np.testing.assert_array_equal(loop.full, alone.full)
+        np.testing.assert_array_equal(loop.read_share, alone.read_share)
+        np.testing.assert_allclose(loop.kl, alone.kl, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(loop.accuracy, alone.accuracy)
+    n_before = runs.n
+    for loop, again in zip(found, store.run_all(loaded, files, POLICIES), strict=True):
+        equal(loop, again)
+    assert runs.n == n_before

@@ -14,7 +14,7 @@ import recycler
 PROGRAM = """
 import sys
 import numba, torch
-from recycler.decode.cpu.compiled import threads_of_torch
+from recycler.model.threads import threads_of_torch
 torch.set_num_threads(int(sys.argv[1]))
 print(*((threads_of_torch(), numba.get_num_threads(), torch.get_num_threads()) for _ in range(2)))
 """

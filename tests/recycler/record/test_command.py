@@ -101,9 +101,10 @@ def test_default_prompts_of_the_kinds_asked_for_are_recorded(run: Run, tmp_path:
         "pool_backward": 0,
         "pool_forward": 0,
         "group": "max",
-        "ranking": "last_full",
+        "ranking": "decayed",
         "prompt_queries": 32,
         "unit_k": None,
+        "score_decay": 0.8,
     }
 
 
@@ -111,6 +112,7 @@ def test_every_option_reaches_the_trace(run: Run, tmp_path: Path) -> None:
     options = ["--max-age", "3", "--dtype", "float64", "--device", "cpu", "--seed", "3", "--memory-mib", "64"]
     options += ["--sinks", "1", "--window", "8", "--pool-backward", "2", "--pool-forward", "1"]
     options += ["--group", "mean", "--ranking", "updated", "--prompt-queries", "3"]
+    options += ["--score-decay", "0.25"]
     options += ["--kinds", "copying", "--kinds", "prose"]
     code, out, _ = run("--out", tmp_path, "--context-tokens", "140", "--steps", "4", "--per-kind", "2", *options)
     assert code == 0
@@ -127,6 +129,7 @@ def test_every_option_reaches_the_trace(run: Run, tmp_path: Path) -> None:
         "ranking": "updated",
         "prompt_queries": 3,
         "unit_k": None,
+        "score_decay": 0.25,
     }
 
 

@@ -14,7 +14,6 @@ from recycler.prompts import Prompt
 from recycler.record.one_prompt import record_trace, trace_header
 
 REFUSED = [
-    ({"ranking": "accumulated"}, "selections with ranking 'last_full' or 'updated', not 'accumulated'"),
     ({"group": "layer_mean"}, "selections with group 'max' or 'mean', not 'layer_mean'"),
     ({"prompt_queries": None}, "selections with a number of prompt_queries, not with all of them"),
 ]
@@ -48,11 +47,11 @@ def test_it_is_refused_before_the_model_runs(
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(model, "forward", forward)
-    with pytest.raises(ValueError, match="ranking"):
-        record_trace(model, prompt_of(make_tokens(20)), Selection(7, 1, 2, ranking="accumulated"), max_age=2)
+    with pytest.raises(ValueError, match="layer_mean"):
+        record_trace(model, prompt_of(make_tokens(20)), Selection(7, 1, 2, group="layer_mean"), max_age=2)
 
 
-@pytest.mark.parametrize("ranking", ["last_full", "updated"])
+@pytest.mark.parametrize("ranking", ["last_full", "updated", "accumulated", "decayed"])
 @pytest.mark.parametrize("group", ["max", "mean"])
 @pytest.mark.parametrize("prompt_queries", [1, 3])
 def test_all_others_are_recorded(

@@ -17,6 +17,7 @@ from recycler.prompts import Prompt
 from recycler.record import size_losses
 from recycler.record.one_prompt import record_trace
 from recycler.record.size_losses import measure_size_losses, set_sizes
+from traces.size_losses import SetLosses
 
 N_PROMPT, N_STEPS = 60, 9
 SELECTION = Selection(k=16, sinks=2, window=4, pool_forward=0, prompt_queries=5)
@@ -42,16 +43,23 @@ def test_sizes_hold_k_and_have_room_for_sinks_and_window(k: int, window: int, si
     assert set_sizes(Selection(k, sinks=4, window=window)) == sizes
 
 
-def test_each_size_loses_what_a_trace_with_this_k_loses(
-    loaded: LoadedModel, prompts: list[Prompt], tmp_path: Path
+@pytest.mark.parametrize("apart", [1, 3, 8])
+def test_each_size_loses_what_a_trace_with_this_k_loses_over_the_sets_of_every_so_many_steps(
+    loaded: LoadedModel, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
 ) -> None:
+    monkeypatch.setattr(size_losses, "_SOURCES_APART", apart)
     found = measure_size_losses(loaded, prompts, SELECTION, tmp_path)
     assert found.sizes == (6, 12, 16, 24, 40)
+    # Steps are counted from the prompt's end, whose set is the first.
+    step, age = np.indices((N_STEPS, N_STEPS)) + 1
+    is_looked_at = (step - age) % apart == 0
     for prompt in prompts:
-        for size, lost in zip(found.sizes, found.lost[prompt.name], strict=True):
+        for size, by_age, since_prompt in zip(found.sizes, *found.lost[prompt.name], strict=True):
             selection = dataclasses.replace(SELECTION, k=size)
-            trace = record_trace(loaded.model, prompt, selection, max_age=N_STEPS, model_id=loaded.id)
-            np.testing.assert_allclose(lost, 1 - np.nanmean(trace.recovered_mass, axis=0), rtol=0, atol=3e-7)
+            mass = record_trace(loaded.model, prompt, selection, max_age=N_STEPS, model_id=loaded.id).recovered_mass
+            some = np.where(is_looked_at[..., None, None], mass, np.nan)
+            np.testing.assert_allclose(by_age, 1 - np.nanmean(some, axis=0), rtol=0, atol=3e-7)
+            np.testing.assert_allclose(since_prompt, 1 - np.diagonal(mass).transpose(2, 0, 1), rtol=0, atol=3e-7)
 
 
 def test_what_was_measured_is_not_measured_again(
@@ -60,7 +68,7 @@ def test_what_was_measured_is_not_measured_again(
     measured: list[str] = []
     inner = size_losses._lost_by_size
 
-    def counting(loaded: LoadedModel, prompt: Prompt, *more: Any) -> np.ndarray:
+    def counting(loaded: LoadedModel, prompt: Prompt, *more: Any) -> SetLosses:
         measured.append(prompt.name)
         return inner(loaded, prompt, *more)
 
@@ -70,7 +78,7 @@ def test_what_was_measured_is_not_measured_again(
     again = measure_size_losses(loaded, prompts, SELECTION, tmp_path)
     assert measured == ["a", "b"]
     assert list(found.lost) == list(again.lost) == ["a", "b"]
-    np.testing.assert_array_equal(found.lost["a"], again.lost["a"])
+    np.testing.assert_array_equal(found.lost["a"].by_age, again.lost["a"].by_age)
 
 
 def test_losses_of_another_selection_are_refused(loaded: LoadedModel, prompts: list[Prompt], tmp_path: Path) -> None:

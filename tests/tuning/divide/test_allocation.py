@@ -12,31 +12,51 @@ RATES = 1 / STRIDES
 FEW = np.array([1, 2, 3, 5, 8])
 
 
-def simulated_loss(loss_by_age: np.ndarray, stride: int, n_periods: int = 3) -> float:
-    age, total = 0, 0.0
-    for step in range(stride * n_periods):
-        age = 0 if step % stride == stride - 1 else age + 1
-        total += loss_by_age[min(age, len(loss_by_age)) - 1] if age else 0
-    return total / (stride * n_periods)
+def simulated_loss(by_age: np.ndarray, since_prompt: np.ndarray, stride: int) -> float:
+    age, refreshed, total = 0, False, 0.0
+    for step, of_prompt in enumerate(since_prompt):
+        age += 1
+        if step % stride == stride - 1:
+            age, refreshed = 0, True
+        elif refreshed:
+            total += by_age[min(age, len(by_age)) - 1]
+        else:
+            total += of_prompt
+    return total / len(since_prompt)
 
 
 @pytest.mark.parametrize("max_age", [1, 4, 9, 300])
-def test_loss_by_stride_is_what_a_clock_of_that_stride_loses(max_age: int) -> None:
-    loss_by_age = np.random.default_rng(max_age).random(max_age)
-    found = loss_by_stride(loss_by_age)
-    np.testing.assert_allclose(found, [simulated_loss(loss_by_age, int(stride)) for stride in STRIDES])
+@pytest.mark.parametrize("n_steps", [1, 7, 130])
+def test_loss_by_stride_is_what_a_clock_of_that_stride_loses_over_the_output(max_age: int, n_steps: int) -> None:
+    rng = np.random.default_rng(max_age)
+    by_age, since_prompt = rng.random(max_age), rng.random(n_steps)
+    found = loss_by_stride(by_age, since_prompt)
+    np.testing.assert_allclose(found, [simulated_loss(by_age, since_prompt, int(stride)) for stride in STRIDES])
+
+
+def test_a_clock_that_never_strikes_pays_for_the_prompts_set_at_the_end_of_the_output() -> None:
+    since_prompt = np.linspace(0.1, 0.9, 50)
+    assert loss_by_stride(np.zeros(50), since_prompt)[-1] == pytest.approx(since_prompt.mean())
 
 
 def test_loss_by_stride_treats_units_alone() -> None:
-    loss_by_age = np.random.default_rng(0).random((5, 2, 3))
-    found = loss_by_stride(loss_by_age, FEW)
+    by_age, since_prompt = np.random.default_rng(0).random((2, 5, 2, 3))
+    found = loss_by_stride(by_age, since_prompt, FEW)
     assert found.shape == (5, 2, 3)
     for unit in np.ndindex(2, 3):
-        np.testing.assert_allclose(found[(..., *unit)], loss_by_stride(loss_by_age[(..., *unit)], FEW))
+        alone = loss_by_stride(by_age[(..., *unit)], since_prompt[(..., *unit)], FEW)
+        np.testing.assert_allclose(found[(..., *unit)], alone)
 
 
 def test_refreshing_at_every_step_loses_nothing() -> None:
-    assert (loss_by_stride(np.full((4, 2), 0.7), np.array([1])) == 0).all()
+    always = np.full((4, 2), 0.7)
+    assert (loss_by_stride(always, always, np.array([1])) == 0).all()
+
+
+def by_stride(by_age: np.ndarray) -> np.ndarray:
+    """Losses over 10,000 steps; the prompt's set is like any other, and older sets lose what the oldest loses."""
+    rest = np.broadcast_to(by_age[-1], (10_000 - len(by_age), *by_age.shape[1:]))
+    return loss_by_stride(by_age, np.concatenate([by_age, rest]))
 
 
 def losses(n_units: int, seed: int, strides: np.ndarray = FEW) -> np.ndarray:
@@ -105,19 +125,19 @@ def test_equal_units_get_equal_rates(seed: int, budget: float) -> None:
 
 
 def test_a_budget_of_one_gives_everything_to_everyone() -> None:
-    loss = loss_by_stride(np.cumsum(np.random.default_rng(0).random((40, 7)), axis=0))
+    loss = by_stride(np.cumsum(np.random.default_rng(0).random((40, 7)), axis=0))
     np.testing.assert_allclose(allocate(loss, 1.0), 1)
 
 
 def test_a_unit_that_loses_more_is_refreshed_more() -> None:
     by_age = np.linspace(0.1, 0.5, 64)[:, None] * [1, 4, 16]
-    rates = allocate(loss_by_stride(by_age), 0.2)
+    rates = allocate(by_stride(by_age), 0.2)
     assert rates[0] < rates[1] < rates[2]
     assert rates.mean() == pytest.approx(0.2)
 
 
 def test_nothing_is_spent_on_a_unit_that_gains_nothing() -> None:
-    loss = loss_by_stride(np.stack([np.zeros(8), np.linspace(0.1, 0.8, 8)], axis=1))
+    loss = by_stride(np.stack([np.zeros(8), np.linspace(0.1, 0.8, 8)], axis=1))
     rates = allocate(loss, 0.4)
     assert rates[0] == pytest.approx(RATES[-1])
     assert rates[1] == pytest.approx(0.8 - RATES[-1])
@@ -147,16 +167,16 @@ def test_the_steepest_gain_is_bought_first() -> None:
 @pytest.mark.parametrize("budget", [1 / (STRIDES[-1] + 1), 1e-6, 0.0])
 def test_a_budget_below_the_longest_stride_is_refused(budget: float) -> None:
     with pytest.raises(ValueError, match=f"below one full step in {STRIDES[-1]}, the longest stride"):
-        allocate(loss_by_stride(np.ones((3, 2))), budget)
+        allocate(by_stride(np.ones((3, 2))), budget)
 
 
 def test_a_budget_of_just_the_longest_stride_is_enough() -> None:
-    np.testing.assert_allclose(allocate(loss_by_stride(np.ones((3, 2))), RATES[-1]), RATES[-1])
+    np.testing.assert_allclose(allocate(by_stride(np.ones((3, 2))), RATES[-1]), RATES[-1])
 
 
 def test_a_step_at_half_the_cost_is_bought_twice() -> None:
     # Two equal units, of which one pays half: it is served first, and the other gets what is left.
-    loss = loss_by_stride(np.broadcast_to([[0.5], [0.6], [0.7]], (3, 2)))
+    loss = by_stride(np.broadcast_to([[0.5], [0.6], [0.7]], (3, 2)))
     rates = allocate(loss, 0.5, full_cost=np.array([0.5, 1.0]))
     assert rates[0] == 1.0
     assert (rates * [0.5, 1.0]).mean() == pytest.approx(0.5)
@@ -166,7 +186,7 @@ def test_a_step_at_half_the_cost_is_bought_twice() -> None:
 @settings(deadline=None, max_examples=40)
 def test_a_budget_of_costs_is_respected(seed: int, budget: float) -> None:
     rng = np.random.default_rng(seed)
-    loss = loss_by_stride(np.sort(rng.random((6, 5)), axis=0))
+    loss = by_stride(np.sort(rng.random((6, 5)), axis=0))
     cost = rng.choice([0.5, 1.0], 5)
     rates = allocate(loss, budget, full_cost=cost)
     assert (rates * cost).mean() <= budget * (1 + 1e-12)
@@ -174,12 +194,12 @@ def test_a_budget_of_costs_is_respected(seed: int, budget: float) -> None:
 
 def test_units_refresh_by_keys_alone_where_the_new_set_is_good_and_half_the_cost_counts() -> None:
     # Attention moves at every step in all three; the new set misses nothing, half of it, all of it.
-    loss = loss_by_stride(np.full((4, 3), 0.8))
+    loss = by_stride(np.full((4, 3), 0.8))
     by_keys = who_refreshes_by_keys(loss, np.array([0.0, 0.4, 0.8]), 0.3)
     assert by_keys.tolist()[0] is True
     assert by_keys.tolist()[2] is False
 
 
 def test_nobody_refreshes_by_keys_alone_where_everything_can_be_afforded() -> None:
-    loss = loss_by_stride(np.full((4, 3), 0.8))
+    loss = by_stride(np.full((4, 3), 0.8))
     assert not who_refreshes_by_keys(loss, np.array([0.01, 0.4, 0.8]), 1.0).any()

@@ -63,12 +63,13 @@ def test_cost_adds_up_ablated_prompts_and_passes_over_the_others(make_trace: Mak
 
 
 def test_cost_counts_the_ages_that_an_ablation_went_through(make_trace: MakeTrace) -> None:
-    # Ages 1 and 2 miss 0.1 and 0.3 in the first unit, all ages 0.2 in the second; age 3 does not count.
+    # Ages 1 and 2 miss 0.1 and 0.3 in the first unit, all ages 0.2 in the second; age 3 does not count, and stands in
+    # for what the prompt's set is after it.
     lost = np.array([[0.1, 0.3, 0.9], [0.2, 0.2, 0.2]]).T[None, :, None, :]
     trace = make_trace("a", n_steps=5, max_age=3, units=(1, 2), recovered_mass=1 - lost)
     np.testing.assert_allclose(unit_cost(TraceBatch([trace]), sensitivity(2, a=[[1, 1]])), 1, rtol=1e-6)
     cost = unit_cost(TraceBatch([trace]), sensitivity(100, a=[[1, 1]]))
-    expected = np.array([[3 / 1.3, 3 / 0.6]])
+    expected = np.array([[5 / (0.1 + 0.3 + 3 * 0.9), 5 / 1.0]])
     np.testing.assert_allclose(cost, expected / expected.mean(), rtol=1e-6)
 
 

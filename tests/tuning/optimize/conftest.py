@@ -50,7 +50,8 @@ class Run:
     @property
     def found(self) -> dict[str, Any]:
         """The result without paths and seconds."""
-        return {name: self.result[name] for name in self.result.keys() - {"seconds", "policy", "traces", "report"}}
+        passed_over = {"seconds", "stages_s", "policy", "traces", "report"}
+        return {name: self.result[name] for name in self.result.keys() - passed_over}
 
 
 def _optimize(*arguments: object) -> Run:

@@ -69,6 +69,7 @@ def test_the_policy_file_says_where_it_came_from(first: Run, out: Path, model: P
     policy_file = PolicyFile.read(out / "policy.json")
     assert dataclasses.replace(policy_file.selection, unit_k=None) == Selection.unpooled(K)
     assert np.mean(policy_file.selection.unit_k) <= K
+    assert policy_file.horizon_steps == 12
     loaded = load_model(str(model), device="cpu")
     assert policy_file.model == model_shape(loaded.model, loaded.id)
     provenance = policy_file.provenance

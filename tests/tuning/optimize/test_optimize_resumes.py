@@ -38,7 +38,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *functions: str) -> None:
 
 RECORDING = "recycler.record.folder.record_trace"
 ABLATING = "recycler.measure.ablation.run_closed_loop"
-COMPARING = "recycler.measure.closed_loop.run_closed_loop"
+COMPARING = "recycler.measure.closed_loop.run_closed_loops"
 
 
 def trials(folder: Path) -> dict[str, int]:
@@ -89,9 +89,10 @@ def test_a_run_that_is_interrupted_at_every_stage_ends_as_if_uninterrupted(
         (recycler.record.size_losses, "_lost_by_size", 2),
         (recycler.record.folder, "record_trace", 7),
         (tuning.optimize, "search_family", 4),
-        # Six runs choose winners; the six after these confirm them.
-        (recycler.measure.closed_loop, "run_closed_loop", 4),
-        (recycler.measure.closed_loop, "run_closed_loop", 4),
+        # One run of six prompts chooses winners, one confirms them, and one confirms clocks with pooled sets.
+        (recycler.measure.closed_loop, "run_closed_loops", 0),
+        (recycler.measure.closed_loop, "run_closed_loops", 1),
+        (recycler.measure.closed_loop, "run_closed_loops", 1),
         (tuning.optimize, "write_report", 0),
     ]
     for module, function, n_calls in stages:

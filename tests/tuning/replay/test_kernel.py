@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -81,11 +81,11 @@ class ByValue(StepPolicy):
         return self.policy.keys_only
 
 
-def batch_of(make_trace: MakeTrace, max_age: int = 9, n_traces: int = 3) -> TraceBatch:
-    names = "abcdefgh"[:n_traces]
-    return TraceBatch(
-        [make_trace(name, seed=seed, n_steps=24, max_age=max_age, units=UNITS) for seed, name in enumerate(names)]
-    )
+def batch_of(
+    make_trace: MakeTrace, max_age: int = 9, n_traces: int = 3, ages: Sequence[int] | None = None
+) -> TraceBatch:
+    how: dict[str, Any] = {"n_steps": 24, "max_age": max_age, "ages": ages, "units": UNITS}
+    return TraceBatch([make_trace(name, seed=seed, **how) for seed, name in enumerate("abcdefgh"[:n_traces])])
 
 
 def assert_same(one: Replay, other: Replay) -> None:
@@ -101,10 +101,10 @@ def test_every_kind_that_traces_suffice_for_has_an_example() -> None:
     assert all(name.split()[0] == policy.kind for name, policy in POLICIES.items())
 
 
-@pytest.mark.parametrize("max_age", [1, 4, 24])
+@pytest.mark.parametrize("ages", [[1], [1, 2, 3, 4], range(1, 25), [1, 2, 5, 9, 17]], ids=str)
 @pytest.mark.parametrize("name", POLICIES)
-def test_compiled_code_and_steps_agree_to_the_last_bit(make_trace: MakeTrace, name: str, max_age: int) -> None:
-    policy, batch = POLICIES[name], batch_of(make_trace, max_age)
+def test_compiled_code_and_steps_agree_to_the_last_bit(make_trace: MakeTrace, name: str, ages: Sequence[int]) -> None:
+    policy, batch = POLICIES[name], batch_of(make_trace, ages=ages)
     policy_program(policy)
     with pytest.raises(NotAProgram):
         policy_program(ByValue(policy))

@@ -48,8 +48,7 @@ from tuning import replay_policy
 N_PROMPT, N_STEPS, VOCABULARY = 60, 30, 61
 UNITS = (3, 2)
 EVERYTHING = Selection(k=N_PROMPT + N_STEPS, sinks=2, window=4)
-# Traces record no others.
-RANKINGS = (Ranking.LAST_FULL, Ranking.UPDATED)
+RANKINGS = (Ranking.LAST_FULL, Ranking.UPDATED, Ranking.DECAYED)
 RANKED = {ranking: Selection(k=16, sinks=2, window=4, ranking=ranking) for ranking in RANKINGS}
 
 
@@ -246,3 +245,4 @@ def test_the_policies_tell_units_and_steps_apart(name: str) -> None:
 def test_what_the_refresh_measured_depends_on_the_ranking() -> None:
     tables = [replayed(recorded(selection), POLICIES["every feature"]) for selection in RANKED.values()]
     assert (tables[0] != tables[1]).any()
+    assert (tables[1] != tables[2]).any()

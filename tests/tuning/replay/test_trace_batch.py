@@ -38,10 +38,33 @@ def test_single_numbers_come_from_the_trace_and_the_place_asked_for(make_trace: 
     traces = [make_trace(name, n_steps=8, max_age=3, seed=seed) for seed, name in enumerate("abc")]
     rng = np.random.default_rng(0)
     trace, step, age, layer, head = (rng.integers(0, n, 50) for n in (3, 8, 3, 2, 3))
-    found = TraceBatch(traces).numbers("overlap", trace, step, age, layer, head)
+    found = TraceBatch(traces).at_age("overlap", trace, step, age + 1, layer, head)
     stacked = np.stack([each.overlap for each in traces])
     assert found.dtype == np.float64
     np.testing.assert_array_equal(found, stacked[trace, step, age, layer, head])
+
+
+def test_every_age_of_a_trace_is_what_single_numbers_are(make_trace: MakeTrace) -> None:
+    batch = TraceBatch([make_trace(n_steps=30, ages=[1, 2, 4, 7, 12, 20])])
+    every = batch.at_all_ages("overlap", 0)
+    assert every.shape == (30, 20, 6)
+    step, age = (axis.ravel() for axis in np.indices((30, 20)))
+    there_is_one = age <= step
+    assert np.isnan(every[step[~there_is_one], age[~there_is_one]]).all()
+    step, age = step[there_is_one], age[there_is_one]
+    for unit in range(6):
+        layer, head = np.full_like(step, unit // 3), np.full_like(step, unit % 3)
+        found = batch.at_age("overlap", np.zeros_like(step), step, age + 1, layer, head)
+        np.testing.assert_allclose(every[step, age, unit], found)
+
+
+def test_the_prompts_set_is_older_by_one_at_each_step(make_trace: MakeTrace) -> None:
+    trace = make_trace(n_steps=6, max_age=4)
+    lost = TraceBatch([trace]).lost_since_prompt
+    assert lost.shape == (1, 6, 2, 3)
+    mass = trace.recovered_mass.astype(np.float64)
+    # Beyond the oldest recorded age, a set of that age stands in.
+    np.testing.assert_array_equal(1 - lost[0], mass[range(6), [0, 1, 2, 3, 3, 3]])
 
 
 def test_kinds_and_headers_follow_the_order_of_the_files(make_trace: MakeTrace) -> None:

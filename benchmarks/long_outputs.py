@@ -1,0 +1,221 @@
+"""`python benchmarks/long_outputs.py`: do policies hold over outputs as long as 512 or 1,024 steps?
+
+Teacher-forced on prompts that no tuning saw, all policies of one selection as rows of the same run. Every run is kept
+in the output folder as it comes, so an interrupted one goes on where it stopped. Writes `docs/long_outputs.md`, its
+picture and `docs/results/long-outputs.json`; `--quick` is a rehearsal that writes to the output folder only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from long_outputs_report import draw, report
+from machine import machine_name
+
+from policies import (
+    AlwaysFull,
+    FixedStride,
+    PolicyFile,
+    Selection,
+    SentenceBoundary,
+    StepPolicy,
+    policy_to_json,
+)
+from recycler.evaluate.baselines import streaming_llm_set
+from recycler.evaluate.sentence_ends import sentence_end_tokens
+from recycler.measure.ablation import measure_prompt_sensitivity
+from recycler.measure.closed_loop import ClosedLoop, run_closed_loops
+from recycler.measure.store import Store, digest_of_tokens
+from recycler.model.loading import LoadedModel, load_model
+from recycler.prompts import KINDS, Prompt, default_prompts
+from traces.reporting.command import run_command
+from traces.reporting.whole_file import write_text
+
+_ROOT = Path(__file__).parents[1]
+_DOCS = _ROOT / "docs"
+# Tuned on outputs of 64 and of 512 steps.
+_POLICIES = f"{_DOCS}/results/policy-budget-0.1.json,{_DOCS}/results/policy-budget-0.1-512-steps.json"
+# Of one run.
+_ROWS_AT_ONCE = 96
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy with how its sets are chosen."""
+
+    name: str
+    policy: StepPolicy
+    selection: Selection
+
+
+def main(
+    policies: Annotated[str, typer.Option(help="Policy files, separated by commas.")] = _POLICIES,
+    out: Annotated[Path, typer.Option(help="Folder of everything on the way.")] = Path("results/long_outputs"),
+    steps: Annotated[int, typer.Option(help="Decode steps.", min=8)] = 512,
+    context_tokens: Annotated[int, typer.Option(help="Prompt tokens.")] = 1536,
+    per_kind: Annotated[int, typer.Option(help="Prompts per kind and seed.", min=1)] = 4,
+    seeds: Annotated[str, typer.Option(help="Of the prompts, separated by commas.")] = "0",
+    quick: Annotated[bool, typer.Option("--quick", help="A rehearsal on one prompt.")] = False,
+) -> dict[str, Any]:
+    """Decode long outputs by every policy and by strides, and say how KL grows along them."""
+    began = time.perf_counter()
+    loaded = load_model(None)
+    files = {path: PolicyFile.read(path) for path in policies.split(",")}
+    contenders = [*_contenders(files), *_others(loaded, out, next(iter(files.values())).selection.k)]
+    prompts = [
+        prompt
+        for seed in map(int, seeds.split(","))
+        for prompt in default_prompts(
+            loaded.tokenizer,
+            n_per_kind=1 if quick else per_kind,
+            context_tokens=context_tokens,
+            n_steps=steps,
+            seed=seed,
+            kinds=["copying"] if quick else None,
+            # After those that are tuned and confirmed on by default.
+            first_index=4,
+        )
+    ]
+    store = Store(out)
+    found = _run(store, loaded, prompts, contenders)
+    result: dict[str, Any] = {
+        "model": loaded.id,
+        "machine": machine_name(),
+        "steps": steps,
+        "context_tokens": context_tokens,
+        "prompts": len(prompts),
+        "kinds": [kind for kind in KINDS if any(prompt.kind == kind for prompt in prompts)],
+        "rows": {
+            contender.name: _row(contender, [runs[contender.name] for runs in found], [p.kind for p in prompts])
+            for contender in contenders
+        },
+    }
+    figure = draw(result)
+    document = report(result)
+    figure.savefig(out / "long-outputs.png", dpi=110)
+    write_text(out / "long_outputs.md", document)
+    if not quick:
+        suffix = "" if steps == 512 else f"-{steps}"
+        figure.savefig(_DOCS / "pictures" / f"long-outputs{suffix}.png", dpi=110)
+        write_text(_DOCS / "results" / f"long-outputs{suffix}.json", json.dumps(result))
+        if steps == 512:
+            write_text(_DOCS / "long_outputs.md", document)
+    print(document)
+    return {"minutes": round((time.perf_counter() - began) / 60, 1)}
+
+
+def _contenders(files: Mapping[str, PolicyFile]) -> list[Contender]:
+    """Policies that were tuned, and stride 10 with every set that one of them has, pooled and not."""
+    names = {path: f"tuned on {file.horizon_steps} steps" for path, file in files.items()}
+    tuned = [Contender(names[path], file.policy, file.selection) for path, file in files.items()]
+    sets: dict[Selection, str] = {}
+    for path, file in files.items():
+        sets.setdefault(file.selection.pooled(), f"stride 10, pooled {file.selection.ranking} sets")
+        sets.setdefault(file.selection, f"stride 10, sets of {Path(path).stem}")
+    strides = [Contender(name, FixedStride(10), selection) for selection, name in sets.items()]
+    return [Contender("full attention", AlwaysFull(), tuned[0].selection), *tuned, *strides]
+
+
+def _others(loaded: LoadedModel, out: Path, k: int) -> list[Contender]:
+    """Methods of others near a tenth of unit-steps, with settings of ours where a source gives none.
+
+    - SFI (arXiv 2603.12038): full where a sentence ends, with its authors' least gap of 16 steps and 32 at most; and as
+      often as a tenth allows, gaps of 8 to 12 steps being ours.
+    - DuoAttention (arXiv 2410.10819), in kind: a tenth of the KV heads are always full, those that alone do most damage
+      when they see sinks and window only, and the others see those only. It trains gates where this ablates.
+    """
+    paper = Selection(k, prompt_queries=1)
+    ends = sentence_end_tokens(loaded.tokenizer)
+    streaming = streaming_llm_set(k)
+    prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=1536, n_steps=24)
+    damage = measure_prompt_sensitivity(loaded, out / "streaming", prompts, streaming)
+    table = np.sum([np.sqrt(np.maximum(kl, 0)) for kl in damage.kl.values()], axis=0)
+    least = np.sort(table, axis=None)[-round(table.size / 10)]
+    duo = FixedStride(np.where(table >= least, 1, 1e9).tolist())
+    return [
+        Contender("SFI, gap 16 to 32", SentenceBoundary(ends, 32, 16), paper),
+        Contender("SFI, gap 8 to 12", SentenceBoundary(ends, 12, 8), paper),
+        Contender("DuoAttention-like", duo, streaming),
+    ]
+
+
+def _run(
+    store: Store, loaded: LoadedModel, prompts: Sequence[Prompt], contenders: Sequence[Contender]
+) -> list[dict[str, dict[str, np.ndarray]]]:
+    """For each prompt, by contender, the rows of its closed loop, `(steps,)` each."""
+    found: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in prompts]
+    for selection in dict.fromkeys(contender.selection for contender in contenders):
+        mine = [contender for contender in contenders if contender.selection == selection]
+        policies = [contender.policy for contender in mine]
+        at_once = _ROWS_AT_ONCE // (len(mine) + 1)
+        for begin in range(0, len(prompts), at_once):
+            some = prompts[begin : begin + at_once]
+            depends_on = {
+                "long outputs of": [digest_of_tokens(prompt.tokens) for prompt in some],
+                "n_prompt_tokens": some[0].n_prompt_tokens,
+                "selection": selection.to_json(),
+                "policies": [policy_to_json(policy) for policy in policies],
+            }
+            names = ", ".join(contender.name for contender in mine)
+
+            def compute(
+                selection: Selection = selection,
+                policies: list[StepPolicy] = policies,
+                some: Sequence[Prompt] = some,
+                desc: str = f"{names}: prompts {begin + 1} to {begin + len(some)} of {len(prompts)}",
+            ) -> dict[str, np.ndarray]:
+                texts = [prompt.tokens for prompt in some]
+                n_prompt_tokens = some[0].n_prompt_tokens
+                loops = run_closed_loops(loaded.model, texts, n_prompt_tokens, policies, selection, desc=desc)
+                arrays = {field.name: [getattr(loop, field.name) for loop in loops] for field in fields(ClosedLoop)}
+                # Of what units did, the mean: it is 90 times as much as all the rest.
+                arrays["full"] = [full.mean((2, 3)) for full in arrays["full"]]
+                return {name: np.stack(of_loops) for name, of_loops in arrays.items()}
+
+            arrays = store.get(loaded, depends_on, compute)
+            for place in range(len(some)):
+                for row, contender in enumerate(mine):
+                    runs = found[begin + place]
+                    runs[contender.name] = {name: array[place, row] for name, array in arrays.items()}
+    return found
+
+
+def _row(contender: Contender, runs: Sequence[Mapping[str, np.ndarray]], kinds: Sequence[str]) -> dict[str, Any]:
+    """What is said of a contender over all prompts and by kind."""
+    kl = np.stack([run["kl"] for run in runs])
+    accuracy = np.array([run["accuracy"][:-1].mean() for run in runs])
+    by_kind = {kind: np.array(kinds) == kind for kind in dict.fromkeys(kinds)}
+
+    def quarters(values: np.ndarray) -> list[float]:
+        return [float(part.mean()) for part in np.array_split(values, 4, axis=1)]
+
+    return {
+        "kl": float(kl.mean()),
+        "quarters": quarters(kl),
+        "p95": float(np.quantile(kl, 0.95)),
+        "above_1_nat": float((kl > 1).mean()),
+        "agreement": float(np.mean([run["agreement"].mean() for run in runs])),
+        "full_share": float(np.mean([run["full"].mean() for run in runs])),
+        "read_share": float(np.mean([run["read_share"].mean() for run in runs])),
+        "kinds": {
+            kind: {
+                "kl": float(kl[mine].mean()),
+                "quarters": quarters(kl[mine]),
+                "accuracy": float(accuracy[mine].mean()),
+                "by_step": kl[mine].mean(0).round(5).tolist(),
+            }
+            for kind, mine in by_kind.items()
+        },
+        "prompt_kl": kl.mean(1).tolist(),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
