@@ -1,0 +1,41 @@
+"""What README and docs say of long outputs is what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULT: dict[str, Any] = json.loads((ROOT / "docs" / "results" / "long-outputs.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    """The module that wrote `docs/long_outputs.md`."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "long_outputs_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_benchmark_writes_of_its_json(report: Any) -> None:
+    assert (ROOT / "docs" / "long_outputs.md").read_text(encoding="utf-8") == report.report(RESULT)
+
+
+def test_the_readmes_table_has_rows_of_the_json(report: Any) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, *rows = report.table(RESULT, [name for name in RESULT["rows"] if name != "full attention"])
+    assert head in readme
+    told = [row for row in rows[1:] if row in readme]
+    assert any(row.startswith("| tuned on 512 steps") for row in told)
+    assert any(row.startswith("| stride 10") for row in told)
+    # Nothing else is said in that table.
+    begin = readme.index(head)
+    lines = readme[begin : readme.index("\n\n", begin)].splitlines()
+    assert set(lines) == {head, rows[0], *told}
