@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from decode_bench import Bench, Case, Timed, bookkeeping_share, read_gb_per_s, scaled, staggered
+from decode_bench import Bench, Case, Timed, bookkeeping_share, read_gb_per_s, staggered
 from decode_picture import draw
 from decode_subject import USUAL, subject_of
 from decode_targets import on_h200
@@ -88,7 +88,7 @@ def main(
     subject = subject_of(model, shape, dtype, device, policy)
     units, where = model_shape(subject.model), subject.model.device
     # A tuned policy has sets that it was tuned with, refreshes by keys and sizes per unit included.
-    own = None if subject.selection is None else scaled(subject.selection, k)
+    own = None if subject.selection is None else subject.selection.at_k(k)
     cases = [
         Case("generate"),
         Case("generate, static cache", static=True),

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -180,16 +180,6 @@ def read_gb_per_s(device: torch.device) -> float:
         numbers.sum().item()
         best = min(best, time.perf_counter() - began)
     return numbers.numel() * numbers.element_size() / best / 1e9
-
-
-def scaled(selection: Selection, k: int) -> Selection:
-    """A selection at another k, with sizes of units in the same proportions; k must not be smaller than its own."""
-    if selection.unit_k is None:
-        return replace(selection, k=k)
-    if k < selection.k:
-        raise ValueError(f"the policy's sets have {selection.k} tokens on average: --k must be at least that, not {k}.")
-    sizes = tuple(tuple(size * k // selection.k for size in row) for row in selection.unit_k)
-    return replace(selection, k=k, unit_k=sizes)
 
 
 def staggered(layers: int, kv_heads: int, stride: int) -> FixedStride:

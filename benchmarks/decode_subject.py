@@ -13,7 +13,7 @@ from policies import BudgetConstrained, CosineThreshold, PolicyFile, Selection, 
 from recycler import default_prompts, load_model
 
 _PROMPT_TOKENS = 2048
-_TUNED = Path(__file__).parents[1] / "docs/results/policy-budget-0.1.json"
+_TUNED = Path(__file__).parents[1] / "docs/results/policy-budget-0.1-512-steps.json"
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,11 @@ from policies import (
     Selection,
     SentenceBoundary,
     StepPolicy,
-    policy_to_json,
 )
 from recycler.evaluate.baselines import streaming_llm_set
 from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.measure.ablation import measure_prompt_sensitivity
-from recycler.measure.closed_loop import ClosedLoop, run_closed_loops
-from recycler.measure.store import Store, digest_of_tokens
+from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
 from recycler.prompts import KINDS, Prompt, default_prompts
 from traces.reporting.command import run_command
@@ -42,8 +40,6 @@ _ROOT = Path(__file__).parents[1]
 _DOCS = _ROOT / "docs"
 # Tuned on outputs of 64 and of 512 steps.
 _POLICIES = f"{_DOCS}/results/policy-budget-0.1.json,{_DOCS}/results/policy-budget-0.1-512-steps.json"
-# Of one run.
-_ROWS_AT_ONCE = 96
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,8 @@ def main(
             first_index=4,
         )
     ]
-    store = Store(out)
-    found = _run(store, loaded, prompts, contenders)
+    found = _run(ClosedLoopStore(out), loaded, prompts, contenders)
+    names = [contender.name for contender in contenders]
     result: dict[str, Any] = {
         "model": loaded.id,
         "machine": machine_name(),
@@ -92,10 +88,7 @@ def main(
         "context_tokens": context_tokens,
         "prompts": len(prompts),
         "kinds": [kind for kind in KINDS if any(prompt.kind == kind for prompt in prompts)],
-        "rows": {
-            contender.name: _row(contender, [runs[contender.name] for runs in found], [p.kind for p in prompts])
-            for contender in contenders
-        },
+        "rows": {name: _row(found[name], [prompt.kind for prompt in prompts]) for name in names},
     }
     figure = draw(result)
     document = report(result)
@@ -116,9 +109,9 @@ def _contenders(files: Mapping[str, PolicyFile]) -> list[Contender]:
     names = {path: f"tuned on {file.horizon_steps} steps" for path, file in files.items()}
     tuned = [Contender(names[path], file.policy, file.selection) for path, file in files.items()]
     sets: dict[Selection, str] = {}
-    for path, file in files.items():
+    for file in files.values():
         sets.setdefault(file.selection.pooled(), f"stride 10, pooled {file.selection.ranking} sets")
-        sets.setdefault(file.selection, f"stride 10, sets of {Path(path).stem}")
+        sets.setdefault(file.selection, f"stride 10, unpooled {file.selection.ranking} sets")
     strides = [Contender(name, FixedStride(10), selection) for selection, name in sets.items()]
     return [Contender("full attention", AlwaysFull(), tuned[0].selection), *tuned, *strides]
 
@@ -147,50 +140,25 @@ def _others(loaded: LoadedModel, out: Path, k: int) -> list[Contender]:
 
 
 def _run(
-    store: Store, loaded: LoadedModel, prompts: Sequence[Prompt], contenders: Sequence[Contender]
-) -> list[dict[str, dict[str, np.ndarray]]]:
-    """For each prompt, by contender, the rows of its closed loop, `(steps,)` each."""
-    found: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in prompts]
+    store: ClosedLoopStore, loaded: LoadedModel, prompts: Sequence[Prompt], contenders: Sequence[Contender]
+) -> dict[str, list[ClosedLoop]]:
+    """By contender what it did on each prompt: closed loops without the axis of policies."""
+    texts, n_prompt_tokens = [prompt.tokens for prompt in prompts], prompts[0].n_prompt_tokens
+    found: dict[str, list[ClosedLoop]] = {}
     for selection in dict.fromkeys(contender.selection for contender in contenders):
         mine = [contender for contender in contenders if contender.selection == selection]
-        policies = [contender.policy for contender in mine]
-        at_once = _ROWS_AT_ONCE // (len(mine) + 1)
-        for begin in range(0, len(prompts), at_once):
-            some = prompts[begin : begin + at_once]
-            depends_on = {
-                "long outputs of": [digest_of_tokens(prompt.tokens) for prompt in some],
-                "n_prompt_tokens": some[0].n_prompt_tokens,
-                "selection": selection.to_json(),
-                "policies": [policy_to_json(policy) for policy in policies],
-            }
-            names = ", ".join(contender.name for contender in mine)
-
-            def compute(
-                selection: Selection = selection,
-                policies: list[StepPolicy] = policies,
-                some: Sequence[Prompt] = some,
-                desc: str = f"{names}: prompts {begin + 1} to {begin + len(some)} of {len(prompts)}",
-            ) -> dict[str, np.ndarray]:
-                texts = [prompt.tokens for prompt in some]
-                n_prompt_tokens = some[0].n_prompt_tokens
-                loops = run_closed_loops(loaded.model, texts, n_prompt_tokens, policies, selection, desc=desc)
-                arrays = {field.name: [getattr(loop, field.name) for loop in loops] for field in fields(ClosedLoop)}
-                # Of what units did, the mean: it is 90 times as much as all the rest.
-                arrays["full"] = [full.mean((2, 3)) for full in arrays["full"]]
-                return {name: np.stack(of_loops) for name, of_loops in arrays.items()}
-
-            arrays = store.get(loaded, depends_on, compute)
-            for place in range(len(some)):
-                for row, contender in enumerate(mine):
-                    runs = found[begin + place]
-                    runs[contender.name] = {name: array[place, row] for name, array in arrays.items()}
+        policies, desc = [contender.policy for contender in mine], ", ".join(contender.name for contender in mine)
+        loops = store.run_texts(loaded, texts, n_prompt_tokens, policies, selection, desc=desc)
+        for row, contender in enumerate(mine):
+            arrays = [{field.name: getattr(loop, field.name)[row] for field in fields(loop)} for loop in loops]
+            found[contender.name] = [ClosedLoop(**one) for one in arrays]
     return found
 
 
-def _row(contender: Contender, runs: Sequence[Mapping[str, np.ndarray]], kinds: Sequence[str]) -> dict[str, Any]:
+def _row(loops: Sequence[ClosedLoop], kinds: Sequence[str]) -> dict[str, Any]:
     """What is said of a contender over all prompts and by kind."""
-    kl = np.stack([run["kl"] for run in runs])
-    accuracy = np.array([run["accuracy"][:-1].mean() for run in runs])
+    kl = np.stack([loop.kl for loop in loops])
+    accuracy = np.array([loop.accuracy[:-1].mean() for loop in loops])
     by_kind = {kind: np.array(kinds) == kind for kind in dict.fromkeys(kinds)}
 
     def quarters(values: np.ndarray) -> list[float]:
@@ -201,9 +169,9 @@ def _row(contender: Contender, runs: Sequence[Mapping[str, np.ndarray]], kinds: 
         "quarters": quarters(kl),
         "p95": float(np.quantile(kl, 0.95)),
         "above_1_nat": float((kl > 1).mean()),
-        "agreement": float(np.mean([run["agreement"].mean() for run in runs])),
-        "full_share": float(np.mean([run["full"].mean() for run in runs])),
-        "read_share": float(np.mean([run["read_share"].mean() for run in runs])),
+        "agreement": float(np.mean([loop.agreement.mean() for loop in loops])),
+        "full_share": float(np.mean([loop.full.mean() for loop in loops])),
+        "read_share": float(np.mean([loop.read_share.mean() for loop in loops])),
         "kinds": {
             kind: {
                 "kl": float(kl[mine].mean()),

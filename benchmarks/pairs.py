@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from traces.reporting.whole_file import write_text
 # What the median may lose, and what the upper end of its interval may.
 MEDIAN, INTERVAL = 0.02, 0.03
 CASES = ("tuned", "stride", "full", "never", "by keys")
+_POLICY = Path(__file__).parents[1] / "docs/results/policy-budget-0.1.json"
 
 
 def main(
@@ -39,6 +41,8 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of a turn.", min=1)] = 20,
     batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    policy_before: Annotated[Path, typer.Option(help="Policy of the case tuned; format 1 for a 0.1.")] = _POLICY,
+    policy_after: Annotated[Path, typer.Option(help="The same of the other checkout.")] = _POLICY,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> dict[str, Any]:
     """Time two checkouts in turns."""
@@ -46,15 +50,19 @@ def main(
     for case in asked:
         if case not in CASES:
             raise ValueError(f"the case {case!r} is unknown: use some of {', '.join(CASES)}.")
+    if steps % 10:
+        raise ValueError(f"--steps must be a multiple of 10, so that strides of 10 come out even, not {steps}.")
+    sides = ((before, policy_before), (after, policy_after))
     rows = []
     for context in (int(number) for number in contexts.split(",")):
         for case in asked:
-            rows.append(_compare((before, after), case, context, pairs, steps, batch, dtype))
+            rows.append(_compare(sides, case, context, pairs, steps, batch, dtype))
             _print(rows)
     result = {
         "machine": machine_name(),
         "before": _revision(before),
         "after": _revision(after),
+        "policies": [policy_before.name, policy_after.name],
         "pairs": pairs,
         "steps": steps,
         "batch": batch,
@@ -67,10 +75,10 @@ def main(
 
 
 def _compare(
-    checkouts: tuple[Path, Path], case: str, context: int, pairs: int, steps: int, batch: int, dtype: str
+    sides: Sequence[tuple[Path, Path]], case: str, context: int, pairs: int, steps: int, batch: int, dtype: str
 ) -> dict[str, Any]:
     settings = {"case": case, "context": context, "turns": pairs, "steps": steps, "batch": batch, "dtype": dtype}
-    workers = [_Worker(checkout, settings) for checkout in checkouts]
+    workers = [_Worker(checkout, settings | {"policy": str(policy.resolve())}) for checkout, policy in sides]
     ms = np.empty((pairs, 2))
     for pair in tqdm(range(pairs), desc=f"{case}, {context:,} tokens", unit="pair"):
         for side in (0, 1) if pair % 2 == 0 else (1, 0):

@@ -6,13 +6,15 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from decode_bench import Bench, Case, scaled, staggered
+from decode_bench import Bench, Case, staggered
 from decode_subject import subject_of
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from policies import AlwaysFull, NeverFull, RefreshKeys
+from policies import AlwaysFull, NeverFull, RefreshKeys, Selection
 from recycler import model_shape
 
 _K = 512
@@ -40,12 +42,19 @@ class _Turns(LogitsProcessor):
         return scores
 
 
+def _scaled(selection: Selection) -> Selection:
+    """What `Selection.at_k` does, which checkouts before 0.2 do not have."""
+    if selection.unit_k is None:
+        return replace(selection, k=_K)
+    return replace(selection, k=_K, unit_k=[[size * _K // selection.k for size in row] for row in selection.unit_k])
+
+
 def main() -> None:
     """Decode as the first argument says, a JSON object."""
     asked = json.loads(sys.argv[1])
-    subject = subject_of(None, None, asked["dtype"], "cpu", None)
+    subject = subject_of(None, None, asked["dtype"], "cpu", Path(asked["policy"]))
     layers, kv_heads = model_shape(subject.model).units
-    own = None if subject.selection is None else scaled(subject.selection, _K)
+    own = None if subject.selection is None else _scaled(subject.selection)
     cases = {
         "tuned": Case("tuned", subject.policy, selection=own),
         "stride": Case("stride", staggered(layers, kv_heads, 10)),

@@ -137,8 +137,15 @@ class Selection:
     @property
     def score_kept(self) -> float | None:
         """Share of its score that a token keeps from step to step; None where scores stay as a set was chosen by."""
-        kept = {Ranking.UPDATED: 0.0, Ranking.ACCUMULATED: 1.0, Ranking.DECAYED: float(self.score_decay)}
-        return kept.get(self.ranking)
+        match self.ranking:
+            case Ranking.LAST_FULL:
+                return None
+            case Ranking.UPDATED:
+                return 0.0
+            case Ranking.ACCUMULATED:
+                return 1.0
+            case Ranking.DECAYED:
+                return float(self.score_decay)
 
     @property
     def widest(self) -> int:

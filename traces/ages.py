@@ -1,7 +1,7 @@
 """Which ages of a set a trace records, and what is between two of them.
 
-Every set loses a token of what it chose per step, so its mass changes slowly once it is old: ages are exact as long as
-one of them matters, and then geometric. 1,024 steps take 80 ages instead of 1,024.
+A set changes by a token per step, which is much of a young set's life and little of an old one's: ages are exact as
+long as one of them matters, and then geometric. 1,024 steps take 80 ages instead of 1,024.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def draw_recovered_mass(overall: Summary, by_kind: Mapping[str, Summary], captio
         ValueError: If `age` is none of the recorded ages.
     """
     if age not in overall.ages:
-        raise ValueError(f"age must be one of the recorded ages 1 to {overall.max_age}, not {age}.")
+        near = ", ".join(map(str, sorted(overall.ages, key=lambda recorded: abs(recorded - age))[:2]))
+        raise ValueError(f"age must be one of the recorded ages 1 to {overall.max_age}, not {age}; {near} are near.")
     figure = style.new_figure("Recovered mass by age of the recycled set", caption, (13.5, 8.2))
     grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1.0), width_ratios=(1.15, 1.0))
     curves, layers_heads = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])

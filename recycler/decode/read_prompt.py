@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import Selection
-from recycler.decode.cache import GrowingTokens, KvLayer, of_rows
+from recycler.decode.cache import GrowingTokens, KvLayer
 from recycler.decode.first_sets import FirstSets, first_sets_of_layer
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.prefill import prefill
@@ -56,7 +56,9 @@ class ReadPrompt:
 
     @classmethod
     def side_by_side(cls, prompts: Sequence[ReadPrompt]) -> ReadPrompt:
-        """Several prompts of one length: row i decodes from prompt i modulo their number."""
+        """Several prompts of one length: row i decodes from prompt i modulo their number. One is itself."""
+        if len(prompts) == 1:
+            return prompts[0]
         layers = [
             PromptLayer(
                 key=torch.cat([layer.key for layer in of_layer]),
@@ -94,13 +96,8 @@ class ReadPrompt:
 
     def caches(self, n_rows: int) -> list[KvLayer]:
         """Caches of rows that decode from here; they share the prompts' tokens, and each has its own from there on."""
-
-        def shared(tokens: Tensor) -> Tensor:
-            # Elsewhere a kernel knows one prompt for all rows, or one for each.
-            return tokens if len(tokens) == 1 or tokens.device.type == "cpu" else of_rows(tokens, n_rows)
-
         return [
-            KvLayer(GrowingTokens.after(shared(layer.key), n_rows), GrowingTokens.after(shared(layer.value), n_rows))
+            KvLayer(GrowingTokens.after(layer.key, n_rows), GrowingTokens.after(layer.value, n_rows))
             for layer in self.layers
         ]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ def run_closed_loops(
         read_prompt(model, tokens[:n_prompt_tokens], n_steps, prompt_queries=queries, chunk_tokens=chunk_tokens)
         for tokens in text
     ]
-    prompt = ReadPrompt.side_by_side(read) if n_texts > 1 else read[0]
+    prompt = ReadPrompt.side_by_side(read)
     del read
     of_rows = [policy for policy in (AlwaysFull(), *policies) for _ in texts]
     rows = decode_rows(model, prompt, of_rows, selection, fast=fast)
@@ -256,41 +257,48 @@ class ClosedLoopStore:
             One for each trace.
         """
         chosen = selection or Selection(**traces[0].header.selection)
-        at_once = max(1, _ROWS_AT_ONCE // (len(policies) + 1))
         found: list[ClosedLoop] = []
-        while len(found) < len(traces):
-            rest = traces[len(found) : len(found) + at_once]
-            alike = [_sizes(trace) == _sizes(rest[0]) for trace in rest]
-            some = list(itertools.compress(rest, itertools.accumulate(alike, operator.and_)))
-            n_done = f"{desc}, {len(found)} of {len(traces)} prompts done" if desc else ""
-            found += self._run_together(loaded, some, policies, chosen, n_done)
+        for (n_prompt_tokens, _), alike in itertools.groupby(traces, key=_n_tokens):
+            texts = [trace.array("tokens") for trace in alike]
+            said = f"{desc}, after {len(found)} of {len(traces)} prompts" if desc and len(found) else desc
+            found += self.run_texts(loaded, texts, n_prompt_tokens, policies, chosen, desc=said)
         return found
 
-    def _run_together(
+    def run_texts(
         self,
         loaded: LoadedModel,
-        traces: Sequence[TraceFile],
+        texts: Sequence[np.ndarray],
+        n_prompt_tokens: int,
         policies: Sequence[StepPolicy],
         selection: Selection,
-        desc: str,
+        *,
+        desc: str = "",
     ) -> list[ClosedLoop]:
-        texts = [trace.array("tokens") for trace in traces]
-        n_prompt_tokens = int(traces[0].header.prompt["n_prompt_tokens"])
-        depends_on = {
-            "closed loops of": [digest_of_tokens(tokens) for tokens in texts],
-            "n_prompt_tokens": n_prompt_tokens,
-            "selection": selection.to_json(),
-            "policies": [policy_to_json(policy) for policy in policies],
-        }
+        """The same for texts of one length; see `run_closed_loops`."""
+        at_once = max(1, _ROWS_AT_ONCE // (len(policies) + 1))
+        found: list[ClosedLoop] = []
+        for begin in range(0, len(texts), at_once):
+            some = texts[begin : begin + at_once]
+            depends_on = {
+                "closed loops of": [digest_of_tokens(tokens) for tokens in some],
+                "n_prompt_tokens": n_prompt_tokens,
+                "selection": selection.to_json(),
+                "policies": [policy_to_json(policy) for policy in policies],
+            }
+            how = (n_prompt_tokens, policies, selection)
+            said = f"{desc}, {begin} of {len(texts)} prompts done" if desc else ""
+            compute = partial(_arrays_of_loops, loaded.model, some, *how, desc=said)
+            arrays = Store(self.folder).get(loaded, depends_on, compute)
+            found += [ClosedLoop(**{name: array[i] for name, array in arrays.items()}) for i in range(len(some))]
+        return found
 
-        def compute() -> dict[str, np.ndarray]:
-            loops = run_closed_loops(loaded.model, texts, n_prompt_tokens, policies, selection, desc=desc)
-            return {field.name: np.stack([getattr(loop, field.name) for loop in loops]) for field in fields(ClosedLoop)}
 
-        arrays = Store(self.folder).get(loaded, depends_on, compute)
-        return [ClosedLoop(**{name: array[i] for name, array in arrays.items()}) for i in range(len(texts))]
+def _arrays_of_loops(*arguments: Any, desc: str) -> dict[str, np.ndarray]:
+    """What `run_closed_loops` finds, all texts in one array."""
+    loops = run_closed_loops(*arguments, desc=desc)
+    return {field.name: np.stack([getattr(loop, field.name) for loop in loops]) for field in fields(ClosedLoop)}
 
 
-def _sizes(trace: TraceFile) -> tuple[int, int]:
-    """Of a prompt and its continuation, in tokens."""
+def _n_tokens(trace: TraceFile) -> tuple[int, int]:
+    """Of a prompt and of its continuation."""
     return int(trace.header.prompt["n_prompt_tokens"]), trace.header.n_steps

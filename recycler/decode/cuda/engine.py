@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
-from recycler.decode.cache import KvLayer
+from recycler.decode.cache import KvLayer, of_rows
 from recycler.decode.counts import Totals, keys_only_units, setless_units
 from recycler.decode.cuda.decisions import DeviceHostDecisions, RowPrograms, row_programs
 from recycler.decode.cuda.dense import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
@@ -89,6 +89,10 @@ class CudaDecoding(Decoding):
         self._layers, self._needs, self._selection = layers, policy.needs, first.selection
         key, _ = layers[0].parts
         rows, kv_heads, _, head_dim = key.own.shape
+        for part in (part for layer in layers for part in layer.parts):
+            # Kernels know one prompt for all rows, or one for each.
+            if 1 < len(part.prompt) < rows:
+                part.prompt = of_rows(part.prompt, rows)
         device = key.own.device
         self._math = LayerMath(parts, rows, machine.compiles)
         attention = parts.layers[0].self_attn

@@ -22,7 +22,7 @@ from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.engine import Engine
 from recycler.decode.per_row import PerRow
-from recycler.decode.read_prompt import read_prompt
+from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.receipt import Receipt
 from recycler.decode.rows import Rows, decode_rows
 from recycler.decode.session import Session, recycled
@@ -159,9 +159,12 @@ class Runs:
     def rows(
         self, model: PreTrainedModel, policies: Sequence[StepPolicy], selection: Selection, prompt: Tensor, n_steps: int
     ) -> Rows:
-        """Rows after a prompt `(tokens,)`, one per policy."""
-        read = read_prompt(model, prompt.to(model.device), n_steps, prompt_queries=[selection.prompt_queries])
-        return decode_rows(model, read, policies, selection, fast=self.subject.engine is not None)
+        """Rows after a prompt `(tokens,)`, one per policy; after `(prompts, tokens)`, one per policy and prompt."""
+        prompts = prompt.reshape(-1, prompt.shape[-1]).to(model.device)
+        read = [read_prompt(model, one, n_steps, prompt_queries=[selection.prompt_queries]) for one in prompts]
+        of_rows = [policy for policy in policies for _ in read]
+        fast = self.subject.engine is not None
+        return decode_rows(model, ReadPrompt.side_by_side(read), of_rows, selection, fast=fast)
 
     def follow_rows(
         self,
@@ -171,10 +174,10 @@ class Runs:
         tokens: Tensor,
         n_prompt: int,
     ) -> Run:
-        """Feed all rows the same tokens `(n_prompt + steps,)`."""
-        rows = self.rows(model, policies, selection, tokens[:n_prompt], len(tokens) - n_prompt)
-        text = tokens[n_prompt:].to(model.device)
-        steps = [rows.step(token.expand(len(policies))) for token in text]
+        """Feed all rows the same tokens `(n_prompt + steps,)`, or of `(prompts, n_prompt + steps)` their prompt's."""
+        rows = self.rows(model, policies, selection, tokens[..., :n_prompt], tokens.shape[-1] - n_prompt)
+        text = tokens.reshape(-1, tokens.shape[-1])[:, n_prompt:].to(model.device)
+        steps = [rows.step(of_prompts.repeat(len(policies))) for of_prompts in text.T]
         return Run(
             torch.stack([step.logits for step in steps]).cpu(),
             full=np.stack([step.full for step in steps]),

@@ -286,6 +286,17 @@ def test_rows_of_one_prompt_write_what_they_write_alone_in_generate(runs: Any, m
             assert generate(model, prompt, (0,), n_steps, do_sample=False) == [together], policy.kind
 
 
+def test_rows_of_several_prompts_are_each_what_they_are_after_their_own(runs: Any, make_tokens: Make) -> None:
+    model, tokens = runs.model(), make_tokens(N_PROMPT + 4, rows=2)
+    policies, selection = POLICIES[:2], SELECTIONS["decayed"]
+    together = runs.follow_rows(model, policies, selection, tokens, N_PROMPT)
+    for text, one in enumerate(tokens):
+        alone = runs.follow_rows(model, policies, selection, one, N_PROMPT)
+        assert_close(together.logits[:, text::2], alone.logits, runs.subject.atol)
+        np.testing.assert_array_equal(together.full[:, text::2], alone.full)
+        np.testing.assert_array_equal(together.tokens_read[:, text::2], alone.tokens_read)
+
+
 def test_decodings_from_one_prompt_do_not_disturb_each_other_nor_the_model(runs: Any, make_tokens: Make) -> None:
     model, tokens = runs.model(), make_tokens(N_PROMPT + 4)[0].to(runs.subject.device)
     prompt, text, selection = tokens[:N_PROMPT], tokens[N_PROMPT:], SELECTIONS["updated, a size per unit"]
