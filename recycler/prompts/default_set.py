@@ -10,6 +10,7 @@ from recycler.prompts.kinds import PromptGenerator, copying, key_values, natural
 from recycler.prompts.prompt import Prompt
 from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import TextSource, TokenisedCorpus, library_code, prose_text, technical_text
+from recycler.prompts.turning_kinds import TURNING_KINDS
 
 KINDS: Mapping[str, PromptGenerator] = MappingProxyType(
     {
@@ -21,6 +22,8 @@ KINDS: Mapping[str, PromptGenerator] = MappingProxyType(
         "key_values": key_values,
     }
 )
+
+_ALL_KINDS: Mapping[str, PromptGenerator] = MappingProxyType({**KINDS, **TURNING_KINDS})
 
 # Below this the tasks have no room for anything far away.
 _MIN_CONTEXT_TOKENS = 128
@@ -51,7 +54,7 @@ def default_prompts(
         n_steps: tokens of each continuation; at least 1.
         seed: of what is drawn in the tasks: keys, numbers, depths, order. Passages of natural text
             go by index alone.
-        kinds: which of ``KINDS``, each once; None for all.
+        kinds: which of ``KINDS`` and ``TURNING_KINDS``, each once; None for all of ``KINDS``.
         first_index: index of the first prompt of each kind.
 
     Returns:
@@ -76,7 +79,7 @@ def default_prompts(
         return TokenisedCorpus(source(), tokenizer)
 
     return [
-        KINDS[kind](PromptRequest(kind, index, context_tokens, n_steps, seed, tokenizer, texts))
+        _ALL_KINDS[kind](PromptRequest(kind, index, context_tokens, n_steps, seed, tokenizer, texts))
         for index in range(first_index, first_index + n_per_kind)
         for kind in chosen
     ]
@@ -86,8 +89,8 @@ def _checked_kinds(kinds: Sequence[str] | None) -> Sequence[str]:
     if kinds is None:
         return list(KINDS)
     for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"prompt kind {kind!r} is unknown: use some of {', '.join(KINDS)}")
+        if kind not in _ALL_KINDS:
+            raise ValueError(f"prompt kind {kind!r} is unknown: use some of {', '.join(_ALL_KINDS)}")
     if not kinds or len(set(kinds)) < len(kinds):
-        raise ValueError(f"kinds must name some of {', '.join(KINDS)}, each once, not {list(kinds)}")
+        raise ValueError(f"kinds must name some of {', '.join(_ALL_KINDS)}, each once, not {list(kinds)}")
     return kinds

@@ -1,5 +1,6 @@
 """What a prompt is, and how one is made of a user's own text."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Prompt:
         n_prompt_tokens: how many of `tokens` are the prompt, in [1, n_tokens).
         source: where the text comes from.
         licence: under which terms the text may be used.
+        events: decode steps, rising, whose token is the first of a part of the continuation that needs another place
+            of the context; empty where the generator knows of none.
 
     Raises:
         ValueError: an attribute is outside of what is said above.
@@ -39,6 +42,7 @@ class Prompt:
     n_prompt_tokens: int
     source: str
     licence: str
+    events: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -56,6 +60,10 @@ class Prompt:
             )
         if given.min() < 0 or given.max() > np.iinfo(np.int32).max:
             raise ValueError(f"prompt {self.name} has tokens outside of [0, 2**31)")
+        events = tuple(self.events)
+        if any(later <= event for event, later in itertools.pairwise((-1, *events, self.n_steps))):
+            raise ValueError(f"events of prompt {self.name} must rise within its {self.n_steps} steps, not be {events}")
+        object.__setattr__(self, "events", events)
         tokens = given.astype(np.int32)
         tokens.setflags(write=False)
         object.__setattr__(self, "tokens", tokens)

@@ -47,7 +47,9 @@ class PromptRequest:
         """A generator of its own for this kind, index and seed; a text seeds alike on every platform."""
         return random.Random(f"{self.seed} {self.kind} {self.index}")
 
-    def prompt(self, tokens: Sequence[int] | npt.NDArray[np.int32], *, source: str, licence: str) -> Prompt:
+    def prompt(
+        self, tokens: Sequence[int] | npt.NDArray[np.int32], *, source: str, licence: str, events: Sequence[int] = ()
+    ) -> Prompt:
         """The prompt that reads `tokens`, ``n_context + n_steps`` of them."""
         return Prompt(
             name=f"{self.kind}-{self.index:03d}",
@@ -56,4 +58,5 @@ class PromptRequest:
             n_prompt_tokens=self.context_tokens,
             source=source,
             licence=licence,
+            events=tuple(events),
         )
