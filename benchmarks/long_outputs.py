@@ -2,7 +2,8 @@
 
 Teacher-forced on prompts that no tuning saw, all policies of one selection as rows of the same run. Every run is kept
 in the output folder as it comes, so an interrupted one goes on where it stopped. Writes `docs/long_outputs.md`, its
-picture and `docs/results/long-outputs.json`; `--quick` is a rehearsal that writes to the output folder only.
+picture and `docs/results/long-outputs.json`. With other steps, context or k it writes a JSON file of its own, and a
+section of the page. `--quick` is a rehearsal that writes to the output folder only.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from long_outputs_report import draw, report
+from long_outputs_report import draw, read_results, report
 from machine import machine_name
 
 from policies import (
     AlwaysFull,
     FixedStride,
+    LearnedLogistic,
     PolicyFile,
     Selection,
     SentenceBoundary,
@@ -58,13 +60,18 @@ def main(
     context_tokens: Annotated[int, typer.Option(help="Prompt tokens.")] = 1536,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind and seed.", min=1)] = 4,
     seeds: Annotated[str, typer.Option(help="Of the prompts, separated by commas.")] = "0",
+    k: Annotated[int | None, typer.Option(help="Tokens of the sets; default: as in the policy files.")] = None,
+    others: Annotated[bool, typer.Option(help="Whether methods of others decode as well.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="A rehearsal on one prompt.")] = False,
 ) -> dict[str, Any]:
     """Decode long outputs by every policy and by strides, and say how KL grows along them."""
     began = time.perf_counter()
     loaded = load_model(None)
     files = {path: PolicyFile.read(path) for path in policies.split(",")}
-    contenders = [*_contenders(files), *_others(loaded, out, next(iter(files.values())).selection.k)]
+    own_k = next(iter(files.values())).selection.k
+    if k is not None:
+        files = {path: file.at_k(k) for path, file in files.items()}
+    contenders = [*_contenders(files), *(_others(loaded, out, k or own_k) if others else ())]
     prompts = [
         prompt
         for seed in map(int, seeds.split(","))
@@ -86,20 +93,24 @@ def main(
         "machine": machine_name(),
         "steps": steps,
         "context_tokens": context_tokens,
+        "k": k or own_k,
         "prompts": len(prompts),
         "kinds": [kind for kind in KINDS if any(prompt.kind == kind for prompt in prompts)],
         "rows": {name: _row(found[name], [prompt.kind for prompt in prompts]) for name in names},
     }
     figure = draw(result)
-    document = report(result)
     figure.savefig(out / "long-outputs.png", dpi=110)
+    if quick:
+        document = report([result])
+    else:
+        usual = (steps, context_tokens, k or own_k) == (512, 1536, own_k)
+        name = "long-outputs" if usual else f"long-outputs-{context_tokens}-{steps}-k{k or own_k}"
+        if usual:
+            figure.savefig(_DOCS / "pictures" / "long-outputs.png", dpi=110)
+        write_text(_DOCS / "results" / f"{name}.json", json.dumps(result))
+        document = report(read_results(_DOCS / "results"))
+        write_text(_DOCS / "long_outputs.md", document)
     write_text(out / "long_outputs.md", document)
-    if not quick:
-        suffix = "" if steps == 512 else f"-{steps}"
-        figure.savefig(_DOCS / "pictures" / f"long-outputs{suffix}.png", dpi=110)
-        write_text(_DOCS / "results" / f"long-outputs{suffix}.json", json.dumps(result))
-        if steps == 512:
-            write_text(_DOCS / "long_outputs.md", document)
     print(document)
     return {"minutes": round((time.perf_counter() - began) / 60, 1)}
 
@@ -123,6 +134,9 @@ def _others(loaded: LoadedModel, out: Path, k: int) -> list[Contender]:
       often as a tenth allows, gaps of 8 to 12 steps being ours.
     - DuoAttention (arXiv 2410.10819), in kind: a tenth of the KV heads are always full, those that alone do most damage
       when they see sinks and window only, and the others see those only. It trains gates where this ablates.
+    - FreeKV (arXiv 2505.13109), in kind: a KV head looks when the cosine of its query with that of the step before is
+      below a threshold, one for all. The authors have one for each model, and choose pages for every next step off the
+      critical path, which counts as nothing there and would be reading here; ours is the threshold that gives a tenth.
     """
     paper = Selection(k, prompt_queries=1)
     ends = sentence_end_tokens(loaded.tokenizer)
@@ -132,11 +146,34 @@ def _others(loaded: LoadedModel, out: Path, k: int) -> list[Contender]:
     table = np.sum([np.sqrt(np.maximum(kl, 0)) for kl in damage.kl.values()], axis=0)
     least = np.sort(table, axis=None)[-round(table.size / 10)]
     duo = FixedStride(np.where(table >= least, 1, 1e9).tolist())
+    freekv = _at_a_tenth(loaded, ClosedLoopStore(out), paper)
     return [
         Contender("SFI, gap 16 to 32", SentenceBoundary(ends, 32, 16), paper),
         Contender("SFI, gap 8 to 12", SentenceBoundary(ends, 12, 8), paper),
         Contender("DuoAttention-like", duo, streaming),
+        Contender("FreeKV-like", freekv, paper),
     ]
+
+
+def _at_a_tenth(loaded: LoadedModel, store: ClosedLoopStore, selection: Selection) -> LearnedLogistic:
+    """Looks where a query turns from the one before by more than what gives a tenth of full steps on tuning prompts."""
+
+    def looking_beyond(drift: float) -> LearnedLogistic:
+        return LearnedLogistic(("step_drift",), (1.0,), -drift)
+
+    prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=1536, n_steps=128)
+    drifts = np.geomspace(0.02, 1.0, 15)
+    loops = store.run_texts(
+        loaded,
+        [prompt.tokens for prompt in prompts],
+        1536,
+        [looking_beyond(float(drift)) for drift in drifts],
+        selection,
+        desc="calibrating FreeKV-like",
+    )
+    share = np.mean([loop.full_share for loop in loops], axis=0)
+    # Falls as the drift that is tolerated grows.
+    return looking_beyond(float(np.exp(np.interp(-0.1, -share, np.log(drifts)))))
 
 
 def _run(

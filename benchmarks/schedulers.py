@@ -17,19 +17,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import optuna
 import typer
+from foreseen import Foreseen
 from machine import machine_name
 from schedulers_picture import draw_schedulers
 from schedulers_report import BUDGETS, MAIN_BUDGET, Setting, kept, report, rows, targets
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from policies import FixedStride, Selection, StepPolicy, StepSignals
-from policies.arrays import Array, like
+from policies import FixedStride, Selection, StepPolicy
 from recycler.decode.read_prompt import ReadPrompt
 from recycler.decode.rows import Rows, decode_rows
 from recycler.evaluate.answers import measure_once
@@ -61,23 +61,6 @@ _SETTINGS = {
     "8000": Setting(8000, 256, 64, 1, 30, tuned_at="3000", first_index=1),
     "quick": Setting(384, 48, 16, 2, 3),
 }
-
-
-@dataclass(frozen=True)
-class Foreseen(StepPolicy):
-    """Full steps that were fixed beforehand, as by `tuning.divide.hindsight`.
-
-    Attributes:
-        full: Numbers 0 or 1, `(steps, layers, kv_heads)`.
-    """
-
-    full: tuple[tuple[tuple[float, ...], ...], ...]
-    kind: ClassVar[str] = "foreseen"
-
-    def decide(self, signals: StepSignals) -> Array:
-        now = self.full[int(signals.step.max())]
-        table = now if signals.layer is None else now[signals.layer]
-        return (like(table, signals.age) + 0 * signals.age) > 0.5
 
 
 @dataclass(frozen=True)
@@ -199,11 +182,11 @@ def _measure(loaded: LoadedModel, setting: Setting, out: Path) -> tuple[list[Pro
         bar = tqdm(_prompts(loaded, setting), desc=f"comparing, {setting.name}", unit="prompt")
         return [measure_once(store, loaded, _teacher_forced(prompt), methods) for prompt in bar], parameters
     selection = tuned.sized.selection
-    foreseen = hindsight(TraceBatch(tuned.files), tuned.sized.unit_cost, MAIN_BUDGET).astype(float)
+    foreseen = hindsight(TraceBatch(tuned.files), tuned.sized.unit_cost, MAIN_BUDGET)
     outcomes = []
     bar = tqdm(tuned.prompts, desc=f"comparing, {setting.name}", unit="prompt")
     for place, prompt in enumerate(bar):
-        oracle = Foreseen(tuple(tuple(tuple(row) for row in step) for step in foreseen[:, place].tolist()))
+        oracle = Foreseen.of(foreseen[:, place])
         methods = [*_methods(selection, policies), ForeseenMethod("hindsight 0.1", "future", oracle, selection)]
         outcomes.append(measure_once(store, loaded, _teacher_forced(prompt), methods))
     return outcomes, parameters

@@ -145,6 +145,11 @@ class Tally:
         self._tokens_read = np.zeros(units)
         self._reasons: dict[str, np.ndarray] = {}
 
+    @property
+    def n_steps(self) -> int:
+        """Decode steps that were added."""
+        return self._n_steps
+
     def add_run(self, engine: str, n_steps: int, tokens_dense: int, totals: Totals) -> None:
         """Add steps that an engine took with all layers.
 
@@ -168,6 +173,21 @@ class Tally:
         for reason, overruled in totals.reasons.items():
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled.sum(0)
+
+    def add(self, other: Tally) -> None:
+        """Add all that another has added."""
+        self._engines += [engine for engine in other._engines if engine not in self._engines]
+        self._n_steps += other._n_steps
+        self._longest_steps = max(self._longest_steps, other._longest_steps)
+        self._n_rows = max(self._n_rows, other._n_rows)
+        self._row_steps += other._row_steps
+        self._full_steps += other._full_steps
+        self._keys_only_steps += other._keys_only_steps
+        self._tokens_read += other._tokens_read
+        self._tokens_dense += other._tokens_dense
+        for reason, overruled in other._reasons.items():
+            table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
+            table += overruled
 
     def receipt(self, why_plain: str, horizon_steps: int | None) -> Receipt:
         """What was added so far."""

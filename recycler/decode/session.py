@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -29,6 +30,9 @@ from recycler.model.shape import model_shape
 from recycler.sets.prompt_votes import PromptVotes
 from recycler.sets.scores import probabilities
 
+# Turns of a session whose receipts are kept: a session may live as long as a server.
+_MOST_TURNS = 100
+
 
 @contextmanager
 def recycled(
@@ -43,6 +47,8 @@ def recycled(
 
     Stock `generate`, greedy or sampling, and calls of the model itself work unchanged. A forward of several tokens,
     or one that `generate` calls prefill, runs full and starts the schedule anew; every other forward is a decode step.
+    So in a conversation over one growing cache every turn chooses sets and opens accounts of its own, whatever was
+    cropped or rewritten before it, and what a turn saves the next one cannot spend.
     Decode steps run on the engine for the model's device where there is one that covers them, and else on the plain
     path; the receipt says which, and why. The model is as it was afterwards, also after an exception.
 
@@ -100,6 +106,7 @@ class Session:
         self._horizon_steps = horizon_steps
         self._warned = False
         self._tally = Tally(shape.units)
+        self._turns: deque[Receipt] = deque(maxlen=_MOST_TURNS)
         self._engine: Engine | None = None
         self._why_plain = ""
         self._run: EngineRun | PlainRun | None = None
@@ -167,7 +174,15 @@ class Session:
         tally = copy.deepcopy(self._tally)
         if self._run is not None:
             self._run.add_to(tally)
-        return tally.receipt(self._why_plain, self._horizon_steps)
+        return self._receipt_of(tally)
+
+    def turns(self) -> tuple[Receipt, ...]:
+        """A receipt for each output, what was decoded after one prompt or one more turn of it: the last 100 of them."""
+        current = Tally(self._shape.units)
+        if self._run is not None:
+            self._run.add_to(current)
+        unfinished = [self._receipt_of(current)] if current.n_steps else []
+        return (*self._turns, *unfinished)[-_MOST_TURNS:]
 
     def finish(self) -> None:
         """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
@@ -193,9 +208,17 @@ class Session:
 
     def _end_run(self) -> None:
         run, self._run = self._run, None
-        if run is not None:
-            run.add_to(self._tally)
-            self._warn_beyond_horizon()
+        if run is None:
+            return
+        turn = Tally(self._shape.units)
+        run.add_to(turn)
+        if turn.n_steps:
+            self._tally.add(turn)
+            self._turns.append(self._receipt_of(turn))
+        self._warn_beyond_horizon()
+
+    def _receipt_of(self, tally: Tally) -> Receipt:
+        return tally.receipt(self._why_plain, self._horizon_steps)
 
     def _warn_beyond_horizon(self) -> None:
         beyond = "" if self._warned or self._horizon_steps is None else self.receipt().beyond_horizon

@@ -34,6 +34,9 @@ class StepAttention:
 
     Attributes:
         query: `(heads, group, rows, head_dim)`, those of the rows.
+        weights: `(heads, group, rows, tokens)`: attention of the rows.
+        choosing: `(heads, rows, group, tokens)`: attention that chooses the sets of the rows.
+        ends: int64 `(rows, 1)`: tokens that each row sees.
     """
 
     def __init__(self, query: Tensor, key: Tensor, first: int, n_voters: int, scaling: float) -> None:
@@ -46,12 +49,12 @@ class StepAttention:
         weights = probabilities(logits, None)
         del logits
         self._first = first + n_voters - 1
-        self._ends = ends[n_voters - 1 :]
+        self.ends = ends[n_voters - 1 :]
         votes = weights[:, :, :n_voters].sum(2)
-        self._weights = weights[:, :, n_voters - 1 :]
-        self._choosing = self._weights.transpose(1, 2)
+        self.weights = weights[:, :, n_voters - 1 :]
+        self.choosing = self.weights.transpose(1, 2)
         if n_voters > 1:
-            self._choosing = torch.cat([votes[:, None], self._choosing[:, 1:]], dim=1)
+            self.choosing = torch.cat([votes[:, None], self.choosing[:, 1:]], dim=1)
 
     def sets(
         self, selection: Selection, ages: Sequence[int], sizes: Tensor | None, *, apart: int = 1
@@ -67,10 +70,10 @@ class StepAttention:
         Returns:
             The aged sets, and what each new one recovers, `(heads, rows)` in [0, 1].
         """
-        chosen = select(token_scores(self._choosing, selection), selection, 0, self._ends, sizes)
+        chosen = select(token_scores(self.choosing, selection), selection, 0, self.ends, sizes)
         # Sums of parts of a distribution: rounding may leave [0, 1] by an ulp.
-        fresh_mass = chosen.recovered_mass(self._weights.transpose(1, 2)).clamp_(0, 1)
-        return age_sets(chosen, self._weights, self._first, ages, apart=apart), fresh_mass
+        fresh_mass = chosen.recovered_mass(self.weights.transpose(1, 2)).clamp_(0, 1)
+        return age_sets(chosen, self.weights, self._first, ages, apart=apart), fresh_mass
 
 
 Watch = Callable[[int, slice, StepAttention], None]

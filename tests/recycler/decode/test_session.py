@@ -1,17 +1,20 @@
 """`with recycled(...)`: where it must be the stock decoder, where it must be the plain one, and what it refuses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from policies import (
     AlwaysFull,
+    BudgetConstrained,
+    FixedStride,
     LearnedLogistic,
     Selection,
     StepPolicy,
@@ -168,3 +171,69 @@ def test_a_table_of_one_size_is_k(
     # Slots may be in another order, and sums with them.
     torch.testing.assert_close(*logits, rtol=0, atol=1e-10)
     assert receipts[0] == receipts[1]
+
+
+TURN_STEPS = 9
+
+
+def converse(model: PreTrainedModel, cache: DynamicCache, turns: Sequence[Tensor]) -> list[Tensor]:
+    """Feed each turn at once to a growing cache, and decode greedily; logits by turn, `(rows, steps, vocabulary)`."""
+    found = []
+    with torch.inference_mode():
+        for said in turns:
+            logits = [model(said, past_key_values=cache, use_cache=True).logits[:, -1]]
+            for _ in range(TURN_STEPS):
+                token = logits[-1].argmax(-1, keepdim=True)
+                logits.append(model(token, past_key_values=cache, use_cache=True).logits[:, -1])
+            found.append(torch.stack(logits, dim=1))
+    return found
+
+
+def test_every_turn_has_a_receipt_and_together_they_are_the_whole(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model("llama"), make_tokens(40, rows=2)
+    cache = DynamicCache(config=model.config)
+    with recycled(model, FixedStride(3), SELECTION) as session:
+        converse(model, cache, [tokens[:, :20], tokens[:, 20:25]])
+        # The third turn is not over yet.
+        turns, whole = session.turns(), session.receipt()
+        converse(model, cache, [tokens[:, 25:40]])
+        assert len(session.turns()) == 3
+    assert [turn.n_steps for turn in session.turns()] == [TURN_STEPS] * 3
+    assert len(turns) == 2
+    assert whole.n_steps == sum(turn.n_steps for turn in turns)
+    for name in ("full_steps", "tokens_read", "tokens_dense"):
+        assert np.array_equal(getattr(whole, name), sum(getattr(turn, name) for turn in turns))
+    # Full attention reads more at each turn.
+    assert turns[0].tokens_dense.sum() < turns[1].tokens_dense.sum()
+
+
+def test_accounts_begin_anew_with_each_turn(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    model, tokens = make_model("llama"), make_tokens(40)
+    with recycled(model, BudgetConstrained(AlwaysFull(), 0.2), SELECTION) as session:
+        converse(model, DynamicCache(config=model.config), [tokens[:, :20], tokens[:, 20:25], tokens[:, 25:]])
+    # 27 steps would pay for 5 full ones; 9 pay for 1.
+    assert [turn.full_steps.min() for turn in session.turns()] == [1, 1, 1]
+    assert [turn.full_steps.max() for turn in session.turns()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kept", [20, 24, 12], ids=["answer withdrawn", "part of it kept", "question rewritten"])
+def test_after_a_crop_it_decodes_as_if_nothing_had_been_there(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], kept: int
+) -> None:
+    model, tokens = make_model("llama"), make_tokens(40, rows=2)
+    cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with recycled(model, LOGISTIC, SELECTION):
+        (first,) = converse(model, cache, [tokens[:, :20]])
+        cache.crop(kept)
+        (second,) = converse(model, cache, [tokens[:, 30:]])
+    answered = first.argmax(-1)[:, : max(kept - 20, 0)]
+    with torch.inference_mode():
+        model(torch.cat([tokens[:, : min(kept, 20)], answered], dim=1), past_key_values=other, use_cache=True)
+    with recycled(model, LOGISTIC, SELECTION):
+        (alone,) = converse(model, other, [tokens[:, 30:]])
+    assert torch.allclose(second, alone, atol=1e-4)
+    assert torch.equal(second.argmax(-1), alone.argmax(-1))
