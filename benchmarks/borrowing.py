@@ -20,8 +20,7 @@ import typer
 from policies import Selection
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import model_shape
-from recycler.prompts import Prompt
-from recycler.record.one_prompt import heads_at_once, n_voters
+from recycler.record.one_prompt import heads_at_once, n_voters, traced_prompt
 from recycler.record.step_attention import StepAttention, watch_steps
 from recycler.sets.recycled_set import select
 from recycler.sets.scores import token_scores
@@ -116,12 +115,7 @@ def _over_sets_of(loaded: LoadedModel, files: Sequence[TraceFile]) -> np.ndarray
 
 
 def _of_prompt(loaded: LoadedModel, file: TraceFile) -> np.ndarray:
-    header = file.header
-    selection = Selection(**header.selection)
-    tokens = file.array("tokens")
-    prompt = Prompt(
-        header.prompt["name"], header.prompt["kind"], tokens, int(header.prompt["n_prompt_tokens"]), "trace", "trace"
-    )
+    selection, prompt = Selection(**file.header.selection), traced_prompt(file)
     shape = model_shape(loaded.model, loaded.id)
     sizes = np.full(shape.units, selection.k if selection.unit_k is None else selection.unit_k)
     weights: list[torch.Tensor] = []

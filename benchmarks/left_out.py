@@ -80,7 +80,6 @@ def main(
         )
         # Those of `benchmarks/long_outputs.py`.
         unseen = default_prompts(loaded.tokenizer, n_per_kind=per_kind, first_index=4, kinds=[kind], **sizes)
-        texts = [prompt.tokens for prompt in unseen]
         contenders = {
             "tuned without it": (search.candidates[0].policy, sized.selection),
             "tuned with it": (everything.policy, everything.selection),
@@ -89,7 +88,7 @@ def main(
         }
         rows[kind] = {}
         for name, (policy, sets) in contenders.items():
-            loops = store.run_texts(loaded, texts, context_tokens, [policy], sets, desc=f"{kind}, {name}")
+            loops = store.run_all(loaded, unseen, [policy], sets, desc=f"{kind}, {name}")
             rows[kind][name] = float(np.mean([loop.kl.mean() for loop in loops]))
             rows[kind][f"full share, {name}"] = float(np.mean([loop.full.mean() for loop in loops]))
         better = min(rows[kind]["stride 10, pooled"], rows[kind]["stride 10, unpooled"])

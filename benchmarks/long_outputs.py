@@ -163,10 +163,9 @@ def _at_a_tenth(loaded: LoadedModel, store: ClosedLoopStore, selection: Selectio
 
     prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=1536, n_steps=128)
     drifts = np.geomspace(0.02, 1.0, 15)
-    loops = store.run_texts(
+    loops = store.run_all(
         loaded,
-        [prompt.tokens for prompt in prompts],
-        1536,
+        prompts,
         [looking_beyond(float(drift)) for drift in drifts],
         selection,
         desc="calibrating FreeKV-like",
@@ -180,12 +179,11 @@ def _run(
     store: ClosedLoopStore, loaded: LoadedModel, prompts: Sequence[Prompt], contenders: Sequence[Contender]
 ) -> dict[str, list[ClosedLoop]]:
     """By contender what it did on each prompt: closed loops without the axis of policies."""
-    texts, n_prompt_tokens = [prompt.tokens for prompt in prompts], prompts[0].n_prompt_tokens
     found: dict[str, list[ClosedLoop]] = {}
     for selection in dict.fromkeys(contender.selection for contender in contenders):
         mine = [contender for contender in contenders if contender.selection == selection]
         policies, desc = [contender.policy for contender in mine], ", ".join(contender.name for contender in mine)
-        loops = store.run_texts(loaded, texts, n_prompt_tokens, policies, selection, desc=desc)
+        loops = store.run_all(loaded, prompts, policies, selection, desc=desc)
         for row, contender in enumerate(mine):
             arrays = [{field.name: getattr(loop, field.name)[row] for field in fields(loop)} for loop in loops]
             found[contender.name] = [ClosedLoop(**one) for one in arrays]

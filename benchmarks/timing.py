@@ -37,6 +37,7 @@ from timing_report import draw, report
 from policies import AlwaysFull, CosineThreshold, FixedStride, LearnedLogistic, PolicyFile, Selection, StepPolicy
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.rows import decode_rows
+from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.measure.ablation import measure_prompt_sensitivity
 from recycler.measure.closed_loop import follow
 from recycler.measure.store import Store, digest_of_tokens
@@ -87,7 +88,8 @@ def main(
     traces = {file.name: file for file in record_prompts(loaded, prompts, selection, out / "traces", max_age=steps)}
     learn, judge = (TraceBatch([traces[prompt.name] for prompt in some]) for some in (split.tune, split.held_out))
     cost = unit_cost(learn, damage)
-    replayed, schedules = _replay(learn, judge, [list(split.tune), list(split.held_out)], cost)
+    ends = sentence_end_tokens(loaded.tokenizer)
+    replayed, schedules = _replay(learn, judge, [list(split.tune), list(split.held_out)], cost, ends)
     tuned = {
         name: search_family(
             FAMILIES[name],
@@ -128,7 +130,11 @@ def main(
 
 
 def _replay(
-    learn: TraceBatch, judge: TraceBatch, prompts: Sequence[Sequence[Prompt]], cost: np.ndarray
+    learn: TraceBatch,
+    judge: TraceBatch,
+    prompts: Sequence[Sequence[Prompt]],
+    cost: np.ndarray,
+    ends: Sequence[int],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """By schedule what it loses by kind, and full steps `(traces, steps, units)` of it at the budget over all kinds."""
     losses = [Losses.of(traces, cost) for traces in (learn, judge)]
@@ -152,6 +158,13 @@ def _replay(
         # What is seen at a step may be known to units at the next.
         seen = [n_clocks * row + i for row, at in enumerate(OFFSETS) if 0 not in at for i in range(n_clocks)]
         choices[f"told by a detector of {name}"] = _joined([one.among(seen) for one in by_share])
+    ended = [
+        [np.flatnonzero(np.isin(prompt.tokens[prompt.n_prompt_tokens :], list(ends))).tolist() for prompt in some]
+        for some in prompts
+    ]
+    choices["told of ends of sentences and lines"] = Options.of(
+        *(clocks_and_told(*both) for both in zip(losses, ended, strict=True))
+    )
     similarity = [CosineThreshold(float(threshold)) for threshold in 1 - np.geomspace(0.002, 2, 40)]
     choices["similarity per unit"] = Options.of(*(of_policies(some, similarity, cost) for some in (learn, judge)))
     logistic = []

@@ -26,8 +26,9 @@ from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import check_positions, model_shape
 from recycler.model.versions import versions
-from recycler.prompts import KINDS, default_prompts
+from recycler.prompts import KINDS, Prompt, default_prompts
 from recycler.record.folder import record_prompts
+from recycler.record.one_prompt import traced_prompt
 from recycler.record.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
 from traces.reporting.command import run_command
@@ -110,7 +111,7 @@ def main(
     if asked is not None and traces is None:
         # Before minutes of recording.
         check_n_prompts(asked, len(KINDS) * (per_kind // 2), len(KINDS))
-    files = list(TraceFolder(traces)) if traces is not None else []
+    files: Sequence[TraceFile] = list(TraceFolder(traces)) if traces is not None else []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     loaded = _load(model, files, dtype, device)
     shape = model_shape(loaded.model, loaded.id)
@@ -120,27 +121,35 @@ def main(
         prompts = default_prompts(
             loaded.tokenizer, n_per_kind=per_kind, context_tokens=context_tokens, n_steps=steps, seed=seed
         )
-        prompt_split = split_by_prompt(prompts)
-        _make(out)
-        stages.begin("sensitivity")
-        sensitivity = measure_prompt_sensitivity(loaded, out / "set_sizes", prompt_split.ablate, selection)
-        stages.begin("set sizes")
-        losses = measure_size_losses(loaded, prompt_split.tune, selection, out / "set_sizes")
-        sized = size_sets(selection, losses, sensitivity)
-        stages.begin("recording")
-        files = record_prompts(loaded, prompts, sized.selection, trace_folder, max_age=steps)
-    stages.begin("search")
-    split = split_by_prompt(files)
-    n_kinds = len({str(file.header.prompt["kind"]) for file in files})
+    else:
+        prompts = [traced_prompt(file) for file in files]
+    split = split_by_prompt(prompts)
+    n_kinds = len({prompt.kind for prompt in prompts})
     if asked is not None:
         check_n_prompts(asked, len(split.held_out), n_kinds)
     _make(out)
-    tune = TraceBatch(split.tune)
-    cost = unit_cost(tune, measure_sensitivity(loaded, trace_folder, split.ablate)) if traces else sized.unit_cost
+    if traces is None:
+        stages.begin("sensitivity")
+        sensitivity = measure_prompt_sensitivity(loaded, out / "set_sizes", split.ablate, selection)
+        stages.begin("set sizes")
+        losses = measure_size_losses(loaded, split.tune, selection, out / "set_sizes")
+        sized = size_sets(selection, losses, sensitivity)
+        stages.begin("recording")
+        selection, cost = sized.selection, sized.unit_cost
+        tuned_on = record_prompts(loaded, split.tune, selection, trace_folder, max_age=steps)
+        tune = TraceBatch(tuned_on)
+    else:
+        selection = Selection(**files[0].header.selection)
+        of_files = split_by_prompt(files)
+        tuned_on = list(of_files.tune)
+        tune = TraceBatch(tuned_on)
+        stages.begin("sensitivity")
+        cost = unit_cost(tune, measure_sensitivity(loaded, trace_folder, of_files.ablate))
+    stages.begin("search")
     data = TuningData(tune, search_budget, cost)
 
     trial_store = storage or JournalStorage(JournalFileBackend(str(out / "study.log")))
-    identity = _identity(split, search_budget, data.unit_cost)
+    identity = _identity(tuned_on, search_budget, data.unit_cost)
     searches = [
         search_family(
             family,
@@ -156,21 +165,23 @@ def main(
     stages.begin("choosing winners")
     store = ClosedLoopStore(out / "closed_loop")
     everyone = [candidate.policy for search in searches for candidate in search.candidates]
-    winners = choose_winners(searches, store.run_all(loaded, split.validate, everyone, desc="choosing winners"))
+    winners = choose_winners(
+        searches, store.run_all(loaded, split.validate, everyone, selection, desc="choosing winners")
+    )
 
     def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
-        return _measured(store, loaded, split.held_out, policies)
+        return _measured(store, loaded, split.held_out, tune, selection, policies)
 
     stages.begin("confirming winners")
     if asked is None:
         compared = compare_winners(measure, data, winners)
     else:
         compared = compare_ladder(measure, data, winners, asked, ladder_budgets(most), n_kinds)
-    result = _result(shape, split, compared)
+    result = _result(shape, selection, split, compared)
 
     stages.begin("report")
     policy_path = out / "policy.json"
-    policy_file(result, split.tune, seed).write(policy_path)
+    policy_file(result, tuned_on, seed).write(policy_path)
     write_results(result, out)
     report = write_report(result, out)
     print_table(result, Console())
@@ -248,9 +259,9 @@ def _load(model: str | None, files: Sequence[TraceFile], dtype: str, device: str
     return loaded
 
 
-def _identity(split: Split[TraceFile], budget: float, cost: np.ndarray) -> str:
+def _identity(tuned_on: Sequence[TraceFile], budget: float, cost: np.ndarray) -> str:
     """Short digest of all that a study's trials depend on."""
-    parts = [file.digest() for file in split.tune] + [repr(budget), hashlib.sha256(cost.tobytes()).hexdigest()]
+    parts = [file.digest() for file in tuned_on] + [repr(budget), hashlib.sha256(cost.tobytes()).hexdigest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -262,41 +273,44 @@ def _make(folder: Path) -> None:
 
 
 def _measured(
-    store: ClosedLoopStore, loaded: LoadedModel, files: Sequence[TraceFile], policies: Mapping[str, StepPolicy]
+    store: ClosedLoopStore,
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    tune: TraceBatch,
+    selection: Selection,
+    policies: Mapping[str, StepPolicy],
 ) -> dict[str, Measured]:
     """Policies in closed loop; clocks for all units with pooled sets too, of which the better ones count."""
-    traces = TraceBatch(files)
-    selection = Selection(**files[0].header.selection)
     pooled = selection.pooled()
     clocks = {label: policy for label, policy in policies.items() if isinstance(policy, FixedStride)}
     if pooled == selection:
         clocks = {}
     rows, clock_rows = list(policies.values()), list(clocks.values())
-    runs = store.run_all(loaded, files, rows, desc="confirming winners")
-    clock_runs = store.run_all(loaded, files, clock_rows, pooled, desc="confirming clocks") if clocks else []
-    found = dict(zip(policies, measured(list(policies), rows, traces, runs), strict=True))
+    runs = store.run_all(loaded, prompts, rows, selection, desc="confirming winners")
+    clock_runs = store.run_all(loaded, prompts, clock_rows, pooled, desc="confirming clocks") if clocks else []
+    found = dict(zip(policies, measured(list(policies), rows, tune, runs), strict=True))
     labels = [f"{label}, pooled" for label in clocks]
-    others = measured(labels, clock_rows, traces, clock_runs, traced_set=False)
+    others = measured(labels, clock_rows, tune, clock_runs, traced_set=False)
     for label, other in zip(clocks, others, strict=True):
         if other.kl.value <= found[label].kl.value:
             found[label] = other
     return found
 
 
-def _result(shape: ModelShape, split: Split[TraceFile], compared: Compared) -> TuningResult:
-    headers = [file.header for file in split.held_out]
+def _result(shape: ModelShape, selection: Selection, split: Split[Prompt], compared: Compared) -> TuningResult:
+    held_out = split.held_out
     return TuningResult(
         model=shape,
-        selection=Selection(**headers[0].selection),
+        selection=selection,
         budget=compared.budget,
         families=compared.families,
         baseline=compared.baseline,
         references=compared.references,
-        prompt_kinds=[str(header.prompt["kind"]) for header in headers],
-        prompt_names=[str(header.prompt["name"]) for header in headers],
-        tune_names=[str(file.header.prompt["name"]) for file in split.tune],
-        n_steps=headers[0].n_steps,
-        context_tokens=float(np.mean([header.prompt["n_prompt_tokens"] for header in headers])),
+        prompt_kinds=[prompt.kind for prompt in held_out],
+        prompt_names=[prompt.name for prompt in held_out],
+        tune_names=[prompt.name for prompt in split.tune],
+        n_steps=held_out[0].n_steps,
+        context_tokens=float(np.mean([prompt.n_prompt_tokens for prompt in held_out])),
         versions=versions() | {"optuna": optuna.__version__},
         ladder=compared.ladder,
     )

@@ -16,7 +16,7 @@ from policies import PolicyFile, written_by
 from recycler.evaluate.comparison import Comparison, check_lengths, compare
 from recycler.evaluate.competitors import competitors, under_test
 from recycler.evaluate.method import Method
-from recycler.evaluate.pictures import draw_curves, draw_ranking
+from recycler.evaluate.pictures import draw_curves, draw_pareto, draw_ranking
 from recycler.evaluate.summary import ALL_TASKS, curves, kl_shares, rows_to_json, summarise
 from recycler.evaluate.table import share_table, source_table, tables
 from recycler.measure.store import Store
@@ -113,6 +113,7 @@ def report(
     by_step = curves(comparison.outcomes, list(dict.fromkeys(row.method for row in rows)))
     if any(row.task == ALL_TASKS for row in rows):
         draw_ranking(rows, named, caption).savefig(out / "ranking.png", dpi=110)
+        draw_pareto(rows, named, caption).savefig(out / "pareto.png", dpi=110)
     draw_curves(by_step, [*named, *_CURVES], caption).savefig(out / "curves.png", dpi=110)
     last_line = {"model": model_id, "k": k, "context_tokens": context_tokens, "rows": rows_to_json(rows)}
     everything = {

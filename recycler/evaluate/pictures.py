@@ -36,6 +36,27 @@ def draw_ranking(rows: Sequence[Row], tuned: Sequence[str], caption: str) -> Fig
     return figure
 
 
+def draw_pareto(rows: Sequence[Row], tuned: Sequence[str], caption: str) -> Figure:
+    """Draw KL over all tasks against the tokens that methods read; those under evaluation stand out.
+
+    Args:
+        rows: Of `summarise`.
+        tuned: Methods to stand out.
+        caption: Where the numbers come from.
+    """
+    shown = [row for row in rows if row.task == ALL_TASKS and row.measure == "kl" and row.method != "full"]
+    figure = style.new_figure("Fidelity by what is read", caption, (9.5, 6.2))
+    axes = figure.add_subplot()
+    style.style_axes(axes, "", "tokens read, share of full attention's", "KL to full attention (nats per step)")
+    for row in shown:
+        ours = row.method in tuned
+        colour, value = style.ACCENT if ours else style.INK, max(row.value, 1e-4)
+        axes.plot([row.read_share], [value], "D" if ours else "o", color=colour, markersize=7 if ours else 4)
+        axes.annotate(row.method, (row.read_share, value), (5, 3), textcoords="offset points", color=colour, fontsize=8)
+    axes.set_yscale("log")
+    return figure
+
+
 def draw_curves(
     curves: Mapping[str, Mapping[str, Sequence[float]]], methods: Sequence[str], caption: str, least_steps: int = 24
 ) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ class Row:
     Attributes:
         method: Name of the method.
         task: Name of the task, or `all` for the mean over prompts of all tasks that are compared.
-        measure: `kl` (nats per step), `agreement` (share of steps), `nll_change` (nats per token), `full_share`,
-            `read_share`, all teacher-forced; `accuracy` (mean score of the model's own answers) or `accuracy_kept` (the
+        measure: `kl` (nats per step), the same by `kl_quarter_1` to `kl_quarter_4` of the continuation, its 95th
+            percentile over the steps of a prompt (`kl_p95`), the share of steps beyond 1 nat (`above_1_nat`),
+            `agreement` (share of steps), `nll_change` (nats per token), `full_share`, `read_share`, all teacher-forced;
+            `accuracy` (mean score of the model's own answers) or `accuracy_kept` (the
             same as a share of full attention's).
         value: Mean over prompts.
         low: Lower end of the 95% bootstrap interval over prompts.
@@ -47,8 +50,19 @@ class Row:
 
 
 _SHARES = ("full_share", "read_share")
+
+
+def _quarter(i: int, outcome: Outcome) -> np.ndarray:
+    """KL in a part of the continuation; empty where it is too short to have four."""
+    return np.array_split(outcome.kl, 4)[i] if len(outcome.kl) >= 4 else outcome.kl[:0]
+
+
+QUARTERS = tuple(f"kl_quarter_{i}" for i in (1, 2, 3, 4))
 _FORCED: Mapping[str, Callable[[Outcome], np.ndarray]] = {
     "kl": lambda outcome: outcome.kl,
+    **{name: partial(_quarter, i) for i, name in enumerate(QUARTERS)},
+    "kl_p95": lambda outcome: np.quantile(outcome.kl, [0.95]) if len(outcome.kl) else outcome.kl,
+    "above_1_nat": lambda outcome: outcome.kl > 1,
     "agreement": lambda outcome: outcome.agreement,
     "nll_change": lambda outcome: outcome.nll_change,
     "full_share": lambda outcome: np.array([outcome.full_share]),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from recycler.evaluate.comparison import Screened
 from recycler.evaluate.method import Method
-from recycler.evaluate.summary import ALL_TASKS, Row
+from recycler.evaluate.summary import ALL_TASKS, QUARTERS, Row
 from traces.reporting.estimate import Estimate
 from traces.reporting.text_table import TextTable
 
@@ -19,7 +19,7 @@ _COLUMNS: Mapping[str, str] = {
 
 
 def tables(rows: Sequence[Row], screened: Sequence[Screened]) -> list[TextTable]:
-    """What full attention can do; all methods over all tasks; KL and accuracy by task. Best methods first."""
+    """What full attention can do; methods over all tasks, and along the output; KL and accuracy by task. Best first."""
     by_key = {(row.method, row.task, row.measure): row for row in rows}
     methods = sorted(
         dict.fromkeys(row.method for row in rows),
@@ -27,7 +27,7 @@ def tables(rows: Sequence[Row], screened: Sequence[Screened]) -> list[TextTable]
     )
     found = [_what_full_can_do(screened, by_key)]
     if any(row.task == ALL_TASKS for row in rows):
-        found.append(_over_all(methods, by_key))
+        found += [_over_all(methods, by_key), _along_the_output(methods, by_key)]
     compared = [one.task for one in screened if one.compared]
     for measure, title in (("kl", "KL to full attention (nats per step)"), ("accuracy", "Mean score of own answers")):
         tasks = [task for task in compared if (methods[0], task, measure) in by_key]
@@ -71,6 +71,20 @@ def _over_all(methods: Sequence[str], by_key: Mapping[tuple[str, str, str], Row]
         cells.append((name, *shares, *(_estimate(row) for row in shown)))
     header = ("method", "full share", "tokens read", *_COLUMNS.values())
     return TextTable("All compared tasks (mean over prompts, 95% bootstrap interval)", header, tuple(cells))
+
+
+def _along_the_output(methods: Sequence[str], by_key: Mapping[tuple[str, str, str], Row]) -> TextTable:
+    """Whether KL grows with the output, and how it is spread over steps."""
+    cells = []
+    for name in methods:
+        found = [by_key.get((name, ALL_TASKS, measure)) for measure in (*QUARTERS, "kl_p95", "above_1_nat")]
+        numbers = ["-" if row is None else f"{row.value:.3f}" for row in found[:-1]]
+        share = "-" if found[-1] is None else f"{found[-1].value:.1%}"
+        first, last = found[0], found[3]
+        grown = f"{last.value / first.value:.1f}" if first and last and first.value > 0 else "-"
+        cells.append((name, *numbers[:4], grown, numbers[4], share))
+    header = ("method", "first quarter", "second", "third", "last", "last / first", "95th percentile", "above 1 nat")
+    return TextTable("KL along the continuation (nats per step, mean over prompts)", header, tuple(cells))
 
 
 def _estimate(row: Row | None) -> str:

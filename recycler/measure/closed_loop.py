@@ -21,6 +21,8 @@ from recycler.decode.rows import Rows, decode_rows
 from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.loading import LoadedModel
 from recycler.model.shape import check_positions, model_shape
+from recycler.prompts import Prompt
+from recycler.record.one_prompt import traced_prompt
 from traces import TraceFile
 
 
@@ -230,66 +232,50 @@ class ClosedLoopStore:
             policies: Rows of the batch.
             selection: How sets are chosen; None for as in the trace.
         """
-        (found,) = self.run_all(loaded, [trace], policies, selection)
+        chosen = selection or Selection(**trace.header.selection)
+        (found,) = self.run_all(loaded, [traced_prompt(trace)], policies, chosen)
         return found
 
     def run_all(
         self,
         loaded: LoadedModel,
-        traces: Sequence[TraceFile],
-        policies: Sequence[StepPolicy],
-        selection: Selection | None = None,
-        *,
-        desc: str = "",
-    ) -> list[ClosedLoop]:
-        """The same for several traces of one selection.
-
-        Prompts of one length are run together, as many as make some hundred rows, and kept together.
-
-        Args:
-            loaded: As above, like what is not said here.
-            traces: In any order.
-            policies: Run on every prompt.
-            selection: As above.
-            desc: What bars of progress say; none without.
-
-        Returns:
-            One for each trace.
-        """
-        chosen = selection or Selection(**traces[0].header.selection)
-        found: list[ClosedLoop] = []
-        for (n_prompt_tokens, _), alike in itertools.groupby(traces, key=_n_tokens):
-            texts = [trace.array("tokens") for trace in alike]
-            said = f"{desc}, after {len(found)} of {len(traces)} prompts" if desc and len(found) else desc
-            found += self.run_texts(loaded, texts, n_prompt_tokens, policies, chosen, desc=said)
-        return found
-
-    def run_texts(
-        self,
-        loaded: LoadedModel,
-        texts: Sequence[np.ndarray],
-        n_prompt_tokens: int,
+        prompts: Sequence[Prompt],
         policies: Sequence[StepPolicy],
         selection: Selection,
         *,
         desc: str = "",
     ) -> list[ClosedLoop]:
-        """The same for texts of one length; see `run_closed_loops`."""
+        """The same for several prompts.
+
+        Prompts of one length are run together, as many as make some hundred rows, and kept together.
+
+        Args:
+            loaded: The model.
+            prompts: In any order.
+            policies: Run on every prompt.
+            selection: How sets are chosen.
+            desc: What bars of progress say; none without.
+
+        Returns:
+            One for each prompt.
+        """
         at_once = max(1, _ROWS_AT_ONCE // (len(policies) + 1))
         found: list[ClosedLoop] = []
-        for begin in range(0, len(texts), at_once):
-            some = texts[begin : begin + at_once]
-            depends_on = {
-                "closed loops of": [digest_of_tokens(tokens) for tokens in some],
-                "n_prompt_tokens": n_prompt_tokens,
-                "selection": selection.to_json(),
-                "policies": [policy_to_json(policy) for policy in policies],
-            }
-            how = (n_prompt_tokens, policies, selection)
-            said = f"{desc}, {begin} of {len(texts)} prompts done" if desc else ""
-            compute = partial(_arrays_of_loops, loaded.model, some, *how, desc=said)
-            arrays = Store(self.folder).get(loaded, depends_on, compute)
-            found += [ClosedLoop(**{name: array[i] for name, array in arrays.items()}) for i in range(len(some))]
+        for (n_prompt_tokens, _), alike in itertools.groupby(prompts, key=_n_tokens):
+            texts = [prompt.tokens for prompt in alike]
+            for begin in range(0, len(texts), at_once):
+                some = texts[begin : begin + at_once]
+                depends_on = {
+                    "closed loops of": [digest_of_tokens(tokens) for tokens in some],
+                    "n_prompt_tokens": n_prompt_tokens,
+                    "selection": selection.to_json(),
+                    "policies": [policy_to_json(policy) for policy in policies],
+                }
+                how = (n_prompt_tokens, policies, selection)
+                said = f"{desc}, {len(found)} of {len(prompts)} prompts done" if desc else ""
+                compute = partial(_arrays_of_loops, loaded.model, some, *how, desc=said)
+                arrays = Store(self.folder).get(loaded, depends_on, compute)
+                found += [ClosedLoop(**{name: array[i] for name, array in arrays.items()}) for i in range(len(some))]
         return found
 
 
@@ -299,6 +285,6 @@ def _arrays_of_loops(*arguments: Any, desc: str) -> dict[str, np.ndarray]:
     return {field.name: np.stack([getattr(loop, field.name) for loop in loops]) for field in fields(ClosedLoop)}
 
 
-def _n_tokens(trace: TraceFile) -> tuple[int, int]:
+def _n_tokens(prompt: Prompt) -> tuple[int, int]:
     """Of a prompt and of its continuation."""
-    return int(trace.header.prompt["n_prompt_tokens"]), trace.header.n_steps
+    return prompt.n_prompt_tokens, prompt.n_steps

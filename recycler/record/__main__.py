@@ -12,7 +12,7 @@ import typer
 from policies import GroupPooling, Ranking, Selection, written_by
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import max_positions
-from recycler.prompts import KINDS, Prompt, default_prompts, prompts_from_files
+from recycler.prompts import KINDS, TURNING_KINDS, Prompt, default_prompts, prompts_from_files
 from recycler.record.folder import find_recorded, record_prompts
 from recycler.record.written_continuation import with_written_continuation
 from traces.reporting.command import run_command
@@ -38,7 +38,11 @@ def main(
     ] = None,
     per_kind: Annotated[int, typer.Option(min=1, help="Default prompts of each kind.")] = 4,
     kinds: Annotated[
-        list[str] | None, typer.Option(help=f"Kinds of default prompts: some of {', '.join(KINDS)}.")
+        list[str] | None,
+        typer.Option(
+            help=f"Kinds of default prompts: some of {', '.join(KINDS)} (all of these by default), or of those whose "
+            f"output turns: {', '.join(TURNING_KINDS)}."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn in default prompts.")] = 0,
     prompts: Annotated[

@@ -17,7 +17,7 @@ from recycler.model.versions import versions
 from recycler.prompts import Prompt
 from recycler.record.step_attention import StepAttention, watch_steps
 from recycler.sets.recycled_set import unit_sizes
-from traces import Trace, TraceHeader
+from traces import Trace, TraceFile, TraceHeader
 from traces.ages import recorded_ages
 
 # Arrays of (rows, tokens) floats alive at once per KV head, beside two per query head: mean attention, pooled scores,
@@ -130,6 +130,23 @@ def trace_header(
         n_steps=prompt.n_steps,
         ages=recorded_ages(max_age),
         versions=versions(),
+    )
+
+
+def traced_prompt(file: TraceFile) -> Prompt:
+    """The prompt that a trace was recorded on.
+
+    Raises:
+        ValueError: If the file is no whole trace.
+    """
+    said = file.header.prompt
+    return Prompt(
+        name=said["name"],
+        kind=said["kind"],
+        tokens=file.array("tokens"),
+        n_prompt_tokens=int(said["n_prompt_tokens"]),
+        source=said["source"],
+        licence=said["licence"],
     )
 
 

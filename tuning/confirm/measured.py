@@ -37,13 +37,13 @@ def measured(
     *,
     traced_set: bool = True,
 ) -> list[Measured]:
-    """Summarise policies over prompts.
+    """Summarise policies over prompts, and say what replay has them do.
 
     Args:
         labels: One per policy.
         policies: The rows of each run.
-        traces: The prompts, in the order of `runs`.
-        runs: One closed-loop run per prompt.
+        traces: Of the tuning prompts, to replay on.
+        runs: One closed-loop run per held-out prompt.
         traced_set: False if they ran with another selection than the traces': then nothing is known of recovered mass.
     """
     results = []

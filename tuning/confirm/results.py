@@ -21,8 +21,8 @@ class Measured:
     Attributes:
         label: What tables and pictures call it.
         policy: The policy.
-        replay_full_share: Full share in replay.
-        recovered_mass: Mean recovered mass in replay, in [0, 1]; NaN if it ran with other sets than the traces hold.
+        replay_full_share: Full share in replay, on the tuning prompts.
+        recovered_mass: Mean recovered mass there, in [0, 1]; NaN if it ran with other sets than the traces hold.
         prompt_kl: float64 `(prompts,)`: mean over steps of KL(full || policy), nats.
         prompt_agreement: float64 `(prompts,)`: share of steps with the same most likely token as full attention.
         prompt_accuracy: float64 `(prompts,)`: share of steps whose most likely token is the text's next one.

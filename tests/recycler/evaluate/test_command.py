@@ -12,6 +12,7 @@ import pytest
 from policies import FixedStride, ModelShape, PolicyFile, Selection, StepPolicy
 from recycler.evaluate import answers, competitors
 from recycler.evaluate.__main__ import main
+from recycler.evaluate.summary import QUARTERS
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import model_shape
 from traces.reporting.command import run_command
@@ -71,7 +72,7 @@ def test_the_last_line_holds_every_method_task_and_measure(run: Run, write_polic
     fields = {"method", "task", "measure", "value", "low", "high", "full_share", "read_share"}
     assert all(set(row) == fields for row in last["rows"])
     methods, tasks = ("full", "streaming_llm", "sfi", "random", "tuned_mine"), ("prose", "technical", "all")
-    measures = ("kl", "agreement", "nll_change", "full_share", "read_share")
+    measures = ("kl", *QUARTERS, "kl_p95", "above_1_nat", "agreement", "nll_change", "full_share", "read_share")
     assert {(row["method"], row["task"], row["measure"]) for row in last["rows"]} == {
         (method, task, measure) for method in methods for task in tasks for measure in measures
     }
@@ -82,7 +83,7 @@ def test_the_last_line_holds_every_method_task_and_measure(run: Run, write_polic
     assert by_method["streaming_llm"]["full_share"] == 0
     assert by_method["streaming_llm"]["read_share"] == pytest.approx(32 / 406.5, rel=1e-3)
     assert by_method["tuned_mine"]["full_share"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 6) / 4)
-    for name in ("results.json", "tables.md", "ranking.png", "curves.png"):
+    for name in ("results.json", "tables.md", "ranking.png", "pareto.png", "curves.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["rows"] == last["rows"]

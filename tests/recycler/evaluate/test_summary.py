@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recycler.evaluate import Outcome, PromptOutcome
-from recycler.evaluate.summary import Row, can_do, curves, kl_shares, rows_to_json, summarise
+from recycler.evaluate.summary import QUARTERS, Row, can_do, curves, kl_shares, rows_to_json, summarise
 from traces.reporting.estimate import bootstrap, bootstrap_ratio
 
 
@@ -57,7 +57,17 @@ def test_a_row_is_the_mean_over_prompts_of_the_mean_over_steps() -> None:
 
 def test_texts_that_are_only_teacher_forced_have_no_accuracy() -> None:
     measures = {row.measure for row in summarise(PROSE)}
-    assert measures == {"kl", "agreement", "nll_change", "full_share", "read_share"}
+    assert measures == {"kl", "kl_p95", "above_1_nat", "agreement", "nll_change", "full_share", "read_share"}
+
+
+def test_kl_along_the_output_is_told_by_quarters_and_tails() -> None:
+    steps = [0.0, 0.2, 0.4, 0.4, 2.0, 4.0, 1.0, 8.0]
+    agree, nll = [True] * len(steps), [0.0] * (len(steps) - 1)
+    rows = summarise([prompt("prose", 0, full=FULL, ours=forced(steps, agree, nll, 0.1, 0.3))])
+    told = {row.measure: row.value for row in rows if row.method == "ours"}
+    assert [told[name] for name in QUARTERS] == pytest.approx([0.1, 0.4, 3.0, 4.5])
+    assert told["kl_p95"] == pytest.approx(np.quantile(steps, 0.95))
+    assert told["above_1_nat"] == pytest.approx(3 / 8)
 
 
 def test_shares_are_rows_of_their_own_with_intervals() -> None:

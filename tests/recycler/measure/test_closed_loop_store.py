@@ -17,7 +17,7 @@ from recycler.measure import closed_loop
 from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore, run_closed_loop, run_closed_loops
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
-from recycler.record.one_prompt import record_trace
+from recycler.record.one_prompt import record_trace, traced_prompt
 from traces import TraceFile, write_trace
 
 N_PROMPT, N_STEPS = 40, 6
@@ -144,7 +144,7 @@ def test_the_same_text_under_another_name_is_an_equal_run(
     assert runs.n == 1
 
 
-def test_several_traces_run_together_as_each_runs_alone(
+def test_several_prompts_run_together_as_each_runs_alone(
     store: ClosedLoopStore,
     loaded: LoadedModel,
     trace: Callable[..., TraceFile],
@@ -154,17 +154,17 @@ def test_several_traces_run_together_as_each_runs_alone(
     # Three prompts of one length and one of another, twelve rows at once: of three policies and full attention, three.
     monkeypatch.setattr(closed_loop, "_ROWS_AT_ONCE", 12)
     files = [trace(seed=seed) for seed in range(4)] + [trace(seed=4, n_prompt=N_PROMPT - 1), trace(seed=5)]
-    found = store.run_all(loaded, files, POLICIES)
+    prompts = [traced_prompt(file) for file in files]
+    found = store.run_all(loaded, prompts, POLICIES, SELECTION)
     # Three; one, because the next is longer; that one; the last.
     assert runs.n == len(list(store.folder.iterdir())) == 4
-    for file, loop in zip(files, found, strict=True):
-        n_prompt = int(file.header.prompt["n_prompt_tokens"])
-        alone = run_closed_loop(loaded.model, file.array("tokens"), n_prompt, POLICIES, SELECTION)
+    for prompt, loop in zip(prompts, found, strict=True):
+        alone = run_closed_loop(loaded.model, prompt.tokens, prompt.n_prompt_tokens, POLICIES, SELECTION)
         np.testing.assert_array_equal(loop.full, alone.full)
         np.testing.assert_array_equal(loop.read_share, alone.read_share)
         np.testing.assert_allclose(loop.kl, alone.kl, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(loop.accuracy, alone.accuracy)
     n_before = runs.n
-    for loop, again in zip(found, store.run_all(loaded, files, POLICIES), strict=True):
+    for loop, again in zip(found, store.run_all(loaded, prompts, POLICIES, SELECTION), strict=True):
         equal(loop, again)
     assert runs.n == n_before

@@ -17,6 +17,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from policies import PolicyFile
+from recycler.model.loading import load_model
+from recycler.prompts import default_prompts
+from recycler.record.folder import record_prompts
 from traces.reporting.command import run_command
 from tuning.optimize import main
 
@@ -125,6 +129,15 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(model: Path, out: Path) -> Run:
     """An uninterrupted run into `out` with a budget of 0.2."""
     return _optimize("--model", model, "--out", out, "--budget", "0.2", *SIZES)
+
+
+@pytest.fixture(scope="session")
+def recorded(first: Run, out: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of traces of all prompts of that run, those that it held out too, with its sets."""
+    loaded, folder = load_model(str(model), device="cpu"), tmp_path_factory.mktemp("optimize") / "recorded"
+    prompts = default_prompts(loaded.tokenizer, n_per_kind=2, context_tokens=160, n_steps=12)
+    record_prompts(loaded, prompts, PolicyFile.read(out / "policy.json").selection, folder, max_age=12)
+    return folder
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 
 from policies import BudgetConstrained, PolicyFile, Selection
 from recycler import load_model, model_shape, recycled, run_closed_loop
-from traces import TraceFile, TraceFolder
+from recycler.prompts import Prompt, default_prompts
+from traces import TraceFolder
 from tuning import FAMILIES, TraceBatch, replay_policy
+from tuning.search.split import split_by_prompt
 
 # A `Run` of the conftest, which a test module cannot import.
 Run = Any
@@ -21,8 +23,10 @@ Run = Any
 BUDGET, K = 0.2, 48
 
 
-def held_out(out: Path) -> list[TraceFile]:
-    return [file for file in TraceFolder(out / "traces") if file.path.stem.endswith("-001")]
+@pytest.fixture(scope="module")
+def held_out(model: Path) -> Sequence[Prompt]:
+    tokenizer = load_model(str(model), device="cpu").tokenizer
+    return split_by_prompt(default_prompts(tokenizer, n_per_kind=2, context_tokens=160, n_steps=12)).held_out
 
 
 def test_the_last_line_is_the_result(first: Run, out: Path) -> None:
@@ -48,7 +52,9 @@ def test_everything_promised_is_there(first: Run, out: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
         *("policy.json", "results.json", "report.html", "pictures", "study.log", "closed_loop", "set_sizes", "traces")
     }
-    assert len(TraceFolder(out / "traces")) == 12
+    # What is held out is decoded, not recorded.
+    assert {file.name[-4:] for file in TraceFolder(out / "traces")} == {"-000"}
+    assert len(TraceFolder(out / "traces")) == 6
     assert (out / "set_sizes" / "sensitivity.json").exists()
     assert not list(out.rglob("*.partial"))
     results = json.loads((out / "results.json").read_text())
@@ -56,16 +62,20 @@ def test_everything_promised_is_there(first: Run, out: Path) -> None:
     assert {family["family"] for family in results["families"]} == set(FAMILIES)
 
 
-def test_the_family_that_did_best_on_tuning_prompts_is_exported(first: Run, out: Path) -> None:
+def test_the_family_that_did_best_on_tuning_prompts_is_exported(
+    first: Run, out: Path, held_out: Sequence[Prompt]
+) -> None:
     results = json.loads((out / "results.json").read_text())
     tuning_kl = {family["family"]: family["tuning_kl"] for family in results["families"]}
     assert first.result["family"] == min(tuning_kl, key=lambda name: tuning_kl[name])
     names = [prompt["name"] for prompt in results["held_out_prompts"]]
-    assert sorted(names) == [file.path.stem for file in held_out(out)]
+    assert names == [prompt.name for prompt in held_out]
     assert set(names).isdisjoint(results["tuning_prompts"])
 
 
-def test_the_policy_file_says_where_it_came_from(first: Run, out: Path, model: Path) -> None:
+def test_the_policy_file_says_where_it_came_from(
+    first: Run, out: Path, model: Path, held_out: Sequence[Prompt]
+) -> None:
     policy_file = PolicyFile.read(out / "policy.json")
     assert dataclasses.replace(policy_file.selection, unit_k=None) == Selection.unpooled(K)
     assert np.mean(policy_file.selection.unit_k) <= K
@@ -73,33 +83,32 @@ def test_the_policy_file_says_where_it_came_from(first: Run, out: Path, model: P
     loaded = load_model(str(model), device="cpu")
     assert policy_file.model == model_shape(loaded.model, loaded.id)
     provenance = policy_file.provenance
-    tuned_on = [file.digest() for file in TraceFolder(out / "traces") if file.path.stem.endswith("-000")]
+    tuned_on = [file.digest() for file in TraceFolder(out / "traces")]
     assert sorted(provenance["traces"]) == sorted(tuned_on)
-    assert sorted(provenance["closed_loop"]["prompts"]) == [file.path.stem for file in held_out(out)]
+    assert provenance["closed_loop"]["prompts"] == [prompt.name for prompt in held_out]
     assert (provenance["budget"], provenance["family"]) == (BUDGET, first.result["family"])
     assert provenance["closed_loop"]["kl"]["value"] == first.result["kl"]
 
 
-def test_the_numbers_are_those_of_the_policy_on_held_out_prompts(first: Run, out: Path, model: Path) -> None:
+def test_the_numbers_are_those_of_the_policy_on_held_out_prompts(
+    first: Run, out: Path, model: Path, held_out: Sequence[Prompt]
+) -> None:
     file = PolicyFile.read(out / "policy.json")
     loaded = load_model(str(model), device="cpu")
-    runs = [
-        run_closed_loop(loaded.model, trace.array("tokens"), 160, [file.policy], file.selection)
-        for trace in held_out(out)
-    ]
+    runs = [run_closed_loop(loaded.model, prompt.tokens, 160, [file.policy], file.selection) for prompt in held_out]
     assert first.result["kl"] == pytest.approx(np.mean([run.kl for run in runs]), rel=1e-3)
     assert first.result["agreement"] == pytest.approx(np.mean([run.agreement for run in runs]))
     assert first.result["full_share"] == pytest.approx(np.mean([run.full for run in runs]), abs=0.01)
-    replay = replay_policy(TraceBatch(held_out(out)), file.policy)
+    replay = replay_policy(TraceBatch(list(TraceFolder(out / "traces"))), file.policy)
     assert first.result["recovered_mass"] == pytest.approx(replay.recovered_mass)
 
 
-def test_the_policy_runs_within_its_budget(first: Run, out: Path, model: Path) -> None:
+def test_the_policy_runs_within_its_budget(first: Run, out: Path, model: Path, held_out: Sequence[Prompt]) -> None:
     policy_file = PolicyFile.read(out / "policy.json")
     assert isinstance(policy_file.policy, BudgetConstrained)
     assert policy_file.policy.mean_budget <= BUDGET * (1 + 1e-9)
     loaded = load_model(str(model), device="cpu")
-    prompt = torch.from_numpy(held_out(out)[0].array("tokens")[:160].astype(np.int64))[None]
+    prompt = torch.from_numpy(held_out[0].tokens[:160].astype(np.int64))[None]
     with recycled(loaded.model, policy_file.policy, policy_file.selection) as session:
         loaded.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=60, do_sample=False)
     receipt = session.receipt()

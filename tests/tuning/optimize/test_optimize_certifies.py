@@ -25,9 +25,9 @@ FAMILIES = ("--families", "stride_profile,fixed_stride", "--trials", 2)
 
 
 @pytest.fixture(scope="module")
-def traces(first: Run, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the first run's traces, which gets a sensitivity of its own."""
-    return Path(shutil.copytree(out / "traces", tmp_path_factory.mktemp("copied") / "traces"))
+def traces(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the traces, which gets a sensitivity of its own."""
+    return Path(shutil.copytree(recorded, tmp_path_factory.mktemp("copied") / "traces"))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ Optimize = Callable[..., Run]
 
 
 @pytest.fixture
-def traces(first: Run, out: Path, tmp_path: Path) -> Path:
-    """A copy of the traces of the first run."""
-    return Path(shutil.copytree(out / "traces", tmp_path / "traces"))
+def traces(recorded: Path, tmp_path: Path) -> Path:
+    """A copy of the traces."""
+    return Path(shutil.copytree(recorded, tmp_path / "traces"))
 
 
 def refused(run: Run, sentence: str) -> None:
@@ -97,7 +97,7 @@ def test_a_truncated_trace_is_refused_by_name(
 def test_a_truncated_trace_in_the_output_folder_is_refused_by_name(
     copied: Path, model: Path, optimize: Optimize, sizes: tuple[str, ...]
 ) -> None:
-    path = copied / "traces" / "code-001.safetensors"
+    path = copied / "traces" / "code-000.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     refused(optimize("--model", model, "--out", copied, *sizes), f"{path} is truncated")
 

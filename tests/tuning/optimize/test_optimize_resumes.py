@@ -87,7 +87,7 @@ def test_a_run_that_is_interrupted_at_every_stage_ends_as_if_uninterrupted(
     stages = [
         (recycler.measure.ablation, "unit_sensitivity", 3),
         (recycler.record.size_losses, "_lost_by_size", 2),
-        (recycler.record.folder, "record_trace", 7),
+        (recycler.record.folder, "record_trace", 4),
         (tuning.optimize, "search_family", 4),
         # One run of six prompts chooses winners, one confirms them, and one confirms clocks with pooled sets.
         (recycler.measure.closed_loop, "run_closed_loops", 0),
@@ -135,10 +135,10 @@ def test_another_budget_shares_traces_but_no_trials(
 
 
 def test_traces_that_are_there_are_used_with_the_model_that_they_name(
-    out: Path, first: Run, tmp_path: Path, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
+    recorded: Path, first: Run, tmp_path: Path, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse(monkeypatch, RECORDING)
-    traces = shutil.copytree(out / "traces", tmp_path / "traces")
+    traces = shutil.copytree(recorded, tmp_path / "traces")
     families = "fixed_stride, cosine_profile"
     arguments = ("--traces", traces, "--budget", 0.2, "--trials", 2, "--families", families, "--candidates", 1)
     run = optimize(*arguments, "--out", tmp_path / "deep" / "results")
