@@ -4,7 +4,8 @@ Each kind is left out in turn: sizes of sets, division of the budget and thresho
 it decode beside stride 10 with pooled and unpooled sets, and beside the policy that was tuned on all kinds.
 Sensitivities and losses by size are those of `python -m tuning.optimize`, whose output folder is given, measured if it
 has none.
-Everything is kept in the output folder as it comes. Writes `docs/results/left-out.json`.
+Everything is kept in the output folder as it comes. Writes `docs/results/left-out.json` and a section of
+`docs/long_outputs.md`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from long_outputs_report import page
 from machine import machine_name
 
 from policies import FixedStride, PolicyFile, Selection
@@ -98,6 +100,7 @@ def main(
     result = {"model": loaded.id, "machine": machine_name(), "family": family, "per_kind": per_kind, **sizes}
     if set(rows) == set(KINDS):
         write_text(_RESULTS / "left-out.json", json.dumps({**result, "kinds": rows}, indent=1) + "\n")
+        write_text(_RESULTS.parent / "long_outputs.md", page(_RESULTS))
     return {
         "minutes": round((time.perf_counter() - began) / 60, 1),
         **{kind: row["share"] for kind, row in rows.items()},

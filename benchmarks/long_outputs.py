@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from long_outputs_report import draw, read_results, report
+from long_outputs_report import draw, page, report
 from machine import machine_name
 
 from policies import (
@@ -108,7 +108,7 @@ def main(
         if usual:
             figure.savefig(_DOCS / "pictures" / "long-outputs.png", dpi=110)
         write_text(_DOCS / "results" / f"{name}.json", json.dumps(result))
-        document = report(read_results(_DOCS / "results"))
+        document = page(_DOCS / "results")
         write_text(_DOCS / "long_outputs.md", document)
     write_text(out / "long_outputs.md", document)
     print(document)

@@ -16,11 +16,69 @@ from traces.reporting import picture_style as style
 _SMOOTHED = 32
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """What was measured, the usual sizes first."""
+def page(folder: Path) -> str:
+    """The page on all that was measured over long outputs, from the JSON files in a folder."""
     usual = folder / "long-outputs.json"
     others = sorted(path for path in folder.glob("long-outputs-*.json") if path != usual)
-    return [json.loads(path.read_text(encoding="utf-8")) for path in (usual, *others)]
+    lines = [report([_read(path) for path in (usual, *others)])]
+    for name, section in (("left-out.json", _left_out), ("turns.json", _turns)):
+        if (folder / name).exists():
+            lines += ["", *section(_read(folder / name)), ""]
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _left_out(result: Mapping[str, Any]) -> list[str]:
+    """What became of kinds of text that tuning did not see."""
+    lines = [
+        "## Kinds that tuning never saw",
+        "",
+        f"`python benchmarks/left_out.py`: each kind left out of tuning in turn ({result['family']}), "
+        f"{result['per_kind']} unseen prompts of it decode, {result['context_tokens']:,} +",
+        f"{result['n_steps']} tokens, k = 128, a tenth full. KL in nats per step; measured on {result['machine']}.",
+        "",
+        "| kind | tuned without it | tuned with it | better stride 10 | tuned without it, share of that |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, row in result["kinds"].items():
+        stride = min(row["stride 10, pooled"], row["stride 10, unpooled"])
+        lines.append(
+            f"| {kind} | {row['tuned without it']:.3f} | {row['tuned with it']:.3f} | {stride:.3f} "
+            f"| {row['tuned without it'] / stride:.2f} |"
+        )
+    return lines
+
+
+def _turns(result: Mapping[str, Any]) -> list[str]:
+    """What became of conversations."""
+    rows = result["rows"]
+    turns = range(1, result["turns"] + 1)
+
+    def line(name: str, values: Sequence[float], digits: int) -> str:
+        return f"| {name} | {' | '.join(f'{value:.{digits}f}' for value in values)} |"
+
+    return [
+        "## Ten turns over one cache",
+        "",
+        f"`python benchmarks/turns.py`: {result['conversations']} conversations, {result['context_tokens']:,} tokens "
+        f"and then {result['turns']} turns of {result['said_tokens']} tokens that are read",
+        f"at once and {result['answer_tokens']} that are decoded. KL to full attention in nats per step by turn; what "
+        "choosing the sets of six rows adds",
+        f"to reading what was said, in milliseconds. Measured on {result['machine']}.",
+        "",
+        "![KL by turn](pictures/turns.png)",
+        "",
+        f"| turn | {' | '.join(map(str, turns))} |",
+        "|---|" + "---|" * len(turns),
+        *(line(f"KL, {name}", row["kl_by_turn"], 3) for name, row in rows.items()),
+        *(line(f"full share, {name}", row["full_share_by_turn"], 3) for name, row in rows.items()),
+        line("reading, ms", result["reading_ms_by_turn"], 0),
+        *(line(f"choosing sets, ms, {name}", row["choosing_ms_by_turn"], 0) for name, row in rows.items()),
+    ]
 
 
 def _baseline(rows: Mapping[str, Any]) -> Mapping[str, Any]:

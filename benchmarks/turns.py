@@ -2,8 +2,8 @@
 
 Continuations of default prompts that no tuning saw are cut into turns: some tokens that are said at once, and some that
 are answered one by one, teacher-forced inside one `recycled` session with a row per kind of text. KL to full attention
-by turn, full share by turn, and what choosing sets adds to reading what was said. Writes `docs/results/turns.json` and
-its picture.
+by turn, full share by turn, and what choosing sets adds to reading what was said. Writes `docs/results/turns.json`,
+its picture and a section of `docs/long_outputs.md`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from long_outputs_report import page
 from machine import machine_name
 from transformers import DynamicCache, PreTrainedModel
 
@@ -90,6 +91,7 @@ def main(
     }
     write_text(_DOCS / "results" / "turns.json", json.dumps(result, indent=1) + "\n")
     _draw(result).savefig(_DOCS / "pictures" / "turns.png", dpi=110)
+    write_text(_DOCS / "long_outputs.md", page(_DOCS / "results"))
     print(json.dumps(result["rows"], indent=1))
     return {"minutes": round((time.perf_counter() - began) / 60, 1)}
 
