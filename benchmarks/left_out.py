@@ -1,7 +1,8 @@
 """`python benchmarks/left_out.py`: does a policy hold on a kind of text that its tuning never saw?
 
 Each kind is left out in turn: sizes of sets, division of the budget and thresholds come from the others, and prompts of
-it decode beside stride 10 with pooled and unpooled sets, and beside the policy that was tuned on all kinds.
+it decode. They are those of `benchmarks/long_outputs.py`, whose JSON file has what stride 10 and the policy that was
+tuned on all kinds do on them.
 Sensitivities and losses by size are those of `python -m tuning.optimize`, whose output folder is given, measured if it
 has none.
 Everything is kept in the output folder as it comes. Writes `docs/results/left-out.json` and a section of
@@ -21,7 +22,7 @@ import typer
 from long_outputs_report import page
 from machine import machine_name
 
-from policies import FixedStride, PolicyFile, Selection
+from policies import Selection
 from recycler.measure.ablation import measure_prompt_sensitivity
 from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import load_model
@@ -47,7 +48,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of everything on the way.")] = Path("results/left_out"),
     family: Annotated[str, typer.Option(help="Family that is tuned.")] = "cosine_profile",
     kinds: Annotated[str, typer.Option(help="To leave out in turn, separated by commas.")] = ",".join(KINDS),
-    per_kind: Annotated[int, typer.Option(help="Unseen prompts.", min=1)] = 4,
+    per_kind: Annotated[int, typer.Option(help="Unseen prompts, as in long_outputs.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Decode steps.", min=8)] = 512,
     context_tokens: Annotated[int, typer.Option(help="Prompt tokens.")] = 1536,
 ) -> dict[str, Any]:
@@ -59,7 +60,9 @@ def main(
     selection = Selection.unpooled(_K)
     damage = measure_prompt_sensitivity(loaded, results / "set_sizes", split.ablate, selection)
     losses = measure_size_losses(loaded, split.tune, selection, results / "set_sizes")
-    everything = PolicyFile.read(_RESULTS / "policy-budget-0.1-512-steps.json")
+    measured = json.loads((_RESULTS / "long-outputs.json").read_text(encoding="utf-8"))
+    if [measured[name] for name in ("steps", "context_tokens", "k")] != [steps, context_tokens, _K]:
+        raise ValueError("long-outputs.json is of other sizes: run benchmarks/long_outputs.py with these first.")
     store = ClosedLoopStore(out / "closed_loop")
     rows: dict[str, dict[str, float]] = {}
     for kind in kinds.split(","):
@@ -80,21 +83,15 @@ def main(
             storage=None,
             study_name=kind,
         )
-        # Those of `benchmarks/long_outputs.py`.
         unseen = default_prompts(loaded.tokenizer, n_per_kind=per_kind, first_index=4, kinds=[kind], **sizes)
-        contenders = {
-            "tuned without it": (search.candidates[0].policy, sized.selection),
-            "tuned with it": (everything.policy, everything.selection),
-            "stride 10, pooled": (FixedStride(10), selection.pooled()),
-            "stride 10, unpooled": (FixedStride(10), selection),
+        loops = store.run_all(loaded, unseen, [search.candidates[0].policy], sized.selection, desc=kind)
+        of_kind = {name: row["kinds"][kind]["kl"] for name, row in measured["rows"].items()}
+        rows[kind] = {
+            "tuned without it": float(np.mean([loop.kl.mean() for loop in loops])),
+            "full share": float(np.mean([loop.full.mean() for loop in loops])),
+            "tuned with it": of_kind["tuned on 512 steps"],
+            "stride 10": min(kl for name, kl in of_kind.items() if name.startswith("stride 10")),
         }
-        rows[kind] = {}
-        for name, (policy, sets) in contenders.items():
-            loops = store.run_all(loaded, unseen, [policy], sets, desc=f"{kind}, {name}")
-            rows[kind][name] = float(np.mean([loop.kl.mean() for loop in loops]))
-            rows[kind][f"full share, {name}"] = float(np.mean([loop.full.mean() for loop in loops]))
-        better = min(rows[kind]["stride 10, pooled"], rows[kind]["stride 10, unpooled"])
-        rows[kind]["share"] = rows[kind]["tuned without it"] / better
         print(f"{kind}: {json.dumps(rows[kind])}", flush=True)
         write_text(out / "left-out.json", json.dumps(rows))
     result = {"model": loaded.id, "machine": machine_name(), "family": family, "per_kind": per_kind, **sizes}
@@ -103,7 +100,7 @@ def main(
         write_text(_RESULTS.parent / "long_outputs.md", page(_RESULTS))
     return {
         "minutes": round((time.perf_counter() - began) / 60, 1),
-        **{kind: row["share"] for kind, row in rows.items()},
+        **{kind: round(row["tuned without it"] / row["stride 10"], 3) for kind, row in rows.items()},
     }
 
 

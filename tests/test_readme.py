@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from policies import Schedule
 
@@ -24,6 +27,23 @@ def test_the_policy_of_the_readme_decides_within_its_budget() -> None:
     for _ in range(n_steps):
         schedule.advance(policy.decide(schedule.signals(query_similarity=np.full((2, 3), 0.2))))  # type: ignore[attr-defined]
     assert (schedule.n_full == n_steps * 0.1).all()
+
+
+def test_the_readmes_python_runs_from_the_first_line_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").mkdir()
+    shutil.copy(README.parent / "docs/results/policy-budget-0.1-512-steps.json", tmp_path / "results/policy.json")
+    (tmp_path / "long.txt").write_text("A set keeps what it chose. " * 60, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for source in blocks:
+        # As long as a test may take.
+        short = source.replace("max_new_tokens=256", "max_new_tokens=12, min_new_tokens=12")
+        exec(compile(short, str(README), "exec", dont_inherit=True), {"__name__": __name__})
+    receipt = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert (receipt["n_steps"], receipt["horizon_steps"]) == (11, 512)
 
 
 def test_every_path_that_the_readme_names_exists() -> None:
