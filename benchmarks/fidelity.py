@@ -18,26 +18,17 @@ from typing import Annotated, Any
 
 import typer
 from machine import machine_name
-from replay_validity import Validity, draw_validity, measure_validity, spread_of_policies
+from replay_validity import TUNED_ON, Validity, draw_validity, validity_of
 
 from policies import PolicyFile
 from recycler.evaluate import __main__ as evaluate
-from recycler.evaluate.sentence_ends import sentence_end_tokens
-from recycler.measure.closed_loop import ClosedLoopStore
-from recycler.model.loading import LoadedModel, load_model
-from traces import TraceFolder
+from recycler.model.loading import load_model
 from traces.reporting.command import run_command
-from traces.sensitivity import Sensitivity
 from tuning import optimize
-from tuning.divide.tuning_data import TuningData, unit_cost
-from tuning.replay.trace_batch import TraceBatch
-from tuning.search.split import split_by_prompt
 
 _ROOT = Path(__file__).parents[1]
 # What people made of the numbers; it goes above them.
 _NOTES = _ROOT / "docs" / "results_notes.md"
-# The replay loss that the tuner minimises.
-_TUNED_ON = "weighted"
 _SCHEDULERS = (
     "All families, clocks with three sets, a schedule that knows the future and a new set at every step, at budgets of "
     "2 to 20% and two lengths: [schedulers.md](schedulers.md), written by `python benchmarks/schedulers.py`."
@@ -104,7 +95,7 @@ def main(
         per_kind=size.per_kind,
     )
     policy = Path(tuned["policy"])
-    validity = _validity(load_model(None), folder / "tuned", budget)
+    validity = validity_of(load_model(None), folder / "tuned", per_kind=size.per_kind // 2)
     compared = evaluate.main(
         policy=[policy],
         tasks=size.tasks,
@@ -133,7 +124,7 @@ def main(
         "machine": machine_name(),
     }
     caption = f"{compared['model']}, k = {k} tokens, {n_context:,} tokens of context, {machine_name()}"
-    draw_validity(validity, _TUNED_ON, caption).savefig(folder / "replay-validity.png", dpi=110)
+    draw_validity(validity, TUNED_ON, caption).savefig(folder / "replay-validity.png", dpi=110)
     minutes = round((time.perf_counter() - began) / 60, 1)
     report = _report(compared, validity, folder, caption)
     evaluate.write_beside(folder / "results.md", report)
@@ -144,20 +135,6 @@ def main(
         "spearman": correlations,
         "minutes": minutes,
     }
-
-
-def _validity(loaded: LoadedModel, folder: Path, budget: float) -> Validity:
-    """Replay against closed loop on the held-out prompts of a tuning run."""
-    files = list(TraceFolder(folder / "traces"))
-    split = split_by_prompt(files)
-    tune = TraceBatch(split.tune)
-    cost = unit_cost(tune, Sensitivity.read(folder / "traces"))
-    policies = spread_of_policies(TuningData(tune, budget, cost), sentence_end_tokens(loaded.tokenizer))
-    losses = {
-        "mass": lambda batch, replay: 1 - replay.recovered_mass,
-        _TUNED_ON: lambda batch, replay: TuningData(batch, budget, cost).loss_of(replay),
-    }
-    return measure_validity(loaded, split.held_out, policies, losses, ClosedLoopStore(folder / "closed_loop"))
 
 
 def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption: str) -> str:
@@ -192,7 +169,7 @@ def _report(compared: dict[str, Any], validity: Validity, folder: Path, caption:
             "## Does replay predict the truth?",
             "",
             f"Spearman's rank correlation over {len(validity.labels)} policies of all families between the replayed "
-            f"loss and closed-loop KL, on prompts that no policy was tuned on; the tuner minimises `{_TUNED_ON}`.",
+            f"loss and closed-loop KL, on prompts that no policy was tuned on; the tuner minimises `{TUNED_ON}`.",
             "",
             *_correlations(validity),
             "",
