@@ -21,7 +21,7 @@ def page(folder: Path) -> str:
     usual = folder / "long-outputs.json"
     others = sorted(path for path in folder.glob("long-outputs-*.json") if path != usual)
     lines = [report([_read(path) for path in (usual, *others)])]
-    for name, section in (("left-out.json", _left_out), ("turns.json", _turns)):
+    for name, section in (("left-out.json", _left_out), ("turns.json", _turns), ("peers.json", _peers)):
         if (folder / name).exists():
             lines += ["", *section(_read(folder / name)), ""]
     return "\n".join(lines)
@@ -78,6 +78,33 @@ def _turns(result: Mapping[str, Any]) -> list[str]:
         line("reading, ms", result["reading_ms_by_turn"], 0),
         *(line(f"choosing sets, ms, {name}", row["choosing_ms_by_turn"], 0) for name, row in rows.items()),
     ]
+
+
+def _peers(result: Mapping[str, Any]) -> list[str]:
+    """Other people's own code beside ours."""
+    few, as_many = (result["theirs"][str(result[size])] for size in ("k", "as_many"))
+    versions = result["their_versions"]
+    lines = [
+        "## Other people's own code",
+        "",
+        f"`python benchmarks/peers.py`: kvpress {versions['kvpress']} (transformers {versions['transformers']}) beside "
+        f"ours, {result['prompts']} prompts of {result['context_tokens']:,} tokens",
+        f"and {result['steps']} steps, none seen in tuning. kvpress keeps k tokens of the prompt and all that come "
+        "after; ours keep k in all. KL to",
+        f"full attention in nats per step; measured on {result['machine']}. The tuned policy reads as much as a set of "
+        f"{result['as_many']} tokens.",
+        "",
+        f"| method | kvpress, k = {result['k']} | ours, k = {result['k']} | kvpress, k = {result['as_many']} |",
+        "|---|---|---|---|",
+    ]
+    for name in dict.fromkeys([*few, *result["ours"]]):
+        cells = [
+            *(f"{table[name]:.3f}" if name in table else "" for table in (few,)),
+            f"{result['ours'][name]['kl']:.3f}" if name in result["ours"] else "",
+            f"{as_many[name]:.3f}" if name in as_many else "",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _baseline(rows: Mapping[str, Any]) -> Mapping[str, Any]:
