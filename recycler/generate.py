@@ -14,7 +14,6 @@ from policies import PolicyFile, written_by
 from recycler.decode.session import recycled
 from recycler.model.generation import Generation, generate_tokens
 from recycler.model.loading import LoadedModel, load_model
-from recycler.model.shape import model_shape
 from recycler.prompts.texts import leading_tokens, text_tokens
 from traces.reporting.command import run_command
 
@@ -49,7 +48,6 @@ def main(
         policy_file = policy_file.at_k(k)
     text = _read_prompt(prompt, prompt_file)
     loaded = _load(policy_file.model.id, model, dtype, device)
-    policy_file.check_model(model_shape(loaded.model, loaded.id))
     tokens = _tokens(loaded, text, chat)
 
     def generate(streamer: TextStreamer | None = None) -> Generation:
@@ -62,10 +60,7 @@ def main(
             streamer=streamer,
         )
 
-    horizon_steps = policy_file.horizon_steps
-    with recycled(
-        loaded.model, policy_file.policy, policy_file.selection, fast=not plain, horizon_steps=horizon_steps
-    ) as session:
+    with recycled(loaded, policy_file, fast=not plain) as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()
     # Piped, the table is as wide as it needs to be; a terminal has its own width.

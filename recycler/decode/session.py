@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from policies import ModelShape, Selection, StepPolicy, check_fits
+from policies import ModelShape, PolicyFile, Selection, StepPolicy
 from recycler.decode import engines
+from recycler.decode.asked import Asked, model_of
 from recycler.decode.cache_watch import CACHE_CHANGED, CacheWatch
 from recycler.decode.engine import Engine
 from recycler.decode.engine_run import EngineRun
@@ -30,15 +32,24 @@ from recycler.model.shape import model_shape
 from recycler.sets.prompt_votes import PromptVotes
 from recycler.sets.scores import probabilities
 
+NOT_CALLED = (
+    "nothing was decoded inside `with recycled(...)`: the model was not called there. What runs in another thread, or "
+    "after the end of the `with`, as a streamer's generation does, is not recycled."
+)
+NOTHING_RECYCLED = (
+    "nothing was recycled inside `with recycled(...)`: every forward brought several tokens, which are read with full "
+    "attention, as those of use_cache=False, of prompt lookup and of scoring a text are. Recycled steps bring one "
+    "token per row, with a cache."
+)
 # Turns of a session whose receipts are kept: a session may live as long as a server.
 _MOST_TURNS = 100
 
 
 @contextmanager
 def recycled(
-    model: PreTrainedModel,
-    policy: StepPolicy,
-    selection: Selection,
+    target: Any,
+    policy: StepPolicy | PolicyFile | str | Path,
+    selection: Selection | None = None,
     *,
     fast: bool = True,
     horizon_steps: int | None = None,
@@ -50,24 +61,30 @@ def recycled(
     So in a conversation over one growing cache every turn chooses sets and opens accounts of its own, whatever was
     cropped or rewritten before it, and what a turn saves the next one cannot spend.
     Decode steps run on the engine for the model's device where there is one that covers them, and else on the plain
-    path; the receipt says which, and why. The model is as it was afterwards, also after an exception.
+    path; the receipt says which, and why. The model is as it was afterwards, also after an exception. A `with` in which
+    nothing was recycled, though it was called, warns and says what may be the reason.
 
     Args:
-        model: A causal language model with `sdpa` or `eager` attention.
-        policy: Who decides which units run full.
-        selection: How sets are chosen.
+        target: A causal language model with `sdpa` or `eager` attention, or a pipeline or a `LoadedModel` around one.
+        policy: Who decides which units run full: a policy, or a policy file or its path, which also say how sets are
+            chosen and for how long outputs the policy was tuned.
+        selection: How sets are chosen; None for as the policy file has it.
         fast: False keeps to the plain path.
-        horizon_steps: Decode steps of the outputs that the policy was tuned on (`PolicyFile.horizon_steps`); None if
-            that is not known. An output of more than twice as many warns, once, and the receipt says so.
+        horizon_steps: Decode steps of the outputs that the policy was tuned on; None for what the policy file says, if
+            there is one. An output of more than twice as many warns, once, and the receipt says so.
 
     Yields:
         The session; its `receipt()` tells what was done so far.
 
     Raises:
-        ValueError: If policy or selection has the parameters of another model shape or the model cannot be recycled;
-            during decoding, if the cache changes in a way that sets cannot follow.
+        ValueError: If the target is no model, a policy file cannot be read, a bare policy comes without a selection,
+            something is for another model shape, or the model cannot be recycled; during decoding, if the cache changes
+            in a way that sets cannot follow.
     """
-    session = Session(model_shape(model), policy, selection, horizon_steps)
+    model = model_of(target)
+    shape = model_shape(model)
+    asked = Asked.of(policy, selection, horizon_steps, shape)
+    session = Session(shape, asked.policy, asked.selection, asked.horizon_steps)
     if fast:
         try:
             session.use(engines.engine_for(model))
@@ -93,8 +110,6 @@ class Session:
     def __init__(
         self, shape: ModelShape, policy: StepPolicy, selection: Selection, horizon_steps: int | None = None
     ) -> None:
-        check_fits(policy, shape)
-        check_fits(selection, shape)
         self._shape = shape
         self._policy = policy
         self._selection = selection
@@ -105,6 +120,8 @@ class Session:
         self._votes: dict[int, PromptVotes] = {}
         self._horizon_steps = horizon_steps
         self._warned = False
+        # Forwards of several tokens that `generate` did not call prefill, and all of them.
+        self._n_read, self._n_forwards = 0, 0
         self._tally = Tally(shape.units)
         self._turns: deque[Receipt] = deque(maxlen=_MOST_TURNS)
         self._engine: Engine | None = None
@@ -129,6 +146,8 @@ class Session:
         @wraps(stock)
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = ForwardCall(args, kwargs)
+            self._n_forwards += 1
+            self._n_read += not (self.in_prefill or call.is_one_token)
             if self.in_prefill or not call.is_one_token or not self._has_prompt:
                 self._end_run()
                 return self._plainly(call, stock, args, kwargs)
@@ -187,6 +206,12 @@ class Session:
     def finish(self) -> None:
         """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
         self._end_run()
+        if self._tally.n_steps:
+            return
+        if not self._n_forwards:
+            warnings.warn(NOT_CALLED, stacklevel=3)
+        elif self._n_read:
+            warnings.warn(NOTHING_RECYCLED, stacklevel=3)
 
     @property
     def _has_prompt(self) -> bool:

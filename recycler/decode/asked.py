@@ -1,0 +1,87 @@
+"""What a session is asked to apply, and to which model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from policies import ModelShape, PolicyFile, Selection, StepPolicy, check_fits
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A policy with all that it needs, checked against a model.
+
+    Attributes:
+        policy: Who decides.
+        selection: How sets are chosen.
+        horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
+    """
+
+    policy: StepPolicy
+    selection: Selection
+    horizon_steps: int | None
+
+    @classmethod
+    def of(
+        cls,
+        policy: StepPolicy | PolicyFile | str | Path,
+        selection: Selection | None,
+        horizon_steps: int | None,
+        model: ModelShape,
+    ) -> Asked:
+        """Make it of what `recycled` takes.
+
+        Raises:
+            ValueError: If a file cannot be read or is for another model shape, a bare policy comes without a selection,
+                or policy or selection has the parameters of another model shape.
+        """
+        if isinstance(policy, (str, Path)):
+            policy = PolicyFile.read(policy)
+        if isinstance(policy, PolicyFile):
+            policy.check_model(model)
+            selection = policy.selection if selection is None else selection
+            horizon_steps = policy.horizon_steps if horizon_steps is None else horizon_steps
+            policy = policy.policy
+        if not isinstance(policy, StepPolicy):
+            raise ValueError(
+                f"the policy must be a StepPolicy, a PolicyFile or the path of one, not {type(policy).__name__}."
+            )
+        if selection is None:
+            raise ValueError(
+                f"the policy {policy.kind!r} says nothing of how sets are chosen: give a selection with it, such as "
+                "Selection.unpooled(128), or a policy file, which has one."
+            )
+        check_fits(policy, model)
+        check_fits(selection, model)
+        return cls(policy, selection, horizon_steps)
+
+
+def model_of(target: Any) -> PreTrainedModel:
+    """The model of what `recycled` is put around: a model itself, or a pipeline or a `LoadedModel` around one.
+
+    Raises:
+        ValueError: If it is anything else. Wrappers that are modules are refused, because what is replaced in the model
+            inside of them is not what they call.
+    """
+    if isinstance(target, PreTrainedModel):
+        return target
+    inside = None if isinstance(target, nn.Module) else getattr(target, "model", None)
+    if isinstance(inside, PreTrainedModel):
+        return inside
+    what = type(target).__name__
+    if hasattr(target, "_orig_mod"):
+        raise ValueError(
+            "recycled cannot see the decode steps of a compiled model: give it the model that was given to "
+            "torch.compile, and call that one."
+        )
+    if isinstance(target, nn.Module):
+        raise ValueError(
+            f"recycled takes a transformers model, not the wrapper {what} around one: give it the model inside, and "
+            "call that one; of adapters (PEFT), merge_and_unload() makes a model."
+        )
+    raise ValueError(f"recycled takes a transformers model or a pipeline, not {what}.")
