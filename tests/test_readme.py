@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 from pathlib import Path
@@ -44,6 +45,34 @@ def test_the_readmes_python_runs_from_the_first_line_to_the_last(
         exec(compile(short, str(README), "exec", dont_inherit=True), {"__name__": __name__})
     receipt = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
     assert (receipt["n_steps"], receipt["horizon_steps"]) == (11, 512)
+
+
+def test_what_the_readme_says_of_make_optimize_is_what_it_found() -> None:
+    found = json.loads((README.parent / "docs/results/optimize-budget-0.1-512-steps.json").read_text(encoding="utf-8"))
+    measured = {row["family"]: row for row in found["families"]} | {"fixed stride 10": found["baseline"]}
+    (head,) = re.findall(
+        r"^\| policy at a full-step budget of 10% .*\n", README.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    text = README.read_text(encoding="utf-8").partition(head)[2].partition("\n\n")[0]
+    _, *rows = text.splitlines()
+    assert len(rows) >= 5
+    for row in rows:
+        who, *cells = row.strip("| ").split("|")
+        told = [measured[name] for name in measured if re.search(rf"\b{name}\b", who.partition(":")[0])]
+        assert told, who
+        known = {
+            form
+            for one in told
+            for form in (
+                f"{one['full_share']:.1%}",
+                f"{one['agreement']['value']:.1%}",
+                *(f"{value:.3f}" for value in one["kl"].values()),
+                *(f"{value:.0%}".removesuffix("%") for value in one["kl_share_of_baseline"].values()),
+                f"{one['kl_share_of_baseline']['value']:.0%}",
+            )
+        }
+        numbers = [number for cell in cells for number in re.findall(r"\d[\d.]*%?", cell)]
+        assert set(numbers) <= known, who
 
 
 def test_every_path_that_the_readme_names_exists() -> None:
