@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from policies import ModelShape, PolicyFile, Selection, StepPolicy
+from policies import PolicyFile, Selection, StepPolicy
 from recycler.decode import engines
 from recycler.decode.asked import Asked, model_of
 from recycler.decode.cache_watch import CACHE_CHANGED, CacheWatch
@@ -26,15 +26,15 @@ from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_
 from recycler.decode.forward_call import ForwardCall
 from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt, Tally
-from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
+from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.shape import model_shape
 from recycler.sets.prompt_votes import PromptVotes
 from recycler.sets.scores import probabilities
 
 NOT_CALLED = (
-    "nothing was decoded inside `with recycled(...)`: the model was not called there. What runs in another thread, or "
-    "after the end of the `with`, as a streamer's generation does, is not recycled."
+    "nothing was decoded inside `with recycled(...) as session`: the model was not called there. What runs in another "
+    "thread, or after the end of the `with`, as a streamer's generation does, is recycled by session.generate only."
 )
 NOTHING_RECYCLED = (
     "nothing was recycled inside `with recycled(...)`: every forward brought several tokens, which are read with full "
@@ -61,8 +61,11 @@ def recycled(
     So in a conversation over one growing cache every turn chooses sets and opens accounts of its own, whatever was
     cropped or rewritten before it, and what a turn saves the next one cannot spend.
     Decode steps run on the engine for the model's device where there is one that covers them, and else on the plain
-    path; the receipt says which, and why. The model is as it was afterwards, also after an exception. A `with` in which
-    nothing was recycled, though it was called, warns and says what may be the reason.
+    path; the receipt says which, and why. The model is as it was afterwards, also after an exception.
+
+    What is recycled is what this thread or task calls, and tasks that begin inside: other threads have the stock model
+    meanwhile, and may recycle it with policies of their own. `session.generate` is the session's from any thread,
+    inside the `with` and after it. A `with` in which nothing was recycled warns and says what may be the reason.
 
     Args:
         target: A causal language model with `sdpa` or `eager` attention, or a pipeline or a `LoadedModel` around one.
@@ -84,7 +87,7 @@ def recycled(
     model = model_of(target)
     shape = model_shape(model)
     asked = Asked.of(policy, selection, horizon_steps, shape)
-    session = Session(shape, asked.policy, asked.selection, asked.horizon_steps)
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps)
     if fast:
         try:
             session.use(engines.engine_for(model))
@@ -92,7 +95,7 @@ def recycled(
             session.stay_plain(str(reason))
     else:
         session.stay_plain("fast is False")
-    with attention_replaced(model, session.attention), _called_by_generate(model, session):
+    with session.applied():
         yield session
         session.finish()
 
@@ -101,15 +104,17 @@ class Session:
     """The state of one `recycled` block: what the last prompt left, the run that decodes after it, and the receipt.
 
     Args:
-        shape: The model's.
-        policy: Who decides.
-        selection: How sets are chosen.
+        model: The model.
+        policy: Who decides; for the model's shape.
+        selection: How sets are chosen; likewise.
         horizon_steps: As in `recycled`.
     """
 
     def __init__(
-        self, shape: ModelShape, policy: StepPolicy, selection: Selection, horizon_steps: int | None = None
+        self, model: PreTrainedModel, policy: StepPolicy, selection: Selection, horizon_steps: int | None = None
     ) -> None:
+        shape = model_shape(model)
+        self._model = model
         self._shape = shape
         self._policy = policy
         self._selection = selection
@@ -120,8 +125,9 @@ class Session:
         self._votes: dict[int, PromptVotes] = {}
         self._horizon_steps = horizon_steps
         self._warned = False
-        # Forwards of several tokens that `generate` did not call prefill, and all of them.
-        self._n_read, self._n_forwards = 0, 0
+        self._generating = threading.RLock()
+        # Forwards, and those of several tokens that `generate` did not call prefill.
+        self._n_forwards, self._n_read = 0, 0
         self._tally = Tally(shape.units)
         self._turns: deque[Receipt] = deque(maxlen=_MOST_TURNS)
         self._engine: Engine | None = None
@@ -139,28 +145,62 @@ class Session:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
         self._why_plain = reason
 
+    def applied(self) -> AbstractContextManager[None]:
+        """Run this session's functions in the place of the model's, in this thread or task."""
+        return replaced(self._model, self._functions)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` of this session, from any thread, inside of its `with` and after it; one call at a time."""
+        with self._generating:
+            if owner_here(self._model) is self:
+                return self._model.generate(*args, **kwargs)  # type: ignore[operator]
+            with self.applied():
+                try:
+                    return self._model.generate(*args, **kwargs)  # type: ignore[operator]
+                finally:
+                    self._end_run()
+
     def forward(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The model's forward in this session, given its own."""
 
-        # `generate` reads the signature to know what to pass.
-        @wraps(stock)
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = ForwardCall(args, kwargs)
             self._n_forwards += 1
-            self._n_read += not (self.in_prefill or call.is_one_token)
             if self.in_prefill or not call.is_one_token or not self._has_prompt:
                 self._end_run()
-                return self._plainly(call, stock, args, kwargs)
+                read = self._plainly(call, stock, args, kwargs)
+                self._n_read += not (self.in_prefill or call.is_one_token)
+                return read
             if self._run is None:
                 self._run = self._begin_run(call)
             if isinstance(self._run, EngineRun):
                 return self._run.step(call)
             return self._plainly(call, stock, args, kwargs)
 
-        # `generate` compiles the model's call for a static cache on a GPU. What a session remembers between steps is
-        # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
-        untraced: Callable[..., Any] = torch.compiler.disable(forward)
-        return untraced
+        return forward
+
+    def _functions(self, stock: Functions) -> Functions:
+        return Functions(
+            attention=self.attention(stock.attention),
+            forward=None if stock.forward is None else self.forward(stock.forward),
+            prefill=None if stock.prefill is None else self._prefill(stock.prefill),
+            owner=self,
+        )
+
+    def _prefill(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """What `generate` calls to read a prompt, which tells that what it runs is prefill.
+
+        The last chunk of a prefill may be one token, as a decode step is: its length does not tell.
+        """
+
+        def prefill(*args: Any, **kwargs: Any) -> Any:
+            self.in_prefill = True
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self.in_prefill = False
+
+        return prefill
 
     def attention(self, stock: AttentionFunction) -> AttentionFunction:
         """The attention function of this session, given the one that it replaces."""
@@ -286,33 +326,6 @@ class Session:
             layer, self._selection, grouped[:, :, :, -1], weights, self._start, self._end, votes
         )
         self._watches[layer] = CacheWatch(key, self._start)
-
-
-@contextmanager
-def _called_by_generate(model: PreTrainedModel, session: Session) -> Iterator[None]:
-    """Put the session's forward in the place of the model's, and let `generate` tell what it regards as prefill.
-
-    The last chunk of a prefill may be one token, as a decode step is: its length does not tell.
-    """
-    before: dict[str, Any] = {n: model.__dict__[n] for n in ("forward", "_prefill") if n in model.__dict__}
-    model.__dict__["forward"] = session.forward(model.forward)
-    stock = getattr(model, "_prefill", None)
-
-    def prefill(*args: Any, **kwargs: Any) -> Any:
-        session.in_prefill = True
-        try:
-            return stock(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            session.in_prefill = False
-
-    if stock is not None:
-        model.__dict__["_prefill"] = prefill
-    try:
-        yield
-    finally:
-        for name in ("forward", "_prefill"):
-            model.__dict__.pop(name, None)
-        model.__dict__.update(before)
 
 
 def _visible(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:

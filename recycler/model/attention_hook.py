@@ -1,10 +1,16 @@
-"""Replacing a model's attention function for a while."""
+"""Replacing a model's attention, and its forward, for one thread or task, while all others have the stock functions."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,49 +27,191 @@ _SUPPORTED = ("sdpa", "eager")
 _REFUSED_ARGUMENTS = ("s_aux", "softcap", "position_bias")
 
 
-@contextmanager
-def attention_replaced(
-    model: PreTrainedModel, make: Callable[[AttentionFunction], AttentionFunction]
-) -> Iterator[None]:
-    """Run all attention of `model` through a function of ours, and put everything back at the end.
+@dataclass(frozen=True)
+class Functions:
+    """Functions of a model: its stock ones, or those that run instead of them.
 
-    Masks stay those of the model's own implementation.
+    Attributes:
+        attention: What computes its attention.
+        forward: Its forward; None for the stock one.
+        prefill: What `generate` calls to read a prompt; None for the stock one, or where there is none.
+        owner: Whose they are; None for the model's own.
+    """
+
+    attention: AttentionFunction
+    forward: Callable[..., Any] | None = None
+    prefill: Callable[..., Any] | None = None
+    owner: object = None
+
+
+# What runs instead, in this thread or task, by the identity of the model.
+_INSTEAD: ContextVar[Mapping[int, Functions]] = ContextVar("instead", default=MappingProxyType({}))
+
+
+def owner_here(model: PreTrainedModel) -> object:
+    """Whose functions run in the place of the model's own in this thread or task; None if those do."""
+    instead = _INSTEAD.get().get(id(model))
+    return None if instead is None else instead.owner
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, make: Callable[[Functions], Functions]) -> Iterator[None]:
+    """Run other functions in the place of a model's own, in this thread or task and nowhere else.
+
+    Tasks that begin inside inherit it, threads do not. Masks stay those of the model's own implementation. The model is
+    as it was when the last that needed this has ended, and calls of other threads that were running meanwhile.
 
     Args:
         model: A model whose attention goes through transformers' AttentionInterface.
-        make: Given the stock attention function, returns the one to use instead.
+        make: Given the stock functions, returns those to use instead.
 
     Raises:
-        ValueError: If the model's implementation is neither `sdpa` nor `eager`, or cannot be replaced.
+        ValueError: If the model's implementation is neither `sdpa` nor `eager`, or cannot be replaced, or something
+            runs instead of it here already.
     """
-    original = model.config._attn_implementation
-    if original not in _SUPPORTED:
-        raise ValueError(
-            f"recycled attention replaces 'sdpa' or 'eager' attention, and this model runs {original!r}: "
-            "load it with attn_implementation='sdpa'."
-        )
-    function = make(_stock_attention(model, original))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        for name in _REFUSED_ARGUMENTS:
-            if kwargs.get(name) is not None:
-                raise ValueError(f"attention with {name!r} ({type(module).__name__}) is not supported.")
-        return function(module, *args, **kwargs)
-
-    name = f"recycled-{id(attention):x}"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    if id(model) in _INSTEAD.get():
+        raise ValueError(f"this {type(model).__name__} is recycled already in this thread: end the other `with` first.")
+    dispatch = _dispatch_of(model)
+    stock = dispatch.begin()
     try:
+        token = _INSTEAD.set({**_INSTEAD.get(), id(model): make(stock)})
+        try:
+            yield
+        finally:
+            _INSTEAD.reset(token)
+    finally:
+        dispatch.end()
+
+
+def attention_replaced(
+    model: PreTrainedModel, make: Callable[[AttentionFunction], AttentionFunction]
+) -> AbstractContextManager[None]:
+    """The same for attention alone: `make` is given the stock function."""
+    return replaced(model, lambda stock: Functions(make(stock.attention)))
+
+
+class _Dispatch:
+    """Stands in the place of a model's functions while anybody needs it, and asks who is calling.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        # The model keeps this alive while it is in place.
+        self._model = weakref.ref(model)
+        self._lock = threading.RLock()
+        self._n_users = 0
+        self._put_back: list[Callable[[], None]] = []
+        self._stock: Functions | None = None
+
+    def begin(self) -> Functions:
+        """Be in place until `end` has been called as often; the stock functions."""
+        with self._lock:
+            if self._stock is None:
+                self._stock = self._install()
+            self._n_users += 1
+            return self._stock
+
+    def end(self) -> None:
+        """Put everything back if nobody needs it any more."""
+        with self._lock:
+            self._n_users -= 1
+            if not self._n_users:
+                self._remove()
+
+    def _remove(self) -> None:
+        for put_back in reversed(self._put_back):
+            put_back()
+        self._put_back.clear()
+        self._stock = None
+
+    def _install(self) -> Functions:
+        model = self._model()
+        assert model is not None
+        key = id(model)
+        stock = Functions(_stock_attention(model), model.forward, getattr(model, "_prefill", None))
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            instead = _INSTEAD.get().get(key)
+            if instead is None:
+                return stock.attention(module, *args, **kwargs)
+            for name in _REFUSED_ARGUMENTS:
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"attention with {name!r} ({type(module).__name__}) is not supported.")
+            return instead.attention(module, *args, **kwargs)
+
+        def dispatcher(name: str) -> Callable[..., Any]:
+            own = getattr(stock, name)
+
+            # `generate` reads the signature to know what to pass.
+            @wraps(own)
+            def function(*args: Any, **kwargs: Any) -> Any:
+                instead = _INSTEAD.get().get(key)
+                ours = None if instead is None else getattr(instead, name)
+                if instead is not None:
+                    return (ours or own)(*args, **kwargs)
+                # Whoever is in the middle of a stock call still finds the name of our attention in the configuration.
+                self.begin()
+                try:
+                    return own(*args, **kwargs)
+                finally:
+                    self.end()
+
+            # `generate` compiles the model's call for a static cache on a GPU. What is remembered between steps is
+            # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
+            untraced: Callable[..., Any] = torch.compiler.disable(function)
+            return untraced
+
+        try:
+            self._put_attention(model, attention)
+            self._put_method(model, "forward", dispatcher("forward"))
+            if stock.prefill is not None:
+                self._put_method(model, "_prefill", dispatcher("prefill"))
+        except BaseException:
+            self._remove()
+            raise
+        return stock
+
+    def _put_method(self, model: PreTrainedModel, name: str, function: Callable[..., Any]) -> None:
+        before = model.__dict__.get(name)
+
+        def put_back() -> None:
+            # Hooks that were added meanwhile stand around ours, and stay.
+            if model.__dict__.get(name) is function:
+                del model.__dict__[name]
+                if before is not None:
+                    model.__dict__[name] = before
+
+        self._put_back.append(put_back)
+        model.__dict__[name] = function
+
+    def _put_attention(self, model: PreTrainedModel, attention: AttentionFunction) -> None:
+        original, name = model.config._attn_implementation, f"recycled-{id(attention):x}"
+
+        def put_back() -> None:
+            if model.config._attn_implementation == name:
+                model.set_attn_implementation(original)
+            # Registering has a public way in and none out.
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
+
+        self._put_back.append(put_back)
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
         model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
             raise ValueError(f"{type(model).__name__} does not let its attention function be replaced.")
-        yield
-    finally:
-        model.set_attn_implementation(original)
-        # Registering has a public way in and none out.
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+_DISPATCHES: weakref.WeakKeyDictionary[PreTrainedModel, _Dispatch] = weakref.WeakKeyDictionary()
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _dispatch_of(model: PreTrainedModel) -> _Dispatch:
+    with _ONE_AT_A_TIME:
+        return _DISPATCHES.setdefault(model, _Dispatch(model))
 
 
 def refuse_full_window(layer: int, n_tokens: int, window: int | None) -> None:
@@ -79,7 +227,13 @@ def refuse_full_window(layer: int, n_tokens: int, window: int | None) -> None:
         )
 
 
-def _stock_attention(model: PreTrainedModel, implementation: str) -> AttentionFunction:
+def _stock_attention(model: PreTrainedModel) -> AttentionFunction:
+    implementation = model.config._attn_implementation
+    if implementation not in _SUPPORTED:
+        raise ValueError(
+            f"recycled attention replaces 'sdpa' or 'eager' attention, and this model runs {implementation!r}: "
+            "load it with attn_implementation='sdpa'."
+        )
     if implementation in ALL_ATTENTION_FUNCTIONS:
         function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[implementation]
         return function

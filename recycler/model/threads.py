@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numba
 import torch
+
+# Kernels of all requests share one pool of threads, which some of numba's threading layers let one caller use only.
+_POOL = threading.RLock()
+
+
+@contextmanager
+def kernel_threads() -> Iterator[int]:
+    """Have the threads of kernels alone in this process; yields how many there are, see `threads_of_torch`."""
+    with _POOL:
+        yield threads_of_torch()
 
 
 def threads_of_torch() -> int:

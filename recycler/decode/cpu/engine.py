@@ -32,7 +32,7 @@ from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import DecoderParts, NotCovered, bias_of, decoder_parts
-from recycler.model.threads import threads_of_torch
+from recycler.model.threads import kernel_threads
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -120,11 +120,14 @@ class CpuDecoding(Decoding):
         return self._running.totals()
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        with kernel_threads() as n_threads:
+            return self._step(tokens, places, n_threads)
+
+    def _step(self, tokens: Tensor, places: Tensor, n_threads: int) -> Tensor:
         refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
         grown = [part.make_room() for layer in self._layers for part in layer.parts]
         if any(grown):
             self._refer_to_memory()
-        n_threads = threads_of_torch()
         hidden = self._parts.embedding.weight[tokens].to(torch.promote_types(self._parts.dtype, torch.float32))
         cosine, sine = (angle[:, 0].contiguous().numpy() for angle in self._parts.rotary(hidden, places[:, None]))
         x, n_own = hidden.numpy(), self._layers[0].parts[0].n_own

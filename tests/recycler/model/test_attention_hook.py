@@ -99,6 +99,7 @@ def test_other_models_are_not_touched(
         assert generate(other, make_tokens(20)) == stock_other
         with recycled(other, FixedStride(2), SELECTION):
             inner = generate(model, make_tokens(20))
+            assert generate(other, make_tokens(20)) != stock_other
         assert same(before, state(other))
         assert generate(model, make_tokens(20)) == inner != stock
 

@@ -41,7 +41,6 @@ from recycler import Prompt, record_trace, recycled
 from recycler.decode.session import Session
 from recycler.measure.closed_loop import run_closed_loop
 from recycler.model.attention_hook import attention_replaced
-from recycler.model.shape import model_shape
 from traces import Trace
 from tuning import replay_policy
 
@@ -169,7 +168,7 @@ def in_session(trace: Trace, policy: StepPolicy, selection: Selection) -> np.nda
 
 def in_the_shadow(trace: Trace, policy: StepPolicy, selection: Selection) -> np.ndarray:
     noting = Noting(policy)
-    session = Session(model_shape(model()), noting, selection)
+    session = Session(model(), noting, selection)
 
     def make(stock: Callable[..., Any]) -> Callable[..., Any]:
         attend = session.attention(stock)
