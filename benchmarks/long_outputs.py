@@ -62,6 +62,9 @@ def main(
     seeds: Annotated[str, typer.Option(help="Of the prompts, separated by commas.")] = "0",
     k: Annotated[int | None, typer.Option(help="Tokens of the sets; default: as in the policy files.")] = None,
     others: Annotated[bool, typer.Option(help="Whether methods of others decode as well.")] = True,
+    only: Annotated[
+        str, typer.Option(help="Contenders to decode, separated by semicolons; their rows join those of the JSON file.")
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A rehearsal on one prompt.")] = False,
 ) -> dict[str, Any]:
     """Decode long outputs by every policy and by strides, and say how KL grows along them."""
@@ -72,6 +75,10 @@ def main(
     if k is not None:
         files = {path: file.at_k(k) for path, file in files.items()}
     contenders = [*_contenders(files), *(_others(loaded, out, k or own_k) if others else ())]
+    wanted = [name.strip() for name in only.split(";") if name.strip()]
+    if unknown := set(wanted) - {contender.name for contender in contenders}:
+        raise ValueError(f"there is no contender {min(unknown)!r}: there are {[one.name for one in contenders]}.")
+    contenders = [contender for contender in contenders if not wanted or contender.name in wanted]
     prompts = [
         prompt
         for seed in map(int, seeds.split(","))
@@ -99,12 +106,16 @@ def main(
         "rows": {name: _row(found[name], [prompt.kind for prompt in prompts]) for name in names},
     }
     figure = draw(result)
+    out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "long-outputs.png", dpi=110)
     if quick:
         document = report([result])
     else:
         usual = (steps, context_tokens, k or own_k) == (512, 1536, own_k)
         name = "long-outputs" if usual else f"long-outputs-{context_tokens}-{steps}-k{k or own_k}"
+        if wanted:
+            result = _joined(json.loads((_DOCS / "results" / f"{name}.json").read_text(encoding="utf-8")), result)
+            figure = draw(result)
         if usual:
             figure.savefig(_DOCS / "pictures" / "long-outputs.png", dpi=110)
         write_text(_DOCS / "results" / f"{name}.json", json.dumps(result))
@@ -113,6 +124,14 @@ def main(
     write_text(out / "long_outputs.md", document)
     print(document)
     return {"minutes": round((time.perf_counter() - began) / 60, 1)}
+
+
+def _joined(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Rows that were measured before, and those that were measured now on the same prompts."""
+    for name in found.keys() - {"rows"}:
+        if found[name] != known[name]:
+            raise ValueError(f"the rows that are known are of {name} {known[name]}, not {found[name]}.")
+    return {**known, "rows": {**known["rows"], **found["rows"]}}
 
 
 def _contenders(files: Mapping[str, PolicyFile]) -> list[Contender]:
