@@ -1,5 +1,6 @@
 """Decoding with a policy, recording of traces, and what policies do to a model in closed loop."""
 
+from recycler.decode.custom_generate import custom_generate
 from recycler.decode.per_row import PerRow
 from recycler.decode.receipt import Receipt
 from recycler.decode.session import Session, recycled
@@ -18,6 +19,7 @@ __all__ = [
     "Prompt",
     "Receipt",
     "Session",
+    "custom_generate",
     "default_prompts",
     "load_model",
     "model_shape",

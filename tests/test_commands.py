@@ -17,6 +17,7 @@ from policies import written_by
     [
         "policies",
         "recycler.evaluate",
+        "recycler.export",
         "recycler.generate",
         "recycler.record",
         "recycler.sensitivity",

@@ -1,0 +1,98 @@
+"""Decoding with a policy by transformers' own ways to bring one's own `generate`."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.utils.hub import cached_file
+
+from policies import PolicyFile, Selection, StepPolicy
+from recycler.decode.session import recycled
+from recycler.model.attention_hook import owner_here
+
+_LOGGER = logging.getLogger("recycler")
+POLICY_NAME = "policy.json"
+
+
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    policy: StepPolicy | PolicyFile | str | Path | None = None,
+    selection: Selection | None = None,
+    fast: bool = True,
+    **model_kwargs: Any,
+) -> Any:
+    """What to give to `model.generate(..., custom_generate=custom_generate, policy=...)`.
+
+    transformers prepares the call and gives it to this instead of its own loop. It does not pass a streamer on: put
+    `with recycled(...)` around the call where text is to come as it is written.
+
+    Args:
+        model: As transformers gives it, like what follows.
+        input_ids: int64 `(rows, tokens)`.
+        logits_processor: What changes logits.
+        stopping_criteria: What ends a text.
+        generation_config: All settings.
+        policy: As in `recycled`; from the call of `generate`, like what follows.
+        selection: As in `recycled`.
+        fast: As in `recycled`.
+        model_kwargs: What else the model's forward gets.
+
+    Raises:
+        ValueError: If no policy is given, beams are asked for, or as `recycled` does.
+    """
+    if policy is None:
+        raise ValueError("custom_generate decodes with a policy: give policy=... to generate, such as its file's path.")
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError("beam search cannot run recycled: use greedy search or sampling, with num_beams=1.")
+    with recycled(model, policy, selection, fast=fast) as session:
+        found = model._sample(  # type: ignore[operator]
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
+    _LOGGER.info("recycled: %s", session.receipt().to_json())
+    return found
+
+
+def generate_by_folder(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a model whose folder or repository holds a policy (`python -m recycler.export`).
+
+    The receipt goes to the logger `recycler`, at level INFO. Inside a `with recycled(...)` of this thread, that counts
+    and not the folder's policy.
+
+    Args:
+        model: The model; its `name_or_path` leads to the policy.
+        args: Of `generate`.
+        kwargs: Of `generate`.
+
+    Raises:
+        ValueError: As `recycled` does.
+    """
+    # Not the model's own attribute, which is what calls this.
+    stock = type(model).generate  # type: ignore[attr-defined]
+    if owner_here(model) is not None:
+        return stock(model, *args, **kwargs)
+    with recycled(model, _policy_of(model.name_or_path)) as session:
+        found = stock(model, *args, **kwargs)
+    _LOGGER.info("recycled: %s", session.receipt().to_json())
+    return found
+
+
+@lru_cache(maxsize=8)
+def _policy_of(name_or_path: str) -> PolicyFile:
+    try:
+        path = cached_file(name_or_path, POLICY_NAME)
+    except OSError as error:
+        raise ValueError(f"{name_or_path} holds no {POLICY_NAME}: write it with python -m recycler.export.") from error
+    return PolicyFile.read(str(path))
