@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -44,6 +45,10 @@ class Functions:
     owner: object = None
 
 
+ENDED_ELSEWHERE = (
+    "a `with recycled(...)` ended in another thread or task than it began in, as in a generator that a server runs "
+    "step by step: what was called in others was not recycled. Use session.generate: it is the session's anywhere."
+)
 # What runs instead, in this thread or task, by the identity of the model.
 _INSTEAD: ContextVar[Mapping[int, Functions]] = ContextVar("instead", default=MappingProxyType({}))
 
@@ -78,7 +83,10 @@ def replaced(model: PreTrainedModel, make: Callable[[Functions], Functions]) -> 
         try:
             yield
         finally:
-            _INSTEAD.reset(token)
+            try:
+                _INSTEAD.reset(token)
+            except ValueError:
+                warnings.warn(ENDED_ELSEWHERE, stacklevel=4)
     finally:
         dispatch.end()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,27 @@ def test_a_session_generates_from_other_threads_inside_its_with_and_after_it(
     # A thread begins with nothing: what it calls of the model itself is the model's.
     assert found["model's"] == stock
     assert [turn.n_steps for turn in session.turns()] == [11, 11, 11]
+    assert request.call(model.generate) == stock
+
+
+def test_a_with_that_ends_in_another_context_says_that_not_all_was_recycled(
+    model: PreTrainedModel, make_tokens: Callable[..., Tensor]
+) -> None:
+    request = Request(make_tokens(20), FixedStride(3), 8)
+    stock = request.call(model.generate)
+
+    def stream() -> Iterator[list[int]]:
+        with recycled(model, FixedStride(3), SELECTION):
+            yield request.call(model.generate)
+            yield request.call(model.generate)
+
+    # As a server runs a generator: every step of it in a copy of its own context.
+    steps = stream()
+    first, second = (contextvars.copy_context().run(next, steps) for _ in range(2))
+    assert first != stock
+    assert second == stock
+    with pytest.warns(UserWarning, match="ended in another thread or task than it began in"):
+        contextvars.copy_context().run(steps.close)
     assert request.call(model.generate) == stock
 
 
