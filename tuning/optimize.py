@@ -16,8 +16,6 @@ from typing import Annotated, Any
 import numpy as np
 import optuna
 import typer
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from policies import FixedStride, ModelShape, Selection, StepPolicy, written_by
@@ -48,6 +46,7 @@ from tuning.report.result_rows import kl_share
 from tuning.report.table import print_table
 from tuning.search.split import Split, split_by_prompt
 from tuning.search.study import search_family
+from tuning.search.study_file import study_storage
 
 # Share of unit-steps that families are searched at, unless another is given.
 _BUDGET = 0.1
@@ -148,7 +147,7 @@ def main(
     stages.begin("search")
     data = TuningData(tune, search_budget, cost)
 
-    trial_store = storage or JournalStorage(JournalFileBackend(str(out / "study.log")))
+    trial_store = storage or study_storage(out / "study.log")
     identity = _identity(tuned_on, search_budget, data.unit_cost)
     searches = [
         search_family(
