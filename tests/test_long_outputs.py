@@ -13,15 +13,19 @@ ROOT = Path(__file__).parents[1]
 RESULT: dict[str, Any] = json.loads((ROOT / "docs" / "results" / "long-outputs.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def report() -> Any:
-    """The module that wrote `docs/long_outputs.md`."""
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "long_outputs_report.py")
+def module_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    """The module that wrote `docs/long_outputs.md`."""
+    return module_of("long_outputs_report")
 
 
 def test_the_page_is_what_the_benchmark_writes_of_its_json(report: Any) -> None:
@@ -39,3 +43,8 @@ def test_the_readmes_table_has_rows_of_the_json(report: Any) -> None:
     begin = readme.index(head)
     lines = readme[begin : readme.index("\n\n", begin)].splitlines()
     assert set(lines) == {head, rows[0], *told}
+
+
+def test_the_page_on_timing_is_what_the_benchmark_writes_of_its_json() -> None:
+    result = json.loads((ROOT / "docs" / "results" / "timing.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "timing.md").read_text(encoding="utf-8") == module_of("timing_report").report(result)
