@@ -128,6 +128,13 @@ class _Dispatch:
             if not self._n_users:
                 self._remove()
 
+    def _stay(self) -> bool:
+        """Be in place for one call more, if this is in place: a hook may have kept our function for longer."""
+        with self._lock:
+            stays = self._stock is not None
+            self._n_users += stays
+            return stays
+
     def _remove(self) -> None:
         for put_back in reversed(self._put_back):
             put_back()
@@ -161,11 +168,12 @@ class _Dispatch:
                 if instead is not None:
                     return (ours or own)(*args, **kwargs)
                 # Whoever is in the middle of a stock call still finds the name of our attention in the configuration.
-                self.begin()
+                stays = self._stay()
                 try:
                     return own(*args, **kwargs)
                 finally:
-                    self.end()
+                    if stays:
+                        self.end()
 
             # `generate` compiles the model's call for a static cache on a GPU. What is remembered between steps is
             # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
