@@ -1,6 +1,7 @@
 """Decoding with a policy, recording of traces, and what policies do to a model in closed loop."""
 
 from recycler.decode.custom_generate import custom_generate
+from recycler.decode.explain import Explanation, explain
 from recycler.decode.per_row import PerRow
 from recycler.decode.receipt import Receipt
 from recycler.decode.session import Session, recycled
@@ -14,6 +15,7 @@ from recycler.record.one_prompt import record_trace
 __all__ = [
     "ClosedLoop",
     "ClosedLoopStore",
+    "Explanation",
     "LoadedModel",
     "PerRow",
     "Prompt",
@@ -21,6 +23,7 @@ __all__ = [
     "Session",
     "custom_generate",
     "default_prompts",
+    "explain",
     "load_model",
     "model_shape",
     "prompts_from_files",

@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from policies import PolicyFile, written_by
+from recycler.decode.explain import explain
 from recycler.decode.session import recycled
 from recycler.model.generation import Generation, generate_tokens
 from recycler.model.loading import LoadedModel, load_model
@@ -38,6 +39,9 @@ def main(
         typer.Option(min=1, help="Tokens of the recycled set, those of units in proportion; default: the policy's."),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Keep to the plain path, without the fast engine.")] = False,
+    explain_only: Annotated[
+        bool, typer.Option("--explain", help="Say what would run and what it would read, and generate nothing.")
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Generate with full attention too, and compare tokens and speed.")
     ] = False,
@@ -49,6 +53,10 @@ def main(
     text = _read_prompt(prompt, prompt_file)
     loaded = _load(policy_file.model.id, model, dtype, device)
     tokens = _tokens(loaded, text, chat)
+    if explain_only:
+        explanation = explain(loaded, policy_file, context_tokens=len(tokens) + max_new_tokens, fast=not plain)
+        explanation.print(Console(highlight=False))
+        return explanation.to_json()
 
     def generate(streamer: TextStreamer | None = None) -> Generation:
         return generate_tokens(

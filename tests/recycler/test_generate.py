@@ -303,3 +303,15 @@ def test_it_runs_as_a_module_in_a_pipe(run: Run, write_policy: WritePolicy) -> N
     assert (done.returncode, done.stderr) == (0, "")
     _, out, _ = run("--policy", path, "--prompt", TEXT, "--max-new-tokens", "5")
     assert untimed(done.stdout) == untimed(out)
+
+
+def test_explain_says_what_would_run_and_generates_nothing(run: Run, write_policy: WritePolicy) -> None:
+    code, out, error = run("--policy", write_policy(), "--prompt", TEXT, "--max-new-tokens", "20", "--explain")
+    assert code == 0, error
+    found = result(out)
+    assert (found["engine"], found["why_plain"]) == ("cpu", None)
+    assert found["context_tokens"] == len(TEXT) + 20
+    # A limit of age around a budget is none.
+    assert found["full_share"] is None
+    assert "decode steps run on engine cpu" in out
+    assert run("--policy", write_policy(FixedStride(4)), "--prompt", TEXT, "--explain")[1].count("25.0%") == 1

@@ -1,0 +1,156 @@
+"""What will run, and what it will read, before the first token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from policies import (
+    AlwaysFull,
+    BudgetConstrained,
+    FixedStride,
+    NeverFull,
+    PolicyFile,
+    RefreshKeys,
+    Selection,
+    StepPolicy,
+)
+from recycler.decode.asked import Asked, model_of
+from recycler.decode.engines import engine_for
+from recycler.model.attention_hook import refuse_full_window
+from recycler.model.decoder_parts import NotCovered
+from recycler.model.shape import model_shape
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `recycled` would do with a model and a policy.
+
+    Attributes:
+        engine: What runs decode steps: "plain", or the name of an engine. What only shows at the first step, as a cache
+            that it does not run, may still lead to the plain path; the receipt says so.
+        why_plain: Why the plain path is taken, as a clause; empty if it is not.
+        full_share: Share of unit-steps that runs full at most, a keys-only refresh counted half; None if the policy
+            keeps no budget and is no clock.
+        read_share: Tokens read of the cache at most, as a share of what full attention reads, at `context_tokens`; None
+            likewise.
+        cache_mb: The KV cache at `context_tokens`, in 10^6 bytes.
+        sets_mb: What the recycled sets take beside it.
+        context_tokens: Tokens in the cache.
+        batch_size: Rows.
+        horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
+    """
+
+    engine: str
+    why_plain: str
+    full_share: float | None
+    read_share: float | None
+    cache_mb: float
+    sets_mb: float
+    context_tokens: int
+    batch_size: int
+    horizon_steps: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as plain JSON values."""
+        return asdict(self) | {"why_plain": self.why_plain or None}
+
+    def print(self, console: Console) -> None:
+        """Print it as sentences."""
+        plainly = f": the plain path, because {self.why_plain}" if self.why_plain else ""
+        console.print(f"decode steps run on engine {self.engine}{plainly}")
+        if self.full_share is None:
+            console.print("the policy keeps no budget: how much it reads depends on the text")
+        else:
+            console.print(
+                f"at most {self.full_share:.1%} of unit-steps run full, which reads at most {self.read_share:.1%} of "
+                f"what full attention reads at {self.context_tokens:,} tokens"
+            )
+        console.print(
+            f"the KV cache of {self.batch_size} rows takes {self.cache_mb:,.1f} MB, their sets {self.sets_mb:,.1f} MB"
+        )
+        if self.horizon_steps is not None:
+            console.print(f"the policy was tuned for outputs of {self.horizon_steps} steps, and holds to twice of that")
+
+
+def explain(
+    target: Any,
+    policy: StepPolicy | PolicyFile | str | Path,
+    selection: Selection | None = None,
+    *,
+    context_tokens: int,
+    batch_size: int = 1,
+    fast: bool = True,
+) -> Explanation:
+    """Say what `recycled` would do, without decoding.
+
+    Args:
+        target: As in `recycled`, like what follows.
+        policy: As there.
+        selection: As there.
+        context_tokens: Tokens in the cache, at least 1.
+        batch_size: Rows, at least 1.
+        fast: As there.
+
+    Raises:
+        ValueError: As `recycled` does, or if a number is below 1.
+    """
+    for name, value in (("context_tokens", context_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")
+    model = model_of(target)
+    shape = model_shape(model)
+    asked = Asked.of(policy, selection, None, shape)
+    refuse_full_window(0, context_tokens, getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
+    engine, why_plain = "plain", "" if fast else "fast is False"
+    if fast:
+        try:
+            engine = engine_for(model).name
+        except NotCovered as reason:
+            why_plain = str(reason)
+    sizes = np.broadcast_to(
+        asked.selection.k if asked.selection.unit_k is None else asked.selection.unit_k, shape.units
+    ).clip(max=context_tokens)
+    token_mb = 2 * shape.head_dim * model.dtype.itemsize * batch_size / 1e6
+    rates = _most_full(asked.policy)
+    full_share = read_share = None
+    if rates is not None:
+        cost = np.broadcast_to(asked.policy.full_cost, shape.units)
+        rates = np.broadcast_to(rates, shape.units)
+        full_share = float((rates * cost).mean())
+        # A keys-only refresh reads all keys, and values of its set.
+        of_refresh = np.where(cost < 1, (context_tokens + sizes) / 2, context_tokens)
+        read_share = float((rates * of_refresh + (1 - rates) * sizes).mean() / context_tokens)
+    return Explanation(
+        engine=engine,
+        why_plain=why_plain,
+        full_share=full_share,
+        read_share=read_share,
+        cache_mb=shape.layers * shape.kv_heads * context_tokens * token_mb,
+        sets_mb=float(sizes.sum()) * token_mb,
+        context_tokens=context_tokens,
+        batch_size=batch_size,
+        horizon_steps=asked.horizon_steps,
+    )
+
+
+def _most_full(policy: StepPolicy) -> np.ndarray | None:
+    """Full decisions per step at most, a number or one per unit; None where nothing limits them."""
+    match policy:
+        case AlwaysFull():
+            return np.ones(())
+        case NeverFull():
+            return np.zeros(())
+        case FixedStride():
+            return 1 / np.asarray(policy.stride, dtype=np.float64)
+        case BudgetConstrained():
+            within = _most_full(policy.policy)
+            budget = np.asarray(policy.budget, dtype=np.float64)
+            return budget if within is None else np.minimum(budget, within)
+        case RefreshKeys():
+            return _most_full(policy.policy)
+    return None
