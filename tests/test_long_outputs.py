@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,19 @@ def test_what_the_readme_says_of_kinds_left_out_was_measured() -> None:
     worst = max(kind["tuned without it"] / kind["stride 10"] for kind in kinds)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{mean:.0%} of stride 10's KL in the mean, {worst:.0%} at worst" in readme
+
+
+def test_what_the_readme_says_of_longer_outputs_and_contexts_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = re.search(
+        r"over 1,024 steps has (\d+%) of stride 10's KL \((\d+) prompts\), and .* with k = 256, .*, "
+        r"(\d+%) \((\d+) prompts\)",
+        readme,
+    )
+    assert told is not None
+    found = []
+    for name in ("long-outputs-1536-1024-k128", "long-outputs-3072-512-k256"):
+        result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        stride = min(row["kl"] for who, row in result["rows"].items() if who.startswith("stride 10"))
+        found += [f"{result['rows']['tuned on 512 steps']['kl'] / stride:.0%}", str(result["prompts"])]
+    assert list(told.groups()) == found
