@@ -128,6 +128,8 @@ class Session:
         self._generating = threading.RLock()
         # Forwards, and those of several tokens that `generate` did not call prefill.
         self._n_forwards, self._n_read = 0, 0
+        # Whether a step was begun, be it one that was refused.
+        self._tried = False
         self._tally = Tally(shape.units)
         self._turns: deque[Receipt] = deque(maxlen=_MOST_TURNS)
         self._engine: Engine | None = None
@@ -171,6 +173,7 @@ class Session:
                 read = self._plainly(call, stock, args, kwargs)
                 self._n_read += not (self.in_prefill or call.is_one_token)
                 return read
+            self._tried = True
             if self._run is None:
                 self._run = self._begin_run(call)
             if isinstance(self._run, EngineRun):
@@ -246,7 +249,7 @@ class Session:
     def finish(self) -> None:
         """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
         self._end_run()
-        if self._tally.n_steps:
+        if self._tally.n_steps or self._tried:
             return
         if not self._n_forwards:
             warnings.warn(NOT_CALLED, stacklevel=3)
