@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from foreseen import Foreseen
 from machine import machine_name
@@ -27,19 +26,16 @@ from timing_oracles import (
     Options,
     clocks_and_told,
     detected,
-    lost_of,
     of_policies,
     sensor,
     squared,
 )
 from timing_report import draw, report
 
-from policies import AlwaysFull, CosineThreshold, FixedStride, LearnedLogistic, PolicyFile, Selection, StepPolicy
-from recycler.decode.read_prompt import ReadPrompt, read_prompt
-from recycler.decode.rows import decode_rows
+from policies import CosineThreshold, FixedStride, PolicyFile, Selection, StepPolicy
 from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.measure.ablation import measure_prompt_sensitivity
-from recycler.measure.closed_loop import follow
+from recycler.measure.closed_loop import run_closed_loops
 from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.loading import LoadedModel, load_model
 from recycler.prompts import TURNING_KINDS, Prompt, default_prompts
@@ -47,10 +43,11 @@ from recycler.record.folder import record_prompts
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
 from tuning.divide.allocation import STRIDES
-from tuning.divide.hindsight import hindsight
+from tuning.divide.hindsight import follow_given, hindsight
 from tuning.divide.tuning_data import TuningData, unit_cost
 from tuning.families import FAMILIES
 from tuning.families.fit import fit_logistic
+from tuning.families.logistic import shifted
 from tuning.replay.trace_batch import TraceBatch
 from tuning.search.split import split_by_prompt
 from tuning.search.study import search_family
@@ -170,7 +167,7 @@ def _replay(
     logistic = []
     for positive_share in (0.1, 0.2):
         fitted = fit_logistic(learn, cost, positive_share)
-        logistic += [_shifted(fitted, shift) for shift in _LOG_ODDS]
+        logistic += [shifted(fitted, shift) for shift in _LOG_ODDS]
     choices["logistic per unit"] = Options.of(*(of_policies(some, logistic, cost) for some in (learn, judge)))
 
     kinds = np.array(judge.kinds)
@@ -183,7 +180,7 @@ def _replay(
         for name, options in choices.items()
     }
     for name, full in known.items():
-        left = np.stack([lost_of(*both) for both in zip(losses[1].lost, full, strict=True)])
+        left = np.stack([follow_given(*both) for both in zip(losses[1].lost, full, strict=True)])
         replayed[name] = {"all": _said(full, left)} | {
             kind: _said(full[kinds == kind], left[kinds == kind]) for kind in dict.fromkeys(judge.kinds)
         }
@@ -195,10 +192,6 @@ def _replay(
 def _joined(some: Sequence[Options]) -> Options:
     fields = [field.name for field in dataclasses.fields(Options)]
     return Options(*(np.concatenate([getattr(one, name) for one in some]) for name in fields))
-
-
-def _shifted(policy: LearnedLogistic, shift: float) -> LearnedLogistic:
-    return dataclasses.replace(policy, intercept=(np.asarray(policy.intercept) + shift).tolist())
 
 
 def _said(full: np.ndarray, left: np.ndarray) -> dict[str, float]:
@@ -237,41 +230,42 @@ def _decode(
 ) -> dict[str, Any]:
     """Decode the prompts by all schedules, which differ by prompt, and policies, which do not."""
     units = np.shape(selection.unit_k)
-    by_name: dict[str, list[StepPolicy]] = {
+    by_name: dict[str, StepPolicy | Sequence[StepPolicy]] = {
         name: [Foreseen.of(one.reshape(-1, *units)) for one in full] for name, full in schedules.items()
-    } | {name: [one] * len(prompts) for name, one in same.items()}
-    texts = torch.as_tensor(np.stack([prompt.tokens for prompt in prompts]).astype(np.int64))
-    n_prompt = prompts[0].n_prompt_tokens
+    } | dict(same)
 
     def compute() -> dict[str, np.ndarray]:
-        read = [
-            read_prompt(loaded.model, text[:n_prompt], len(text) - n_prompt, prompt_queries=(selection.prompt_queries,))
-            for text in texts
-        ]
-        of_rows = [AlwaysFull()] * len(prompts) + [one for some in by_name.values() for one in some]
-        rows = decode_rows(loaded.model, ReadPrompt.side_by_side(read), of_rows, selection)
-        found = follow(rows, texts[:, n_prompt:], lambda _, log_p: log_p[: len(prompts)], desc="decoding")
-        return {"kl": found.kl, "full": found.full.mean((2, 3)), "read": found.read_share}
+        loops = run_closed_loops(
+            loaded.model,
+            [prompt.tokens for prompt in prompts],
+            prompts[0].n_prompt_tokens,
+            list(by_name.values()),
+            selection,
+            desc="decoding",
+        )
+        return {
+            "kl": np.stack([loop.kl for loop in loops]),
+            "full": np.stack([loop.full.mean((2, 3)) for loop in loops]),
+            "read": np.stack([loop.read_share for loop in loops]),
+        }
 
     depends_on = {
         "timing of": [digest_of_tokens(prompt.tokens) for prompt in prompts],
         "selection": selection.to_json(),
-        "policies": {name: hashlib.sha256(repr(some).encode()).hexdigest() for name, some in by_name.items()},
+        "policies": {name: hashlib.sha256(repr(one).encode()).hexdigest() for name, one in by_name.items()},
     }
-    found = {
-        name: array.reshape(1 + len(by_name), len(prompts), -1)
-        for name, array in store.get(loaded, depends_on, compute).items()
-    }
+    # (prompts, policies, steps)
+    found = store.get(loaded, depends_on, compute)
     kinds = np.array([prompt.kind for prompt in prompts])
     return {
         name: {
-            "full_share": float(found["full"][row].mean()),
-            "read_share": float(found["read"][row].mean()),
-            "kl": float(found["kl"][row].mean()),
-            "kinds": {kind: float(found["kl"][row][kinds == kind].mean()) for kind in dict.fromkeys(kinds.tolist())},
-            "prompt_kl": found["kl"][row].mean(1).tolist(),
+            "full_share": float(found["full"][:, row].mean()),
+            "read_share": float(found["read"][:, row].mean()),
+            "kl": float(found["kl"][:, row].mean()),
+            "kinds": {kind: float(found["kl"][kinds == kind, row].mean()) for kind in dict.fromkeys(kinds.tolist())},
+            "prompt_kl": found["kl"][:, row].mean(1).tolist(),
         }
-        for row, name in enumerate(by_name, start=1)
+        for row, name in enumerate(by_name)
     }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from policies import StepPolicy
 from tuning.divide.allocation import STRIDES
+from tuning.divide.hindsight import follow
 from tuning.divide.price import lowest_price
 from tuning.replay.run import replay_policy
 from tuning.replay.trace_batch import TraceBatch
@@ -142,26 +143,9 @@ def sensor(lost: np.ndarray, budget: float) -> np.ndarray:
     """
 
     def at(threshold: float) -> np.ndarray:
-        n_steps, _, n_units = lost.shape
-        units, age = np.arange(n_units), np.ones(n_units, dtype=np.intp)
-        full = np.empty((n_steps, n_units), dtype=bool)
-        for step in range(n_steps):
-            full[step] = lost[step, age - 1, units] > threshold
-            age = np.where(full[step], 1, age + 1)
-        return full
+        return follow(lost, lost > threshold)[0]
 
     return at(lowest_price(lambda threshold: at(threshold).mean() > budget, float(lost.max()), 20))
-
-
-def lost_of(lost: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """What given full steps `(steps, units)` leave: float32 `(steps, units)`."""
-    n_steps, _, n_units = lost.shape
-    units, age = np.arange(n_units), np.ones(n_units, dtype=np.intp)
-    left = np.empty((n_steps, n_units), dtype=np.float32)
-    for step in range(n_steps):
-        left[step] = np.where(full[step], 0, lost[step, age - 1, units])
-        age = np.where(full[step], 1, age + 1)
-    return left
 
 
 def detected(signal: np.ndarray, share: float, least_gap: int) -> list[int]:

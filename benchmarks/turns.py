@@ -112,7 +112,7 @@ def _converse(
         for turn in range(turns):
             n_said = said_tokens if turn else context_tokens
             began = time.perf_counter()
-            last = model(text[:, at : at + n_said], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            model(text[:, at : at + n_said], past_key_values=cache, use_cache=True, logits_to_keep=1)
             read_ms.append((time.perf_counter() - began) * 1e3)
             at += n_said
             # The prediction after what was said is full attention's; what is compared comes after fed tokens.
@@ -127,7 +127,6 @@ def _converse(
                 logits = torch.cat(steps, dim=1)
             at += answer_tokens
             found.append(logits.log_softmax(-1))
-            del last
     return torch.stack(found, dim=1), np.array(read_ms)
 
 

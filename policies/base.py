@@ -58,6 +58,14 @@ class StepPolicy(ABC):
         return 0
 
     @property
+    def highest_rate(self) -> PerUnit:
+        """Full decisions per step at most, in [0, 1]: after n steps a unit has taken at most that times n, and one.
+
+        What a burst allows comes on top. 1 where nothing limits them.
+        """
+        return 1
+
+    @property
     def full_cost(self) -> PerUnit:
         """What a full decision counts in the full share: 1 for a full step, 1/2 for a keys-only refresh."""
         return as_per_unit("full_cost", 1 - np.asarray(self.keys_only) / 2, 0, 1)

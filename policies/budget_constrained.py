@@ -51,6 +51,11 @@ class BudgetConstrained(StepPolicy):
         return as_per_unit("always_full", always, 0, 1)
 
     @property
+    def highest_rate(self) -> PerUnit:
+        least = np.minimum(np.asarray(self.budget), np.asarray(self.policy.highest_rate))
+        return as_per_unit("highest_rate", least, 0, 1)
+
+    @property
     def mean_budget(self) -> float:
         """Budget of all units together, in [0, 1]: what the full share may reach, keys-only refreshes counted half."""
         return float(np.mean(np.asarray(self.budget) * np.asarray(self.policy.full_cost)))

@@ -31,5 +31,9 @@ class NeverFull(StepPolicy):
 
     kind: ClassVar[str] = "never_full"
 
+    @property
+    def highest_rate(self) -> PerUnit:
+        return 0
+
     def decide(self, signals: StepSignals) -> Array:
         return signals.age < 0

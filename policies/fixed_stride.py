@@ -39,6 +39,10 @@ class FixedStride(StepPolicy):
     def always_full(self) -> PerUnit:
         return as_per_unit("always_full", np.asarray(self.stride) == 1, 0, 1)
 
+    @property
+    def highest_rate(self) -> PerUnit:
+        return as_per_unit("highest_rate", 1 / np.asarray(self.stride), 0, 1)
+
     def decide(self, signals: StepSignals) -> Array:
         stride = signals.per_unit(self.stride)
         before = signals.step + signals.per_unit(self.phase)

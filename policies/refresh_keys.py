@@ -47,5 +47,9 @@ class RefreshKeys(StepPolicy):
     def always_full(self) -> PerUnit:
         return self.policy.always_full
 
+    @property
+    def highest_rate(self) -> PerUnit:
+        return self.policy.highest_rate
+
     def decide(self, signals: StepSignals) -> Array:
         return self.policy.decide(signals)

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -110,7 +110,7 @@ def main(
     if asked is not None and traces is None:
         # Before minutes of recording.
         check_n_prompts(asked, len(KINDS) * (per_kind // 2), len(KINDS))
-    files: Sequence[TraceFile] = list(TraceFolder(traces)) if traces is not None else []
+    files = list(TraceFolder(traces)) if traces is not None else []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     loaded = _load(model, files, dtype, device)
     shape = model_shape(loaded.model, loaded.id)
@@ -128,27 +128,16 @@ def main(
         check_n_prompts(asked, len(split.held_out), n_kinds)
     _make(out)
     if traces is None:
-        stages.begin("sensitivity")
-        sensitivity = measure_prompt_sensitivity(loaded, out / "set_sizes", split.ablate, selection)
-        stages.begin("set sizes")
-        losses = measure_size_losses(loaded, split.tune, selection, out / "set_sizes")
-        sized = size_sets(selection, losses, sensitivity)
-        stages.begin("recording")
-        selection, cost = sized.selection, sized.unit_cost
-        tuned_on = record_prompts(loaded, split.tune, selection, trace_folder, max_age=steps)
-        tune = TraceBatch(tuned_on)
+        recorded = _record(loaded, split, selection, out / "set_sizes", trace_folder, stages)
     else:
-        selection = Selection(**files[0].header.selection)
-        of_files = split_by_prompt(files)
-        tuned_on = list(of_files.tune)
-        tune = TraceBatch(tuned_on)
         stages.begin("sensitivity")
-        cost = unit_cost(tune, measure_sensitivity(loaded, trace_folder, of_files.ablate))
+        recorded = _as_recorded(loaded, split_by_prompt(files), trace_folder)
+    selection, tune = recorded.selection, TraceBatch(recorded.tuned_on)
     stages.begin("search")
-    data = TuningData(tune, search_budget, cost)
+    data = TuningData(tune, search_budget, recorded.unit_cost)
 
     trial_store = storage or study_storage(out / "study.log")
-    identity = _identity(tuned_on, search_budget, data.unit_cost)
+    identity = _identity(recorded.tuned_on, search_budget, data.unit_cost)
     searches = [
         search_family(
             family,
@@ -180,7 +169,7 @@ def main(
 
     stages.begin("report")
     policy_path = out / "policy.json"
-    policy_file(result, tuned_on, seed).write(policy_path)
+    policy_file(result, recorded.tuned_on, seed).write(policy_path)
     write_results(result, out)
     report = write_report(result, out)
     print_table(result, Console())
@@ -206,6 +195,40 @@ def main(
         "stages_s": seconds,
         **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
     }
+
+
+class _Recorded(NamedTuple):
+    """What the search begins from.
+
+    Attributes:
+        tuned_on: Traces of the tuning prompts.
+        selection: How their sets are chosen.
+        unit_cost: float64 `(layers, kv_heads)`, mean 1.
+    """
+
+    tuned_on: Sequence[TraceFile]
+    selection: Selection
+    unit_cost: np.ndarray
+
+
+def _record(
+    loaded: LoadedModel, split: Split[Prompt], selection: Selection, measured_in: Path, traces: Path, stages: Stages
+) -> _Recorded:
+    """Measure what sizes are chosen by, choose them, and record the tuning prompts."""
+    stages.begin("sensitivity")
+    sensitivity = measure_prompt_sensitivity(loaded, measured_in, split.ablate, selection)
+    stages.begin("set sizes")
+    sized = size_sets(selection, measure_size_losses(loaded, split.tune, selection, measured_in), sensitivity)
+    stages.begin("recording")
+    n_steps = split.tune[0].n_steps
+    tuned_on = record_prompts(loaded, split.tune, sized.selection, traces, max_age=n_steps)
+    return _Recorded(tuned_on, sized.selection, sized.unit_cost)
+
+
+def _as_recorded(loaded: LoadedModel, split: Split[TraceFile], traces: Path) -> _Recorded:
+    """The same of traces that are there, with their sets."""
+    cost = unit_cost(TraceBatch(split.tune), measure_sensitivity(loaded, traces, split.ablate))
+    return _Recorded(split.tune, Selection(**split.tune[0].header.selection), cost)
 
 
 class Stages:

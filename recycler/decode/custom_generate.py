@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.utils.hub import cached_file
 
 from policies import PolicyFile, Selection, StepPolicy
-from recycler.decode.session import recycled
+from recycler.decode.session import Session, recycled
 from recycler.model.attention_hook import owner_here
 
 _LOGGER = logging.getLogger("recycler")
@@ -33,7 +35,8 @@ def custom_generate(
     """What to give to `model.generate(..., custom_generate=custom_generate, policy=...)`.
 
     transformers prepares the call and gives it to this instead of its own loop. It does not pass a streamer on: put
-    `with recycled(...)` around the call where text is to come as it is written.
+    `with recycled(...)` around the call where text is to come as it is written. The receipt goes to the logger
+    `recycler`, at level INFO.
 
     Args:
         model: As transformers gives it, like what follows.
@@ -53,16 +56,14 @@ def custom_generate(
         raise ValueError("custom_generate decodes with a policy: give policy=... to generate, such as its file's path.")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("beam search cannot run recycled: use greedy search or sampling, with num_beams=1.")
-    with recycled(model, policy, selection, fast=fast) as session:
-        found = model._sample(  # type: ignore[operator]
+    with _told(recycled(model, policy, selection, fast=fast)):
+        return model._sample(  # type: ignore[operator]
             input_ids,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
             **model_kwargs,
         )
-    _LOGGER.info("recycled: %s", session.receipt().to_json())
-    return found
 
 
 def generate_by_folder(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -83,10 +84,16 @@ def generate_by_folder(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any
     stock = type(model).generate  # type: ignore[attr-defined]
     if owner_here(model) is not None:
         return stock(model, *args, **kwargs)
-    with recycled(model, _policy_of(model.name_or_path)) as session:
-        found = stock(model, *args, **kwargs)
-    _LOGGER.info("recycled: %s", session.receipt().to_json())
-    return found
+    with _told(recycled(model, _policy_of(model.name_or_path))):
+        return stock(model, *args, **kwargs)
+
+
+@contextmanager
+def _told(session: AbstractContextManager[Session]) -> Iterator[None]:
+    """Log the receipt of a session when it has ended."""
+    with session as entered:
+        yield
+    _LOGGER.info("recycled: %s", entered.receipt().to_json())
 
 
 @lru_cache(maxsize=8)

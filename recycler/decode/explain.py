@@ -9,16 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from policies import (
-    AlwaysFull,
-    BudgetConstrained,
-    FixedStride,
-    NeverFull,
-    PolicyFile,
-    RefreshKeys,
-    Selection,
-    StepPolicy,
-)
+from policies import PolicyFile, Selection, StepPolicy
 from recycler.decode.asked import Asked, model_of
 from recycler.decode.engines import engine_for
 from recycler.model.attention_hook import refuse_full_window
@@ -34,10 +25,8 @@ class Explanation:
         engine: What runs decode steps: "plain", or the name of an engine. What only shows at the first step, as a cache
             that it does not run, may still lead to the plain path; the receipt says so.
         why_plain: Why the plain path is taken, as a clause; empty if it is not.
-        full_share: Share of unit-steps that runs full at most, a keys-only refresh counted half; None if the policy
-            keeps no budget and is no clock.
-        read_share: Tokens read of the cache at most, as a share of what full attention reads, at `context_tokens`; None
-            likewise.
+        full_share: Share of unit-steps that runs full at most, a keys-only refresh counted half; bursts come on top.
+        read_share: Tokens read of the cache at most, as a share of what full attention reads, at `context_tokens`.
         cache_mb: The KV cache at `context_tokens`, in 10^6 bytes.
         sets_mb: What the recycled sets take beside it.
         context_tokens: Tokens in the cache.
@@ -47,8 +36,8 @@ class Explanation:
 
     engine: str
     why_plain: str
-    full_share: float | None
-    read_share: float | None
+    full_share: float
+    read_share: float
     cache_mb: float
     sets_mb: float
     context_tokens: int
@@ -63,13 +52,10 @@ class Explanation:
         """Print it as sentences."""
         plainly = f": the plain path, because {self.why_plain}" if self.why_plain else ""
         console.print(f"decode steps run on engine {self.engine}{plainly}")
-        if self.full_share is None:
-            console.print("the policy keeps no budget: how much it reads depends on the text")
-        else:
-            console.print(
-                f"at most {self.full_share:.1%} of unit-steps run full, which reads at most {self.read_share:.1%} of "
-                f"what full attention reads at {self.context_tokens:,} tokens"
-            )
+        console.print(
+            f"at most {self.full_share:.1%} of unit-steps run full, which reads at most {self.read_share:.1%} of what "
+            f"full attention reads at {self.context_tokens:,} tokens"
+        )
         console.print(
             f"the KV cache of {self.batch_size} rows takes {self.cache_mb:,.1f} MB, their sets {self.sets_mb:,.1f} MB"
         )
@@ -116,41 +102,20 @@ def explain(
         asked.selection.k if asked.selection.unit_k is None else asked.selection.unit_k, shape.units
     ).clip(max=context_tokens)
     token_mb = 2 * shape.head_dim * model.dtype.itemsize * batch_size / 1e6
-    rates = _most_full(asked.policy)
-    full_share = read_share = None
-    if rates is not None:
-        cost = np.broadcast_to(asked.policy.full_cost, shape.units)
-        rates = np.broadcast_to(rates, shape.units)
-        full_share = float((rates * cost).mean())
-        # A keys-only refresh reads all keys, and values of its set.
-        of_refresh = np.where(cost < 1, (context_tokens + sizes) / 2, context_tokens)
-        read_share = float((rates * of_refresh + (1 - rates) * sizes).mean() / context_tokens)
+    rates, cost = (
+        np.broadcast_to(np.asarray(of_policy, dtype=np.float64), shape.units)
+        for of_policy in (asked.policy.highest_rate, asked.policy.full_cost)
+    )
+    # A keys-only refresh reads all keys, and the values of its set.
+    of_refresh = np.where(cost < 1, (context_tokens + sizes) / 2, context_tokens)
     return Explanation(
         engine=engine,
         why_plain=why_plain,
-        full_share=full_share,
-        read_share=read_share,
+        full_share=float((rates * cost).mean()),
+        read_share=float((rates * of_refresh + (1 - rates) * sizes).mean() / context_tokens),
         cache_mb=shape.layers * shape.kv_heads * context_tokens * token_mb,
         sets_mb=float(sizes.sum()) * token_mb,
         context_tokens=context_tokens,
         batch_size=batch_size,
         horizon_steps=asked.horizon_steps,
     )
-
-
-def _most_full(policy: StepPolicy) -> np.ndarray | None:
-    """Full decisions per step at most, a number or one per unit; None where nothing limits them."""
-    match policy:
-        case AlwaysFull():
-            return np.ones(())
-        case NeverFull():
-            return np.zeros(())
-        case FixedStride():
-            return 1 / np.asarray(policy.stride, dtype=np.float64)
-        case BudgetConstrained():
-            within = _most_full(policy.policy)
-            budget = np.asarray(policy.budget, dtype=np.float64)
-            return budget if within is None else np.minimum(budget, within)
-        case RefreshKeys():
-            return _most_full(policy.policy)
-    return None

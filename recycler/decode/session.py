@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,18 +18,16 @@ from transformers import PreTrainedModel
 from policies import PolicyFile, Selection, StepPolicy
 from recycler.decode import engines
 from recycler.decode.asked import Asked, model_of
-from recycler.decode.cache_watch import CACHE_CHANGED, CacheWatch
+from recycler.decode.cache_watch import CACHE_CHANGED
 from recycler.decode.engine import Engine
 from recycler.decode.engine_run import EngineRun
-from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_layer
 from recycler.decode.forward_call import ForwardCall
+from recycler.decode.last_prompt import LastPrompt
 from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt, Tally
 from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.shape import model_shape
-from recycler.sets.prompt_votes import PromptVotes
-from recycler.sets.scores import probabilities
 
 NOT_CALLED = (
     "nothing was decoded inside `with recycled(...) as session`: the model was not called there. What runs in another "
@@ -85,8 +82,7 @@ def recycled(
             in a way that sets cannot follow.
     """
     model = model_of(target)
-    shape = model_shape(model)
-    asked = Asked.of(policy, selection, horizon_steps, shape)
+    asked = Asked.of(policy, selection, horizon_steps, model_shape(model))
     session = Session(model, asked.policy, asked.selection, asked.horizon_steps)
     if fast:
         try:
@@ -115,21 +111,15 @@ class Session:
     ) -> None:
         shape = model_shape(model)
         self._model = model
-        self._shape = shape
         self._policy = policy
-        self._selection = selection
-        self._prompt: dict[int, LayerFirstSets] = {}
-        self._start: Tensor | int = 0
-        self._end = 0
-        self._watches: dict[int, CacheWatch] = {}
-        self._votes: dict[int, PromptVotes] = {}
+        self._prompt = LastPrompt(shape, selection)
         self._horizon_steps = horizon_steps
         self._warned = False
         self._generating = threading.RLock()
-        # Forwards, and those of several tokens that `generate` did not call prefill.
-        self._n_forwards, self._n_read = 0, 0
-        # Whether a step was begun, be it one that was refused.
-        self._tried = False
+        # Whether the model was called; read several tokens that `generate` did not call prefill; took a step, or was
+        # refused one.
+        self._was_called = self._has_read = self._has_stepped = False
+        self._units = shape.units
         self._tally = Tally(shape.units)
         self._turns: deque[Receipt] = deque(maxlen=_MOST_TURNS)
         self._engine: Engine | None = None
@@ -167,13 +157,13 @@ class Session:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = ForwardCall(args, kwargs)
-            self._n_forwards += 1
-            if self.in_prefill or not call.is_one_token or not self._has_prompt:
+            self._was_called = True
+            if self.in_prefill or not call.is_one_token or not self._prompt.is_read:
                 self._end_run()
                 read = self._plainly(call, stock, args, kwargs)
-                self._n_read += not (self.in_prefill or call.is_one_token)
+                self._has_read |= not (self.in_prefill or call.is_one_token)
                 return read
-            self._tried = True
+            self._has_stepped = True
             if self._run is None:
                 self._run = self._begin_run(call)
             if isinstance(self._run, EngineRun):
@@ -215,10 +205,12 @@ class Session:
             end, visible = _visible(query, key, mask)
             refuse_full_window(layer, end, kwargs.get("sliding_window"))
             keys, values = key[:, :, :end], value[:, :, :end]
-            if self.in_prefill or query.shape[2] > 1 or not self._has_prompt:
-                self._read(layer, query, keys, visible, scaling)
+            if self.in_prefill or query.shape[2] > 1 or not self._prompt.is_read:
+                self._end_run()
+                self._prompt.read(layer, query, keys, visible, scaling)
                 return stock(module, query, key, value, mask, **kwargs)
             # Whoever calls inner modules of the model comes here without a call of its forward.
+            self._has_stepped = True
             if self._run is None:
                 self._run = self._plain_run()
             if isinstance(self._run, EngineRun):
@@ -240,7 +232,7 @@ class Session:
 
     def turns(self) -> tuple[Receipt, ...]:
         """A receipt for each output, what was decoded after one prompt or one more turn of it: the last 100 of them."""
-        current = Tally(self._shape.units)
+        current = Tally(self._units)
         if self._run is not None:
             self._run.add_to(current)
         unfinished = [self._receipt_of(current)] if current.n_steps else []
@@ -249,36 +241,29 @@ class Session:
     def finish(self) -> None:
         """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
         self._end_run()
-        if self._tally.n_steps or self._tried:
-            return
-        if not self._n_forwards:
+        if not (self._was_called or self._has_stepped):
             warnings.warn(NOT_CALLED, stacklevel=3)
-        elif self._n_read:
+        elif self._has_read and not self._has_stepped:
             warnings.warn(NOTHING_RECYCLED, stacklevel=3)
-
-    @property
-    def _has_prompt(self) -> bool:
-        """Whether all layers have read one, from which decoding can begin."""
-        return len(self._prompt) == self._shape.layers
 
     def _begin_run(self, call: ForwardCall) -> EngineRun | PlainRun:
         """On the engine, if there is one and it covers this."""
         if self._engine is not None:
             try:
-                self._check_prompt(call.arguments.get("past_key_values"))
-                return EngineRun(self._engine, call, self._policy, self._first_sets())
+                self._prompt.check(call.arguments.get("past_key_values"))
+                return EngineRun(self._engine, call, self._policy, self._prompt.first_sets())
             except NotCovered as reason:
                 self._why_plain = str(reason)
         return self._plain_run()
 
     def _plain_run(self) -> PlainRun:
-        return PlainRun(self._first_sets(), self._policy, dict(self._watches))
+        return PlainRun(self._prompt.first_sets(), self._policy, self._prompt.watches)
 
     def _end_run(self) -> None:
         run, self._run = self._run, None
         if run is None:
             return
-        turn = Tally(self._shape.units)
+        turn = Tally(self._units)
         run.add_to(turn)
         if turn.n_steps:
             self._tally.add(turn)
@@ -302,33 +287,6 @@ class Session:
         finally:
             # Else a call of an inner module would be taken for one with these tokens.
             self._fed = None
-
-    def _check_prompt(self, cache: Any) -> None:
-        """Refuse a cache that is not as prefill left it."""
-        for watch, layer in zip(self._watches.values(), getattr(cache, "layers", ()), strict=False):
-            watch.check(layer.keys)
-
-    def _first_sets(self) -> FirstSets:
-        layers = [self._prompt[layer] for layer in range(self._shape.layers)]
-        if isinstance(self._start, int):
-            return FirstSets.of(layers, np.full(1, self._start), self._end)
-        return FirstSets.of(layers, self._start[:, 0, 0].cpu().numpy(), self._end)
-
-    def _read(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
-        """Choose the first sets of a layer at the end of a prompt or of a chunk of it."""
-        self._end_run()
-        self._start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
-        self._end, votes = key.shape[2], None
-        grouped = query.unflatten(1, (self._shape.kv_heads, -1))
-        seen = None if visible is None else visible[:, None, None]
-        weights = probabilities(grouped[:, :, :, -1] @ key.transpose(-1, -2) * scaling, seen)
-        if self._selection.prompt_queries != 1:
-            watching = self._votes.setdefault(layer, PromptVotes(self._selection.prompt_queries))
-            votes = watching.see(grouped, key, visible, scaling)
-        self._prompt[layer] = first_sets_of_layer(
-            layer, self._selection, grouped[:, :, :, -1], weights, self._start, self._end, votes
-        )
-        self._watches[layer] = CacheWatch(key, self._start)
 
 
 def _visible(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:

@@ -154,7 +154,7 @@ def run_closed_loops(
     model: PreTrainedModel,
     texts: Sequence[np.ndarray],
     n_prompt_tokens: int,
-    policies: Sequence[StepPolicy],
+    policies: Sequence[StepPolicy | Sequence[StepPolicy]],
     selection: Selection,
     *,
     chunk_tokens: int | None = None,
@@ -169,7 +169,7 @@ def run_closed_loops(
         model: As above, like what is not said here.
         texts: int `(n_prompt_tokens + steps,)` each.
         n_prompt_tokens: Where decoding begins, at least 1.
-        policies: Policies to compare.
+        policies: Policies to compare; one that is another for every text is given as a sequence of them.
         selection: How sets are chosen, by all of them.
         chunk_tokens: Prompt tokens per forward.
         fast: False keeps to the plain path.
@@ -181,7 +181,12 @@ def run_closed_loops(
     n_texts, n_steps = len(texts), len(texts[0]) - n_prompt_tokens
     check_positions(model, n_prompt_tokens, n_steps)
     shape = model_shape(model)
-    for policy in policies:
+    of_rows = [
+        policy
+        for of_texts in (AlwaysFull(), *policies)
+        for policy in ([of_texts] * n_texts if isinstance(of_texts, StepPolicy) else of_texts)
+    ]
+    for policy in of_rows:
         check_fits(policy, shape)
     check_fits(selection, shape)
     text = torch.as_tensor(np.stack(texts).astype(np.int64), device=model.device)
@@ -192,7 +197,6 @@ def run_closed_loops(
     ]
     prompt = ReadPrompt.side_by_side(read)
     del read
-    of_rows = [policy for policy in (AlwaysFull(), *policies) for _ in texts]
     rows = decode_rows(model, prompt, of_rows, selection, fast=fast)
     del prompt
     found = follow(rows, text[:, n_prompt_tokens:], lambda step, log_p: log_p[:n_texts], desc=desc)

@@ -24,7 +24,7 @@ from recycler.prompts.texts import (
 
 # Room for the first lines that are asked for, so that the continuation does not start cold.
 _ASKED_TOKENS = 32
-_TASK_LICENCE = "Apache-2.0 (this project)"
+TASK_LICENCE = "Apache-2.0 (this project)"
 
 
 PromptGenerator = Callable[[PromptRequest], Prompt]
@@ -70,7 +70,7 @@ def needles(request: PromptRequest) -> Prompt:
         request.encode(f"What is the special magic number for {key}? {number}\n") for key, number in numbers.items()
     ]
     separator = request.encode("\n\n")
-    questions = _reshuffled(asked, rng)
+    questions = reshuffled(asked, rng)
     first_question = next(questions)
 
     text = request.texts(haystack_text)
@@ -84,7 +84,7 @@ def needles(request: PromptRequest) -> Prompt:
     return request.prompt(
         [*haystack, *separator, *first_question, *answers],
         source=text.corpus.source,
-        licence=_task_licence(text.corpus),
+        licence=task_licence(text.corpus),
     )
 
 
@@ -93,34 +93,39 @@ def key_values(request: PromptRequest) -> Prompt:
 
     A key cannot be foreseen and its value can only be looked up. Keys and values are distinct.
     """
-    rng = request.rng()
+    rng, separator = request.rng(), request.encode("\n")
+    lines = key_value_lines(request, rng, request.n_context - _ASKED_TOKENS - len(separator))
+    listing = [*chain.from_iterable(lines), *separator]
+    n_asked = request.n_context + request.n_steps - len(listing)
+    asked = islice(chain.from_iterable(reshuffled(lines, rng)), n_asked)
+    return request.prompt([*listing, *asked], source="drawn by this project", licence=TASK_LICENCE)
+
+
+def key_value_lines(request: PromptRequest, rng: random.Random, n_room: int) -> list[list[int]]:
+    """Tokens of ``key: value`` lines, as many as fit into `n_room` tokens; keys and values are distinct.
+
+    Raises:
+        ValueError: there are too few keys to fill the room.
+    """
     words = key_words()
     keys = rng.sample(words, len(words))
-    values = rng.sample(range(1000, 10000), len(keys))
-    separator = request.encode("\n")
-    n_room = request.n_context - _ASKED_TOKENS - len(separator)
     lines: list[list[int]] = []
-    for key, value in zip(keys, values, strict=True):
+    for key, value in zip(keys, rng.sample(range(1000, 10000), len(keys)), strict=True):
         line = request.encode(f"{key}: {value}\n")
         n_room -= len(line)
         if n_room < 0:
-            break
+            return lines
         lines.append(line)
-    else:
-        raise ValueError(
-            f"{len(keys)} distinct keys do not fill {request.context_tokens} tokens of context: ask for fewer tokens"
-        )
-    listing = [*chain.from_iterable(lines), *separator]
-    n_asked = request.n_context + request.n_steps - len(listing)
-    asked = islice(chain.from_iterable(_reshuffled(lines, rng)), n_asked)
-    return request.prompt([*listing, *asked], source="drawn by this project", licence=_TASK_LICENCE)
+    raise ValueError(
+        f"{len(keys)} distinct keys do not fill {request.context_tokens} tokens of context: ask for fewer tokens"
+    )
 
 
-def _reshuffled(lines: Sequence[list[int]], rng: random.Random) -> Iterator[list[int]]:
+def reshuffled(lines: Sequence[list[int]], rng: random.Random) -> Iterator[list[int]]:
     """All of `lines` in a drawn order, then all of them in another, without end."""
     while True:
         yield from rng.sample(lines, len(lines))
 
 
-def _task_licence(corpus: Corpus) -> str:
-    return f"{corpus.licence} (text), {_TASK_LICENCE} (task)"
+def task_licence(corpus: Corpus) -> str:
+    return f"{corpus.licence} (text), {TASK_LICENCE} (task)"

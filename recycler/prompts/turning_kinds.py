@@ -4,16 +4,15 @@ Every continuation is made of segments, and a prompt says where they begin (`Pro
 told. Like the other kinds they are teacher-forced and go on for any number of steps.
 """
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from recycler.prompts.hiding import spliced
+from recycler.prompts.kinds import TASK_LICENCE, PromptGenerator, key_value_lines, reshuffled, task_licence
 from recycler.prompts.prompt import Prompt
 from recycler.prompts.request import PromptRequest
 from recycler.prompts.texts import copied_text, haystack_text, key_words
 
-_TASK_LICENCE = "Apache-2.0 (this project)"
 # Tokens of a segment, drawn evenly: an output turns some ten times in 512 steps.
 _SEGMENT_TOKENS = (24, 96)
 # Room for the first segment, so that the continuation does not start cold.
@@ -54,22 +53,27 @@ def several_questions(request: PromptRequest) -> Prompt:
     return _turning(
         request,
         [*haystack, *separator],
-        _reshuffled(answers, rng),
+        reshuffled(answers, rng),
         f"{essays.corpus.source}; {quoted.corpus.source}",
-        f"{essays.corpus.licence}; {quoted.corpus.licence} (texts), {_TASK_LICENCE} (task)",
+        f"{essays.corpus.licence}; {quoted.corpus.licence} (texts), {TASK_LICENCE} (task)",
     )
 
 
 def jumping_copy(request: PromptRequest) -> Prompt:
-    """A passage and then pieces of it, each from another place. A segment is a piece of 24 to 96 tokens."""
+    """A passage and then pieces of it, each from another place. A segment is a piece of 24 to 96 tokens.
+
+    Of a passage below 192 tokens pieces have at most half.
+    """
     rng, text = request.rng(), request.texts(copied_text)
     separator = request.encode("\n\n")
     passage = text.passage(request.index, request.n_context - len(separator) - _BEGUN_TOKENS).tolist()
 
+    least, most = (min(n, len(passage) // 2) for n in _SEGMENT_TOKENS)
+
     def pieces() -> Iterator[list[int]]:
         while True:
-            begin = rng.randrange(len(passage) - _SEGMENT_TOKENS[1])
-            yield passage[begin : begin + rng.randint(*_SEGMENT_TOKENS)]
+            begin = rng.randrange(len(passage) - most)
+            yield passage[begin : begin + rng.randint(least, most)]
 
     return _turning(request, [*passage, *separator], pieces(), text.corpus.source, text.corpus.licence)
 
@@ -80,20 +84,13 @@ def lists_in_prose(request: PromptRequest) -> Prompt:
     Segments are in turn 24 to 96 tokens of the essay and 3 to 6 lines.
     """
     rng, text = request.rng(), request.texts(haystack_text)
-    words = key_words()
-    n_list = request.n_context // 2
-    lines: list[list[int]] = []
-    for key, value in zip(rng.sample(words, len(words)), rng.sample(range(1000, 10000), len(words)), strict=False):
-        line = request.encode(f"{key}: {value}\n")
-        if sum(map(len, lines)) + len(line) > n_list:
-            break
-        lines.append(line)
+    lines = key_value_lines(request, rng, request.n_context // 2)
     listing = [*chain.from_iterable(lines), *request.encode("\n")]
     essay = text.passage(request.index, request.n_context + request.n_steps).tolist()
     n_read = request.n_context - len(listing) - _BEGUN_TOKENS
 
     def parts() -> Iterator[list[int]]:
-        at, drawn, blank = n_read, _reshuffled(lines, rng), request.encode("\n\n")
+        at, drawn, blank = n_read, reshuffled(lines, rng), request.encode("\n\n")
         while True:
             n = rng.randint(*_SEGMENT_TOKENS)
             yield essay[at : at + n]
@@ -105,7 +102,7 @@ def lists_in_prose(request: PromptRequest) -> Prompt:
         [*listing, *essay[:n_read]],
         parts(),
         text.corpus.source,
-        f"{text.corpus.licence} (text), {_TASK_LICENCE} (task)",
+        task_licence(text.corpus),
     )
 
 
@@ -129,10 +126,10 @@ def table_rewriting(request: PromptRequest) -> Prompt:
         html.append(written)
         rows.append(request.encode("\t".join(cells) + "\n"))
     table = [*request.encode("<table>\n"), *chain.from_iterable(html), *request.encode("</table>\n\n")]
-    return _turning(request, table, chain(rows, _reshuffled(rows, rng)), "drawn by this project", _TASK_LICENCE)
+    return _turning(request, table, chain(rows, reshuffled(rows, rng)), "drawn by this project", TASK_LICENCE)
 
 
-TURNING_KINDS: dict[str, Callable[[PromptRequest], Prompt]] = {
+TURNING_KINDS: dict[str, PromptGenerator] = {
     "several_questions": several_questions,
     "jumping_copy": jumping_copy,
     "lists_in_prose": lists_in_prose,
@@ -156,9 +153,3 @@ def _turning(
         licence=licence,
         events=[begin for begin in begins if begin > 0],
     )
-
-
-def _reshuffled(segments: Sequence[list[int]], rng: random.Random) -> Iterator[list[int]]:
-    """All segments in a drawn order, then all of them in another, without end."""
-    while True:
-        yield from rng.sample(segments, len(segments))

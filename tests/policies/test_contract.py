@@ -35,6 +35,7 @@ from policies import (
     PolicyFile,
     RandomRefresh,
     RefreshKeys,
+    Schedule,
     Selection,
     SentenceBoundary,
     StepPolicy,
@@ -121,6 +122,11 @@ def named(*tables: dict[str, list[StepPolicy]]) -> list[Any]:
 every_policy = pytest.mark.parametrize("policy", named(SCALAR, PER_UNIT))
 on_random_signals = given(seed=st.integers(0, 2**32 - 1))
 some_examples = settings(max_examples=20, deadline=None)
+
+
+def and_inner(policy: StepPolicy) -> list[StepPolicy]:
+    """A policy, and those inside of it."""
+    return [policy, *(one for inner in policy.inner_policies() for one in and_inner(inner))]
 
 
 def is_wrapper(policy: StepPolicy) -> bool:
@@ -267,6 +273,22 @@ class TestKeysOnly:
         signals = random_signals(2)
         assert_same(decide(RefreshKeys(policy, SOME), signals), decide(policy, signals))
         assert RefreshKeys(policy, SOME).needs == policy.needs
+
+
+@every_policy
+def test_at_no_step_has_a_policy_taken_more_than_its_highest_rate_allows(policy: StepPolicy) -> None:
+    rng, schedule = np.random.default_rng(0), Schedule(np.zeros(UNITS), np.full(UNITS, 0.5))
+    rate = np.broadcast_to(np.asarray(policy.highest_rate, dtype=np.float64), UNITS)
+    hash(policy.highest_rate)
+    assert ((rate >= 0) & (rate <= 1)).all()
+    bursts = sum(np.asarray(one.burst) for one in and_inner(policy) if isinstance(one, BudgetConstrained))
+    for step in range(1, 150):
+        similarity = dict.fromkeys(
+            ("query_similarity", "step_similarity", "layer_similarity"), rng.uniform(-1, 1, UNITS)
+        )
+        full = policy.decide(schedule.signals(**similarity, token=np.full(UNITS, rng.integers(0, 20))))
+        schedule.advance(full, rng.random(UNITS), rng.random(UNITS))
+        assert (schedule.n_full <= rate * step + (rate > 0) + bursts + 1e-9).all()
 
 
 @every_policy

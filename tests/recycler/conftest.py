@@ -96,6 +96,14 @@ def _save_byte_model(folder: Path, positions: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model of 128 positions with one token per byte."""
+    folder = tmp_path_factory.mktemp("byte_model") / "tiny"
+    _save_byte_model(folder, positions=128)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def save_byte_model() -> Callable[..., None]:
     """Saves a random model of 2 layers and 2 KV heads with one token per byte."""
     return _save_byte_model

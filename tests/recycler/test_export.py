@@ -24,16 +24,9 @@ TEXT = "It was a dark and stormy night; the rain fell in torrents."
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, save_byte_model: Callable[..., None]) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "tiny"
-    save_byte_model(folder, positions=128)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def policy(source: Path) -> Path:
-    shape = model_shape(load_model(str(source), device="cpu").model, str(source))
-    path = source.parent / "policy.json"
+def policy(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = model_shape(load_model(str(byte_model), device="cpu").model, str(byte_model))
+    path = tmp_path_factory.mktemp("export") / "policy.json"
     PolicyFile(FixedStride(5), SELECTION, shape, horizon_steps=40).write(path)
     return path
 
@@ -63,20 +56,20 @@ def written(model: PreTrainedModel, **how: Any) -> list[int]:
 
 @pytest.mark.parametrize("weights", ["link", "copy"])
 def test_a_folder_recycles_with_no_further_import(
-    run: Any, source: Path, policy: Path, tmp_path: Path, weights: str, caplog: pytest.LogCaptureFixture
+    run: Any, byte_model: Path, policy: Path, tmp_path: Path, weights: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "deep" / "folder"
     code, text, error = run("--policy", policy, "--out", out, "--weights", weights)
     assert code == 0, error
     assert json.loads(text.splitlines()[-1]) == {
         "folder": str(out),
-        "model": str(source),
+        "model": str(byte_model),
         "policy": str(policy),
         "weights": weights,
     }
     assert (out / "model.safetensors").is_symlink() == (weights == "link")
     assert [path.name for path in out.parent.iterdir()] == ["folder"]
-    plain = AutoModelForCausalLM.from_pretrained(source)
+    plain = AutoModelForCausalLM.from_pretrained(byte_model)
     with recycled(plain, policy) as session:
         expected = written(plain)
     assert session.receipt().n_steps == 19
@@ -115,7 +108,7 @@ def test_a_pipeline_of_the_folder_recycles(run: Any, policy: Path, tmp_path: Pat
 def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(
     run: Any,
     policy: Path,
-    source: Path,
+    byte_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, str],
@@ -124,7 +117,7 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "taken").mkdir()
-    other = ModelShape(str(source), layers=3, kv_heads=2, query_heads=4, head_dim=8)
+    other = ModelShape(str(byte_model), layers=3, kv_heads=2, query_heads=4, head_dim=8)
     PolicyFile(FixedStride(5), SELECTION, other).write(tmp_path / "other.json")
     given = {"policy": policy, "out": tmp_path / "new"} | {
         name: value if name == "model" else tmp_path / value for name, value in change.items()
@@ -145,8 +138,8 @@ def test_a_folder_whose_policy_is_gone_says_so(run: Any, policy: Path, tmp_path:
         written(model)
 
 
-def test_a_callable_recycles_one_call(source: Path, policy: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source)
+def test_a_callable_recycles_one_call(byte_model: Path, policy: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
     stock = written(model)
     with recycled(model, policy):
         expected = written(model)
@@ -163,7 +156,7 @@ def test_a_callable_recycles_one_call(source: Path, policy: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "message"), [({}, "give policy="), ({"num_beams": 2, "policy": FixedStride(5)}, "beam search cannot run")]
 )
-def test_a_callable_refuses_what_it_cannot_do(source: Path, how: dict[str, Any], message: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source)
+def test_a_callable_refuses_what_it_cannot_do(byte_model: Path, how: dict[str, Any], message: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
     with pytest.raises(ValueError, match=message):
         written(model, custom_generate=custom_generate, **how)

@@ -28,15 +28,8 @@ POLICY = MaxAge(BudgetConstrained(FixedStride(((2, 3), (4, 5))), 0.3), 7)
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, save_byte_model: Callable[..., None]) -> Path:
-    folder = tmp_path_factory.mktemp("generate") / "tiny"
-    save_byte_model(folder, positions=128)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(model_folder: Path) -> LoadedModel:
-    return load_model(str(model_folder), device="cpu")
+def loaded(byte_model: Path) -> LoadedModel:
+    return load_model(str(byte_model), device="cpu")
 
 
 @pytest.fixture
@@ -284,8 +277,8 @@ def test_no_prompt_at_a_terminal_is_refused(
     assert err == "error: there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe the text in.\n"
 
 
-def test_chat_without_a_template_is_refused(run: Run, write_policy: WritePolicy, model_folder: Path) -> None:
-    template = model_folder / "chat_template.jinja"
+def test_chat_without_a_template_is_refused(run: Run, write_policy: WritePolicy, byte_model: Path) -> None:
+    template = byte_model / "chat_template.jinja"
     text = template.read_text()
     template.unlink()
     try:
@@ -293,7 +286,7 @@ def test_chat_without_a_template_is_refused(run: Run, write_policy: WritePolicy,
     finally:
         template.write_text(text)
     assert (code, out) == (2, "")
-    assert err == f"error: the tokenizer of {model_folder} has no chat template: leave out --chat.\n"
+    assert err == f"error: the tokenizer of {byte_model} has no chat template: leave out --chat.\n"
 
 
 def test_it_runs_as_a_module_in_a_pipe(run: Run, write_policy: WritePolicy) -> None:
@@ -311,7 +304,7 @@ def test_explain_says_what_would_run_and_generates_nothing(run: Run, write_polic
     found = result(out)
     assert (found["engine"], found["why_plain"]) == ("cpu", None)
     assert found["context_tokens"] == len(TEXT) + 20
-    # A limit of age around a budget is none.
-    assert found["full_share"] is None
+    # A limit of age around a budget limits nothing.
+    assert found["full_share"] == 1
     assert "decode steps run on engine cpu" in out
     assert run("--policy", write_policy(FixedStride(4)), "--prompt", TEXT, "--explain")[1].count("25.0%") == 1

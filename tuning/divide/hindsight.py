@@ -47,11 +47,11 @@ def _of_trace(lost: np.ndarray, budget: float) -> np.ndarray:
         weighted = lost * weight[:, None, None]
 
         def full_at(price: float, weighted: np.ndarray = weighted) -> np.ndarray:
-            return _follow(lost, _when_to_pay(weighted, price))[0]
+            return follow(lost, _when_to_pay(weighted, price))[0]
 
         highest = float(weight.max() * lost.max()) * lost.shape[0] + 1.0
         affordable = full_at(lowest_price(lambda price: full_at(price).mean() > budget, highest, _N_HALVINGS))
-        perturbation = _follow_given(lost, affordable).mean(1)
+        perturbation = follow_given(lost, affordable).mean(1)
         if (squared := float((perturbation**2).mean())) < least:
             best, least = affordable, squared
         if perturbation.any():
@@ -73,8 +73,13 @@ def _when_to_pay(lost: np.ndarray, price: float) -> np.ndarray:
     return pays
 
 
-def _follow(lost: np.ndarray, pays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Full steps and lost mass `(steps, units)` of going by `pays` from the end of prefill on."""
+def follow(lost: np.ndarray, pays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Full steps and lost mass `(steps, units)` of running full where it pays, from the end of prefill on.
+
+    Args:
+        lost: `(steps, max_age, units)`: what a set of each age loses; older ones lose as the oldest.
+        pays: bool of the same shape: whether to run full at a step, by the age of the set.
+    """
     n_steps, max_age, n_units = lost.shape
     units, index = np.arange(n_units), np.zeros(n_units, dtype=np.intp)
     full, left = np.empty((n_steps, n_units), dtype=bool), np.empty((n_steps, n_units))
@@ -85,6 +90,6 @@ def _follow(lost: np.ndarray, pays: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return full, left
 
 
-def _follow_given(lost: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """Lost mass `(steps, units)` of given full steps."""
-    return _follow(lost, np.broadcast_to(full[:, None], lost.shape))[1]
+def follow_given(lost: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """Lost mass `(steps, units)` of given full steps, bool `(steps, units)`."""
+    return follow(lost, np.broadcast_to(full[:, None], lost.shape))[1]

@@ -28,7 +28,7 @@ class SharedLogistic(Family):
         asked = trial.suggest_float("asked", 0.5, 2.0, log=True)
 
         def policy_at(shift: np.ndarray) -> LearnedLogistic:
-            return _shifted(fitted, np.full_like(shift, shift.flat[0]))
+            return shifted(fitted, np.full_like(shift, shift.flat[0]))
 
         even = calibrate(data.traces, policy_at, data.budget, -_FAR, _FAR)
         rates = own_rates(policy_at(even), data)
@@ -48,7 +48,7 @@ class LogisticProfile(Family):
         asked = trial.suggest_float("asked", 0.5, 2.0, log=True)
 
         def policy_at(shift: np.ndarray) -> LearnedLogistic:
-            return _shifted(fitted, shift)
+            return shifted(fitted, shift)
 
         shift = calibrate(data.traces, policy_at, np.minimum(asked * rates, 1), -_FAR, _FAR)
         shift = np.where(rates >= 1, _FAR, shift)
@@ -66,5 +66,6 @@ def _fitted(trial: optuna.trial.BaseTrial, data: TuningData) -> LearnedLogistic:
     )
 
 
-def _shifted(policy: LearnedLogistic, shift: np.ndarray) -> LearnedLogistic:
+def shifted(policy: LearnedLogistic, shift: np.ndarray | float) -> LearnedLogistic:
+    """The same with its log-odds higher by a number, or by one for each unit, `(layers, kv_heads)`."""
     return dataclasses.replace(policy, intercept=(np.asarray(policy.intercept) + shift).tolist())

@@ -70,13 +70,9 @@ def test_a_selection_beside_a_file_is_taken_instead_of_the_files(
     assert read[0] < read[1]
 
 
-def test_a_pipeline_and_a_loaded_model_are_the_model_inside(
-    save_byte_model: Callable[..., None], tmp_path: Path
-) -> None:
-    folder = tmp_path / "bytes"
-    save_byte_model(folder, 320)
-    loaded = load_model(str(folder), device="cpu")
-    writer = pipeline("text-generation", model=loaded.model, tokenizer=AutoTokenizer.from_pretrained(folder))
+def test_a_pipeline_and_a_loaded_model_are_the_model_inside(byte_model: Path) -> None:
+    loaded = load_model(str(byte_model), device="cpu")
+    writer = pipeline("text-generation", model=loaded.model, tokenizer=AutoTokenizer.from_pretrained(byte_model))
     assert model_of(writer) is model_of(loaded) is loaded.model
     with recycled(writer, FixedStride(4), SELECTION) as session:
         writer("a set keeps what it chose, " * 3, max_new_tokens=8, do_sample=False)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,9 +16,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(default_model_folder())
 
 
-def one_prompt(tokenizer: PreTrainedTokenizerBase, kind: str, *, index: int = 0, seed: int = 0) -> Prompt:
+def one_prompt(
+    tokenizer: PreTrainedTokenizerBase, kind: str, *, context_tokens: int = 1024, index: int = 0, seed: int = 0
+) -> Prompt:
     (prompt,) = default_prompts(
-        tokenizer, n_per_kind=1, context_tokens=1024, n_steps=256, kinds=[kind], first_index=index, seed=seed
+        tokenizer, n_per_kind=1, context_tokens=context_tokens, n_steps=256, kinds=[kind], first_index=index, seed=seed
     )
     return prompt
 
@@ -50,6 +53,17 @@ def test_prompts_that_turn_have_their_sizes_and_say_where_they_turn(
     assert again.events == prompt.events
     assert other.events != prompt.events
     assert drawn.tokens.tolist() != prompt.tokens.tolist()
+
+
+@pytest.mark.parametrize("kind", TURNING_KINDS)
+def test_the_shortest_context_is_enough(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    (prompt,) = default_prompts(tokenizer, n_per_kind=1, context_tokens=128, n_steps=64, kinds=[kind])
+    assert (prompt.n_prompt_tokens, prompt.n_steps) == (128, 64)
+
+
+def test_a_context_without_room_for_notes_is_refused(byte_model: Path) -> None:
+    with pytest.raises(ValueError, match="128 tokens of context are too few to hide 2 notes in"):
+        one_prompt(AutoTokenizer.from_pretrained(byte_model), "several_questions", context_tokens=128)
 
 
 def test_questions_are_answered_by_what_is_hidden_once(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,82 @@
+"""What the last prompt of a session left behind, layer by layer as the model reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies import ModelShape, Selection
+from recycler.decode.cache_watch import CacheWatch
+from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_layer
+from recycler.sets.prompt_votes import PromptVotes
+from recycler.sets.scores import probabilities
+
+
+class LastPrompt:
+    """A prompt, or a turn that came after it; a new one takes the place of the one before.
+
+    Args:
+        shape: The model's.
+        selection: How its first sets are chosen.
+    """
+
+    def __init__(self, shape: ModelShape, selection: Selection) -> None:
+        self._shape, self._selection = shape, selection
+        self._layers: dict[int, LayerFirstSets] = {}
+        self._watches: dict[int, CacheWatch] = {}
+        self._votes: dict[int, PromptVotes] = {}
+        self._start: Tensor | int = 0
+        self._end = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all layers have read it, so that decoding can begin."""
+        return len(self._layers) == self._shape.layers
+
+    @property
+    def watches(self) -> Mapping[int, CacheWatch]:
+        """Of each layer's cache, as it was left."""
+        return dict(self._watches)
+
+    def read(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
+        """Choose the first sets of a layer at the end of a prompt, or of a chunk of it.
+
+        Args:
+            layer: Index of the layer.
+            query: `(rows, query_heads, n, head_dim)`, those of the last n places of the cache.
+            key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
+            visible: bool `(rows, tokens)`, False at padding; None if there is none.
+            scaling: Factor on query x key.
+        """
+        self._start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
+        self._end, votes = key.shape[2], None
+        grouped = query.unflatten(1, (self._shape.kv_heads, -1))
+        seen = None if visible is None else visible[:, None, None]
+        weights = probabilities(grouped[:, :, :, -1] @ key.transpose(-1, -2) * scaling, seen)
+        if self._selection.prompt_queries != 1:
+            watching = self._votes.setdefault(layer, PromptVotes(self._selection.prompt_queries))
+            votes = watching.see(grouped, key, visible, scaling)
+        self._layers[layer] = first_sets_of_layer(
+            layer, self._selection, grouped[:, :, :, -1], weights, self._start, self._end, votes
+        )
+        self._watches[layer] = CacheWatch(key, self._start)
+
+    def first_sets(self) -> FirstSets:
+        """The sets of all layers, from which rows decode."""
+        layers = [self._layers[layer] for layer in range(self._shape.layers)]
+        if isinstance(self._start, int):
+            return FirstSets.of(layers, np.full(1, self._start), self._end)
+        return FirstSets.of(layers, self._start[:, 0, 0].cpu().numpy(), self._end)
+
+    def check(self, cache: Any) -> None:
+        """Refuse a cache that is not as the prompt left it.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        for watch, layer in zip(self._watches.values(), getattr(cache, "layers", ()), strict=False):
+            watch.check(layer.keys)
