@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,10 @@ ROOT = Path(__file__).parents[1]
 RESULT: dict[str, Any] = json.loads((ROOT / "docs" / "results" / "long-outputs.json").read_text(encoding="utf-8"))
 
 
-def module_of(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def report() -> Any:
+def report(benchmark: Callable[[str], Any]) -> Any:
     """The module that wrote `docs/long_outputs.md`."""
-    return module_of("long_outputs_report")
+    return benchmark("long_outputs_report")
 
 
 def test_the_page_is_what_the_benchmark_writes_of_its_json(report: Any) -> None:
@@ -46,9 +37,9 @@ def test_the_readmes_table_has_rows_of_the_json(report: Any) -> None:
     assert set(lines) == {head, rows[0], *told}
 
 
-def test_the_page_on_timing_is_what_the_benchmark_writes_of_its_json() -> None:
+def test_the_page_on_timing_is_what_the_benchmark_writes_of_its_json(benchmark: Callable[[str], Any]) -> None:
     result = json.loads((ROOT / "docs" / "results" / "timing.json").read_text(encoding="utf-8"))
-    assert (ROOT / "docs" / "timing.md").read_text(encoding="utf-8") == module_of("timing_report").report(result)
+    assert (ROOT / "docs" / "timing.md").read_text(encoding="utf-8") == benchmark("timing_report").report(result)
 
 
 def test_what_the_readme_says_of_kinds_left_out_was_measured() -> None:

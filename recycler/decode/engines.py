@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from policies import StepPolicy
 from recycler.decode.cache import KvLayer
@@ -37,7 +37,13 @@ def engine_for(model: PreTrainedModel) -> Engine:
 
 
 def begin_decoding(
-    model: PreTrainedModel, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, *, fast: bool = True
+    model: PreTrainedModel,
+    layers: Sequence[KvLayer],
+    first: FirstSets,
+    policy: StepPolicy,
+    *,
+    passing: DynamicCache | None = None,
+    fast: bool = True,
 ) -> Decoding:
     """Begin on the model's engine, or on the plain path where that does not cover the model or the selection.
 
@@ -46,9 +52,10 @@ def begin_decoding(
         layers: As in `Engine.begin`, like what follows.
         first: What the prompt left behind.
         policy: Who decides.
+        passing: The cache of layers that pass through; None if all are recycled.
         fast: False keeps to the plain path, which is slower, and as right.
     """
-    if fast:
+    if fast and passing is None:
         with suppress(NotCovered):
             return engine_for(model).begin(layers, first, policy)
-    return PlainEngine(model).begin(layers, first, policy)
+    return PlainEngine(model, passing).begin(layers, first, policy)

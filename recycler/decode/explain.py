@@ -14,7 +14,7 @@ from recycler.decode.asked import Asked, model_of
 from recycler.decode.engines import engine_for
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import NotCovered
-from recycler.model.shape import model_shape
+from recycler.model.shape import model_shape, window_of_recycled_layers
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def explain(
     model = model_of(target)
     shape = model_shape(model)
     asked = Asked.of(policy, selection, None, shape)
-    refuse_full_window(0, context_tokens, getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
+    refuse_full_window(0, context_tokens, window_of_recycled_layers(model))
     engine, why_plain = "plain", "" if fast else "fast is False"
     if fast:
         try:

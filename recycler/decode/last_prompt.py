@@ -13,7 +13,7 @@ from policies import ModelShape, Selection
 from recycler.decode.cache_watch import CacheWatch
 from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_layer
 from recycler.sets.prompt_votes import PromptVotes
-from recycler.sets.scores import probabilities
+from recycler.sets.scores import Scoring, probabilities
 
 
 class LastPrompt:
@@ -37,12 +37,24 @@ class LastPrompt:
         """Whether all layers have read it, so that decoding can begin."""
         return len(self._layers) == self._shape.layers
 
+    def check_read(self) -> None:
+        """Refuse a model whose layers did not all come by, once its forward has read something.
+
+        Raises:
+            ValueError: With the numbers of layers.
+        """
+        if not self.is_read:
+            raise ValueError(
+                f"only {len(self._layers)} of the {self._shape.layers} layers of {self._shape.id} attend through "
+                "transformers' AttentionInterface: it cannot be recycled."
+            )
+
     @property
     def watches(self) -> Mapping[int, CacheWatch]:
         """Of each layer's cache, as it was left."""
         return dict(self._watches)
 
-    def read(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> None:
+    def read(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None, scoring: Scoring) -> None:
         """Choose the first sets of a layer at the end of a prompt, or of a chunk of it.
 
         Args:
@@ -50,16 +62,16 @@ class LastPrompt:
             query: `(rows, query_heads, n, head_dim)`, those of the last n places of the cache.
             key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
             visible: bool `(rows, tokens)`, False at padding; None if there is none.
-            scaling: Factor on query x key.
+            scoring: What becomes of query x key.
         """
         self._start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
         self._end, votes = key.shape[2], None
         grouped = query.unflatten(1, (self._shape.kv_heads, -1))
         seen = None if visible is None else visible[:, None, None]
-        weights = probabilities(grouped[:, :, :, -1] @ key.transpose(-1, -2) * scaling, seen)
+        weights = probabilities(scoring.logits(grouped[:, :, :, -1] @ key.transpose(-1, -2)), seen)
         if self._selection.prompt_queries != 1:
             watching = self._votes.setdefault(layer, PromptVotes(self._selection.prompt_queries))
-            votes = watching.see(grouped, key, visible, scaling)
+            votes = watching.see(grouped, key, visible, scoring)
         self._layers[layer] = first_sets_of_layer(
             layer, self._selection, grouped[:, :, :, -1], weights, self._start, self._end, votes
         )

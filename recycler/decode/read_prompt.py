@@ -14,11 +14,12 @@ from transformers import DynamicCache, PreTrainedModel
 from policies import Selection
 from recycler.decode.cache import GrowingTokens, KvLayer
 from recycler.decode.first_sets import FirstSets, first_sets_of_layer
+from recycler.decode.passing_layers import PassingLayers
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.prefill import prefill
-from recycler.model.shape import check_positions
+from recycler.model.shape import check_positions, n_layers, recycled_layers
 from recycler.sets.prompt_votes import PromptVotes
-from recycler.sets.scores import probabilities
+from recycler.sets.scores import Scoring, probabilities
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PromptLayer:
 
     Attributes:
         key: `(prompts, kv_heads, tokens, head_dim)`.
-        value: The same shape.
+        value: The same shape, but for the head size.
         query: `(prompts, kv_heads, group, head_dim)`, of the last token.
         probabilities: `(prompts, kv_heads, group, tokens)`, its attention.
         votes: Of the same shape, by `Selection.prompt_queries`: attention of several queries, summed.
@@ -45,14 +46,16 @@ class ReadPrompt:
     """A prompt as full attention leaves it, or several of one length, from which rows decode in turn.
 
     Attributes:
-        layers: One for each layer of the model.
+        layers: One for each recycled layer of the model.
         logits: `(prompts, vocabulary)`, after the last token.
         n_tokens: Its length.
+        passing: What is left of layers that pass through; None if all are recycled.
     """
 
     layers: tuple[PromptLayer, ...]
     logits: Tensor
     n_tokens: int
+    passing: PassingLayers | None
 
     @classmethod
     def side_by_side(cls, prompts: Sequence[ReadPrompt]) -> ReadPrompt:
@@ -71,7 +74,13 @@ class ReadPrompt:
             )
             for of_layer in zip(*(prompt.layers for prompt in prompts), strict=True)
         ]
-        return cls(tuple(layers), torch.cat([prompt.logits for prompt in prompts]), prompts[0].n_tokens)
+        passing = [prompt.passing for prompt in prompts if prompt.passing is not None]
+        return cls(
+            layers=tuple(layers),
+            logits=torch.cat([prompt.logits for prompt in prompts]),
+            n_tokens=prompts[0].n_tokens,
+            passing=PassingLayers.side_by_side(passing) if passing else None,
+        )
 
     def first_sets(self, selection: Selection, n_rows: int) -> FirstSets:
         """Choose the sets from which rows decode.
@@ -101,6 +110,10 @@ class ReadPrompt:
             for layer in self.layers
         ]
 
+    def passing_cache(self, n_rows: int) -> DynamicCache | None:
+        """What layers that pass through keep for these rows; None if all are recycled."""
+        return None if self.passing is None else self.passing.cache(n_rows)
+
 
 def read_prompt(
     model: PreTrainedModel,
@@ -123,25 +136,27 @@ def read_prompt(
         ValueError: If prompt and steps are longer than the model's positions or reach a sliding window.
     """
     check_positions(model, len(tokens), n_steps)
+    recycled = recycled_layers(model)
     layers: list[PromptLayer] = []
     asked = sorted(set(prompt_queries) - {1}, key=str)
     watching: dict[int, dict[int | None, PromptVotes]] = {}
 
-    def watch(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> dict[int | None, Tensor]:
+    def watch(module: nn.Module, query: Tensor, key: Tensor, scoring: Scoring) -> dict[int | None, Tensor]:
         votes = watching.setdefault(int(module.layer_idx), {n: PromptVotes(n) for n in asked})  # type: ignore[arg-type]
         grouped = query.unflatten(1, (key.shape[1], -1))
-        return {n: voting.see(grouped, key, None, scaling) for n, voting in votes.items()}
+        return {n: voting.see(grouped, key, None, scoring) for n, voting in votes.items()}
 
     def attention(stock: AttentionFunction, is_last: bool) -> AttentionFunction:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
-            votes = watch(module, query, key, kwargs["scaling"])
+            scoring = Scoring.of_call(key, kwargs)
+            votes = watch(module, query, key, scoring)
             if is_last:
                 layer = int(module.layer_idx)  # type: ignore[arg-type]
                 refuse_full_window(layer, key.shape[2] + n_steps, kwargs.get("sliding_window"))
                 grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))
-                weights = probabilities(grouped @ key.transpose(-1, -2) * kwargs["scaling"], None)
+                weights = probabilities(scoring.logits(grouped @ key.transpose(-1, -2)), None)
                 layers.append(PromptLayer(key, value, grouped, weights, votes))
             return stock(module, query, key, value, mask, **kwargs)
 
@@ -156,5 +171,10 @@ def read_prompt(
         elif prompt.numel():
             cache = prefill(model, prompt, chunk_tokens)
         with attention_replaced(model, lambda stock: attention(stock, True)):
-            logits = model(last, past_key_values=cache, use_cache=True).logits[:, -1]
-    return ReadPrompt(tuple(layers), logits, len(tokens))
+            read = model(last, past_key_values=cache, use_cache=True)
+    return ReadPrompt(
+        layers=tuple(layers),
+        logits=read.logits[:, -1],
+        n_tokens=len(tokens),
+        passing=PassingLayers([read.past_key_values], recycled) if len(recycled) < n_layers(model) else None,
+    )

@@ -90,5 +90,6 @@ def decode_rows(
     n_rows = len(policies)
     with torch.inference_mode():
         first = prompt.first_sets(selection, n_rows)
-        decoding = begin_decoding(model, prompt.caches(n_rows), first, PerRow(tuple(policies)), fast=fast)
+        layers, passing = prompt.caches(n_rows), prompt.passing_cache(n_rows)
+        decoding = begin_decoding(model, layers, first, PerRow(tuple(policies)), passing=passing, fast=fast)
     return Rows(decoding, n_rows, prompt.n_tokens)

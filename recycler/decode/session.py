@@ -27,7 +27,8 @@ from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt, Tally
 from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
 from recycler.model.decoder_parts import NotCovered
-from recycler.model.shape import model_shape
+from recycler.model.shape import model_shape, recycled_layers
+from recycler.sets.scores import Scoring
 
 NOT_CALLED = (
     "nothing was decoded inside `with recycled(...) as session`: the model was not called there. What runs in another "
@@ -111,6 +112,7 @@ class Session:
     ) -> None:
         shape = model_shape(model)
         self._model = model
+        self._layers = recycled_layers(model)
         self._policy = policy
         self._prompt = LastPrompt(shape, selection)
         self._horizon_steps = horizon_steps
@@ -161,6 +163,7 @@ class Session:
             if self.in_prefill or not call.is_one_token or not self._prompt.is_read:
                 self._end_run()
                 read = self._plainly(call, stock, args, kwargs)
+                self._prompt.check_read()
                 self._has_read |= not (self.in_prefill or call.is_one_token)
                 return read
             self._has_stepped = True
@@ -201,13 +204,13 @@ class Session:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
-            layer, scaling = int(module.layer_idx), kwargs["scaling"]  # type: ignore[arg-type]
+            layer, scoring = self._layers[int(module.layer_idx)], Scoring.of_call(key, kwargs)  # type: ignore[arg-type]
             end, visible = _visible(query, key, mask)
             refuse_full_window(layer, end, kwargs.get("sliding_window"))
             keys, values = key[:, :, :end], value[:, :, :end]
             if self.in_prefill or query.shape[2] > 1 or not self._prompt.is_read:
                 self._end_run()
-                self._prompt.read(layer, query, keys, visible, scaling)
+                self._prompt.read(layer, query, keys, visible, scoring)
                 return stock(module, query, key, value, mask, **kwargs)
             # Whoever calls inner modules of the model comes here without a call of its forward.
             self._has_stepped = True
@@ -215,7 +218,7 @@ class Session:
                 self._run = self._plain_run()
             if isinstance(self._run, EngineRun):
                 raise ValueError(CACHE_CHANGED)
-            attended = self._run.attend(layer, query, keys, values, visible, scaling, self._fed)
+            attended = self._run.attend(layer, query, keys, values, visible, scoring, self._fed)
             if not attended.recycled[0].numel():
                 # The very numbers of the stock function, so that always full is the stock decoder.
                 return stock(module, query, key, value, mask, **kwargs)

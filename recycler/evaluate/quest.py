@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recycler.decode.cache import KvLayer
 from recycler.decode.counts import RunningTotals, Totals
 from recycler.decode.engine import Decoding
 from recycler.decode.plain.decoding import step_on_modules
@@ -19,7 +17,7 @@ from recycler.decode.read_prompt import ReadPrompt
 from recycler.decode.rows import Rows
 from recycler.evaluate.method import Method
 from recycler.model.shape import model_shape
-from recycler.sets.scores import probabilities
+from recycler.sets.scores import Scoring, masked
 
 
 class Chosen(NamedTuple):
@@ -70,7 +68,7 @@ class Quest(Method):
         }
 
     def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
-        return Rows(QuestDecoding(model, prompt.caches(1), self), 1, prompt.n_tokens)
+        return Rows(QuestDecoding(model, prompt, self), 1, prompt.n_tokens)
 
     def choose(self, layer: int, query: Tensor, key: Tensor) -> Chosen:
         """Choose for one layer.
@@ -108,12 +106,13 @@ class QuestDecoding(Decoding):
 
     Args:
         model: The model that read the prompt.
-        layers: The cache, with the prompt in it, of one row.
+        prompt: Where decoding begins.
         quest: What to attend to.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[KvLayer], quest: Quest) -> None:
-        self._model, self._layers, self._quest = model, layers, quest
+    def __init__(self, model: PreTrainedModel, prompt: ReadPrompt, quest: Quest) -> None:
+        self._model, self._quest = model, quest
+        self._layers, self._passing = prompt.caches(1), prompt.passing_cache(1)
         shape = (1, *model_shape(model).units)
         self._full, self._tokens_read = np.zeros(shape, dtype=bool), np.zeros(shape)
         self._running = RunningTotals(shape)
@@ -134,7 +133,7 @@ class QuestDecoding(Decoding):
         return self._running.totals()
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             cached = self._layers[layer].parts
             for part, new in zip(cached, (key, value), strict=True):
                 part.append(new)
@@ -142,9 +141,9 @@ class QuestDecoding(Decoding):
             chosen = self._quest.choose(layer, query[0], keys[0])
             self._full[0, layer] = chosen.allowed.all(-1).all(-1).cpu().numpy()
             self._tokens_read[0, layer] = chosen.tokens_read.cpu().numpy()
-            weights = probabilities(query @ keys.transpose(-1, -2) * scaling, chosen.allowed[None])
-            return weights.to(values.dtype) @ values
+            logits = masked(scoring.logits(query @ keys.transpose(-1, -2)), chosen.allowed[None])
+            return scoring.weights(logits.softmax(-1), logits).to(values.dtype) @ values
 
-        logits = step_on_modules(self._model, tokens, places, attend)
+        logits = step_on_modules(self._model, tokens, places, attend, self._passing)
         self._running.add(self._full, self.keys_only, self._tokens_read, {})
         return logits

@@ -20,12 +20,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recycler.model.shape import recycled_layers
+
 # fn(module, query, key, value, attention_mask, **kwargs) -> (output (batch, tokens, heads, head_dim), weights or None)
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 _SUPPORTED = ("sdpa", "eager")
 # Arguments that change what attention means; ignoring one would be silently wrong.
-_REFUSED_ARGUMENTS = ("s_aux", "softcap", "position_bias")
+_REFUSED_ARGUMENTS = ("position_bias",)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Functions:
     """Functions of a model: its stock ones, or those that run instead of them.
 
     Attributes:
-        attention: What computes its attention.
+        attention: What computes the attention of recycled layers; that of all others is the stock one.
         forward: Its forward; None for the stock one.
         prefill: What `generate` calls to read a prompt; None for the stock one, or where there is none.
         owner: Whose they are; None for the model's own.
@@ -146,11 +148,13 @@ class _Dispatch:
         assert model is not None
         key = id(model)
         stock = Functions(_stock_attention(model), model.forward, getattr(model, "_prefill", None))
+        layers = recycled_layers(model)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             instead = _INSTEAD.get().get(key)
-            if instead is None:
+            # A vision tower's layers have no index.
+            if instead is None or getattr(module, "layer_idx", None) not in layers:
                 return stock.attention(module, *args, **kwargs)
             for name in _REFUSED_ARGUMENTS:
                 if kwargs.get(name) is not None:

@@ -16,6 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from recycler.model.shape import n_layers, recycled_layers
+
 # One decoder: RMS norms, rotary embedding, grouped attention, a gated feed-forward layer. Qwen2 adds biases, Qwen3
 # norms of the heads. A subclass may compute anything, so types are compared exactly.
 _COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -58,6 +60,8 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     if type(model) not in _COVERED:
         names = ", ".join(kind.__name__ for kind in _COVERED)
         raise NotCovered(f"it runs {names}, and this is {type(model).__name__}")
+    if len(recycled_layers(model)) < n_layers(model):
+        raise NotCovered("some of its layers attend to a window and pass through")
     if model.training:
         raise NotCovered("the model is in training mode")
     for name, module in model.named_modules():

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from policies import Selection
 from recycler.model.attention_hook import AttentionFunction, attention_replaced, refuse_full_window
 from recycler.model.prefill import prefill
-from recycler.model.shape import model_shape
+from recycler.model.shape import model_shape, recycled_layers
 from recycler.prompts import Prompt
 from recycler.record.aged_sets import AgedSets, age_sets
 from recycler.sets.recycled_set import select
-from recycler.sets.scores import probabilities, token_scores
+from recycler.sets.scores import Scoring, probabilities, token_scores
 
 
 class StepAttention:
@@ -30,7 +30,7 @@ class StepAttention:
         key: `(heads, tokens, head_dim)`.
         first: Place of the first query.
         n_voters: Queries that choose the set of row 0 together; each other row chooses its own.
-        scaling: Factor on query x key.
+        scoring: What becomes of query x key.
 
     Attributes:
         query: `(heads, group, rows, head_dim)`, those of the rows.
@@ -39,11 +39,11 @@ class StepAttention:
         ends: int64 `(rows, 1)`: tokens that each row sees.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, first: int, n_voters: int, scaling: float) -> None:
+    def __init__(self, query: Tensor, key: Tensor, first: int, n_voters: int, scoring: Scoring) -> None:
         self.query = query[:, :, n_voters - 1 :]
         tokens = key.shape[1]
         ends = first + 1 + torch.arange(query.shape[2], device=query.device)[:, None]
-        logits = (query @ key[:, None].transpose(-1, -2)).mul_(scaling)
+        logits = scoring.logits(query @ key[:, None].transpose(-1, -2))
         # What comes before the first query is visible to all.
         logits[..., first:].masked_fill_(torch.arange(first, tokens, device=query.device) >= ends, float("-inf"))
         weights = probabilities(logits, None)
@@ -96,19 +96,19 @@ def watch_steps(
     Returns:
         `(steps, vocabulary)`: logits after each step.
     """
-    shape = model_shape(model)
+    shape, layers = model_shape(model), recycled_layers(model)
     first = prompt.n_prompt_tokens - n_voters
 
     def watching(stock: AttentionFunction) -> AttentionFunction:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
-            layer = int(module.layer_idx)  # type: ignore[arg-type]
-            grouped = query[0].unflatten(0, (shape.kv_heads, -1))
+            layer = layers[int(module.layer_idx)]  # type: ignore[arg-type]
+            grouped, scoring = query[0].unflatten(0, (shape.kv_heads, -1)), Scoring.of_call(key, kwargs)
             refuse_full_window(layer, key.shape[2], kwargs.get("sliding_window"))
             for begin in range(0, shape.kv_heads, n_heads):
                 heads = slice(begin, begin + n_heads)
-                watch(layer, heads, StepAttention(grouped[heads], key[0, heads], first, n_voters, kwargs["scaling"]))
+                watch(layer, heads, StepAttention(grouped[heads], key[0, heads], first, n_voters, scoring))
             return stock(module, query, key, value, mask, **kwargs)
 
         return attend

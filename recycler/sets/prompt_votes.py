@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recycler.sets.scores import probabilities
+from recycler.sets.scores import Scoring, probabilities
 
 # Queries whose attention is alive at once: what a chunk of a long prompt would take at once is gigabytes.
 _QUERIES_AT_ONCE = 256
@@ -25,7 +25,7 @@ class PromptVotes:
         self._queries: Tensor | None = None
         self._votes: Tensor | None = None
 
-    def see(self, query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
+    def see(self, query: Tensor, key: Tensor, visible: Tensor | None, scoring: Scoring) -> Tensor:
         """Take in a chunk; a chunk that does not follow the one before begins a new prompt.
 
         Args:
@@ -33,7 +33,7 @@ class PromptVotes:
             key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
             visible: bool `(rows, tokens)`, False at padding, which neither votes nor is voted for; None if there is
                 none.
-            scaling: Factor on query x key.
+            scoring: What becomes of query x key.
 
         Returns:
             `(rows, kv_heads, group, tokens)`: the sum over the voting queries seen so far, in float32 or the precision
@@ -49,16 +49,16 @@ class PromptVotes:
                 last = torch.cat([self._queries, last], dim=3)[..., -self._n_queries :, :]
             # A copy: a part of the prompt's queries would keep all of them alive, twice the size of the KV cache.
             self._queries = last.clone()
-            return _summed(self._queries, key, visible, scaling)
+            return _summed(self._queries, key, visible, scoring)
         self._queries = query[..., :0, :].clone()
-        votes = _summed(query, key, visible, scaling)
+        votes = _summed(query, key, visible, scoring)
         if follows and self._votes is not None:
             votes = votes + pad(self._votes, (0, end - self._votes.shape[-1]))
         self._votes = votes
         return votes
 
 
-def _summed(query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
+def _summed(query: Tensor, key: Tensor, visible: Tensor | None, scoring: Scoring) -> Tensor:
     """Causal attention of the queries of the last places, summed over them."""
     n, end = query.shape[3], key.shape[2]
     precision = torch.promote_types(query.dtype, torch.float32)
@@ -68,7 +68,7 @@ def _summed(query: Tensor, key: Tensor, visible: Tensor | None, scaling: float) 
         first, n_some = end - n + begin, some.shape[3]
         n_seen = first + n_some
         places = torch.arange(first, n_seen, device=key.device)
-        logits = (some @ key[:, :, None, :n_seen].transpose(-1, -2)).mul_(scaling)
+        logits = scoring.logits(some @ key[:, :, None, :n_seen].transpose(-1, -2))
         # What comes before the first of these queries is visible to all of them.
         logits[..., first:].masked_fill_(places > places[:, None], float("-inf"))
         weights = probabilities(logits, None if visible is None else visible[:, None, None, None, :n_seen])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
@@ -9,15 +13,67 @@ from torch.nn.functional import max_pool1d, pad
 from policies import GroupPooling, Selection
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer makes attention of the products of queries and keys.
+
+    Attributes:
+        scaling: Factor on them.
+        softcap: Logits become `softcap * tanh(logits / softcap)`, as in Gemma 2; None if they stay.
+        sink_logits: `(kv_heads, group)`: of a sink that takes part in the softmax and has no value, as in GPT-OSS; None
+            without. Probabilities here are those of the tokens, and sum to 1: a sink takes of the output alone.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    @classmethod
+    def of_call(cls, key: Tensor, arguments: Mapping[str, Any]) -> Scoring:
+        """What transformers hands to an attention function.
+
+        Args:
+            key: `(rows, kv_heads, tokens, head_dim)`.
+            arguments: Its keyword arguments.
+        """
+        sinks = arguments.get("s_aux")
+        return cls(
+            float(arguments["scaling"]),
+            arguments.get("softcap"),
+            None if sinks is None else sinks.view(key.shape[1], -1),
+        )
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Logits of products of queries and keys, which are overwritten."""
+        logits = products.mul_(self.scaling)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def weights(self, probabilities: Tensor, logits: Tensor, kv_heads: Tensor | None = None) -> Tensor:
+        """What values are summed with: the probabilities, less what a sink takes of them.
+
+        Args:
+            probabilities: `(..., kv_heads, group, tokens)`.
+            logits: Of the same shape, -inf at tokens that are not attended to.
+            kv_heads: int64 `(n,)`, if both are `(n, group, tokens)`: the head of each.
+        """
+        if self.sink_logits is None:
+            return probabilities
+        sinks = self.sink_logits if kv_heads is None else self.sink_logits[kv_heads]
+        return probabilities * (logits.logsumexp(-1, keepdim=True) - sinks[..., None]).sigmoid()
+
+
 def probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
     """Softmax over the last axis where `allowed`, in float32 or the precision of the logits if that is higher.
 
     The logits may be overwritten.
     """
+    return masked(logits, allowed).softmax(-1)
+
+
+def masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logits, -inf where not `allowed`, in float32 or their precision if that is higher; they may be overwritten."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if allowed is not None:
-        logits = logits.masked_fill_(~allowed, float("-inf"))
-    return logits.softmax(-1)
+    return logits if allowed is None else logits.masked_fill_(~allowed, float("-inf"))
 
 
 def group_scores(probabilities: Tensor, group: GroupPooling) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recycler.sets.recycled_set import RecycledSet, UnitIndex
-from recycler.sets.scores import probabilities
+from recycler.sets.scores import Scoring, masked
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class UnitAttention:
     """What a decode step's attention leaves behind.
 
     Attributes:
-        output: `(rows, kv_heads, group, head_dim)`.
+        output: `(rows, kv_heads, group, head_dim)`, the head size being that of values.
         full: The units that attended to the whole cache.
         full_probabilities: `(n_full, group, tokens)`.
         recycled: The units that attended to their sets.
@@ -55,37 +55,44 @@ class GatheredSets(StepAttention):
     Attributes:
         query: `(rows, kv_heads, group, head_dim)`.
         key: `(rows, kv_heads, tokens, head_dim)`, the whole cache.
-        value: The same shape.
+        value: The same shape, but for the head size.
         visible: bool `(rows, tokens)`, False at padding; None if there is none.
-        scaling: Factor on query x key.
+        scoring: What becomes of query x key.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     visible: Tensor | None
-    scaling: float
+    scoring: Scoring
 
     def score(self, units: UnitIndex) -> Tensor:
-        logits = self.query[units] @ self.key[units].transpose(-1, -2) * self.scaling
-        return probabilities(logits, None if self.visible is None else self.visible[units[0], None])
+        return self._whole(units).softmax(-1)
 
     def attend(self, full: Tensor, sets: RecycledSet) -> UnitAttention:
         query, key, value = self.query, self.key, self.value
-        output = torch.empty_like(query)
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
 
         full_units = full.nonzero(as_tuple=True)
-        full_probabilities = self.score(full_units)
-        output[full_units] = full_probabilities.to(value.dtype) @ value[full_units]
+        logits = self._whole(full_units)
+        full_probabilities = logits.softmax(-1)
+        weights = self.scoring.weights(full_probabilities, logits, full_units[1])
+        output[full_units] = weights.to(value.dtype) @ value[full_units]
 
         recycled_units = (~full).nonzero(as_tuple=True)
         slots = sets.positions[recycled_units]
         places = (recycled_units[0][:, None], recycled_units[1][:, None], slots.clamp(min=0))
-        logits = query[recycled_units] @ key[places].transpose(-1, -2) * self.scaling
-        set_probabilities = probabilities(logits, (slots >= 0)[:, None])
-        output[recycled_units] = set_probabilities.to(value.dtype) @ value[places]
+        logits = self.scoring.logits(query[recycled_units] @ key[places].transpose(-1, -2))
+        logits = masked(logits, (slots >= 0)[:, None])
+        set_probabilities = logits.softmax(-1)
+        weights = self.scoring.weights(set_probabilities, logits, recycled_units[1])
+        output[recycled_units] = weights.to(value.dtype) @ value[places]
 
         return UnitAttention(output, full_units, full_probabilities, recycled_units, set_probabilities)
+
+    def _whole(self, units: UnitIndex) -> Tensor:
+        logits = self.scoring.logits(self.query[units] @ self.key[units].transpose(-1, -2))
+        return masked(logits, None if self.visible is None else self.visible[units[0], None])
 
 
 @dataclass(frozen=True)
@@ -98,26 +105,29 @@ class MaskedSets(StepAttention):
         query: `(rows, kv_heads, group, head_dim)`.
         keys: Parts of the cache in order of place, each `(rows or fewer, kv_heads, tokens, head_dim)`; a part with
             fewer rows is shared by all, in turn.
-        values: Parts of the same shapes.
+        values: Parts of the same shapes, but for the head size.
         visible: bool `(rows, tokens)`, False at padding; None if there is none.
-        scaling: Factor on query x key.
+        scoring: What becomes of query x key.
     """
 
     query: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     visible: Tensor | None
-    scaling: float
+    scoring: Scoring
 
     def score(self, units: UnitIndex) -> Tensor:
-        return probabilities(self._logits()[units], None if self.visible is None else self.visible[units[0], None])
+        allowed = None if self.visible is None else self.visible[units[0], None]
+        return masked(self._logits()[units], allowed).softmax(-1)
 
     def attend(self, full: Tensor, sets: RecycledSet) -> UnitAttention:
         logits = self._logits()
         whole = full[..., None] if self.visible is None else full[..., None] & self.visible[:, None]
         allowed = whole | sets.holds(logits.shape[-1])
-        weights = probabilities(logits, allowed[:, :, None])
-        parts = weights.to(self.query.dtype).split([part.shape[-2] for part in self.keys], dim=-1)
+        logits = masked(logits, allowed[:, :, None])
+        weights = logits.softmax(-1)
+        summing = self.scoring.weights(weights, logits).to(self.query.dtype)
+        parts = summing.split([part.shape[-2] for part in self.keys], dim=-1)
         products = [_product(weight, part) for weight, part in zip(parts, self.values, strict=True)]
         output = torch.stack(products).sum(0)
 
@@ -127,7 +137,8 @@ class MaskedSets(StepAttention):
         return UnitAttention(output, full_units, weights[full_units], recycled_units, set_probabilities)
 
     def _logits(self) -> Tensor:
-        return torch.cat([_product(self.query, part.transpose(-1, -2)) for part in self.keys], dim=-1) * self.scaling
+        products = [_product(self.query, part.transpose(-1, -2)) for part in self.keys]
+        return self.scoring.logits(torch.cat(products, dim=-1))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from recycler.decode.first_sets import FirstSets
 from recycler.decode.plain.attention import GatheredSets, UnitAttention
 from recycler.decode.plain.step import PlainUnits
 from recycler.decode.receipt import Tally
+from recycler.sets.scores import Scoring
 
 
 class PlainRun:
@@ -35,7 +36,7 @@ class PlainRun:
         key: Tensor,
         value: Tensor,
         visible: Tensor | None,
-        scaling: float,
+        scoring: Scoring,
         token: Tensor | None,
     ) -> UnitAttention:
         """Take a step with one layer.
@@ -44,9 +45,9 @@ class PlainRun:
             layer: Index of the layer.
             query: `(rows, query_heads, 1, head_dim)`.
             key: `(rows, kv_heads, tokens, head_dim)`, the whole cache, this step's token included.
-            value: The same shape.
+            value: The same shape, but for the head size.
             visible: bool `(rows, tokens)`, False at padding; None if there is none.
-            scaling: Factor on query x key.
+            scoring: What becomes of query x key.
             token: `(rows, 1)`, ids of the tokens that are fed; None if they are not known.
 
         Raises:
@@ -54,7 +55,7 @@ class PlainRun:
         """
         self._watches[layer].follow(key, visible)
         grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))
-        return self._units.attend(layer, grouped, GatheredSets(grouped, key, value, visible, scaling), token)
+        return self._units.attend(layer, grouped, GatheredSets(grouped, key, value, visible, scoring), token)
 
     def add_to(self, tally: Tally) -> None:
         """Tell what was done so far."""

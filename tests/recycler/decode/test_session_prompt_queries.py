@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from policies import FixedStride, NeverFull, Selection
-from recycler.decode import session as module
+from recycler.decode import last_prompt as module
 from recycler.decode.first_sets import LayerFirstSets, first_sets_of_layer
 from recycler.decode.read_prompt import read_prompt
 from recycler.decode.rows import decode_rows

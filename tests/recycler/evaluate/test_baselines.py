@@ -46,7 +46,7 @@ from recycler.evaluate.baselines import (
 from recycler.evaluate.method import Method, Scheduled
 from recycler.evaluate.quest import Quest
 from recycler.sets.prompt_votes import PromptVotes
-from recycler.sets.scores import probabilities
+from recycler.sets.scores import Scoring, probabilities
 
 # Attention of a query head, up to a factor: a weight for each token, or the weights that are not 1.
 Weights = Sequence[float] | Mapping[int, float]
@@ -85,7 +85,7 @@ def decode(
     cache = torch.eye(head_dim, dtype=torch.float64).expand(1, kv_heads, -1, -1)
     end = len(prompt)
     last = queries[:, :, :, end - 1]
-    votes = PromptVotes(selection.prompt_queries).see(queries[..., :end, :], cache[:, :, :end], None, 1.0)
+    votes = PromptVotes(selection.prompt_queries).see(queries[..., :end, :], cache[:, :, :end], None, Scoring(1.0))
     attention = probabilities(last @ cache[:, :, :end].transpose(-1, -2), None)
     chosen = first_sets_of_layer(0, selection, last, attention, 0, end, votes)
     units = PlainUnits(FirstSets.of([chosen], np.zeros(1, dtype=np.int64), end), policy)
@@ -93,7 +93,7 @@ def decode(
     for step in range(len(steps)):
         end += 1
         query = queries[:, :, :, end - 1]
-        attention_now = GatheredSets(query, cache[:, :, :end], cache[:, :, :end], None, 1.0)
+        attention_now = GatheredSets(query, cache[:, :, :end], cache[:, :, :end], None, Scoring(1.0))
         attended = units.attend(0, query, attention_now, None if fed is None else torch.tensor([[fed[step]]]))
         full = units.full[:, 0] & ~units.keys_only[:, 0]
         read = [(attended.output[0, head] > 0).any(0).nonzero()[:, 0].tolist() for head in range(kv_heads)]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from recycler.sets import prompt_votes
 from recycler.sets.prompt_votes import PromptVotes
+from recycler.sets.scores import Scoring
 
 ROWS, KV_HEADS, GROUP, HEAD_DIM = 3, 2, 2, 4
-SCALING = 0.7
+SCORING = Scoring(0.7)
 PADDING = (0, 2, 5)
 
 
@@ -39,7 +40,7 @@ def written_out(query: Tensor, key: Tensor, n_queries: int | None, padding: tupl
     for row, kv_head, member in np.ndindex(*q.shape[:3]):
         start = padding[row]
         for place in range(max(first, start), n_tokens):
-            logits = SCALING * k[row, kv_head, start : place + 1] @ q[row, kv_head, member, place]
+            logits = SCORING.scaling * k[row, kv_head, start : place + 1] @ q[row, kv_head, member, place]
             weights = np.exp(logits - logits.max())
             votes[row, kv_head, member, start : place + 1] += weights / weights.sum()
     return votes
@@ -51,7 +52,7 @@ def see_in_chunks(
     begin, votes = 0, torch.empty(0)
     for end in ends:
         seen = None if visible is None else visible[:, :end]
-        votes = voting.see(query[..., begin:end, :], key[:, :, :end], seen, SCALING)
+        votes = voting.see(query[..., begin:end, :], key[:, :, :end], seen, SCORING)
         begin = end
     return votes
 
@@ -59,13 +60,13 @@ def see_in_chunks(
 @pytest.mark.parametrize("n_queries", [1, 3, 9, 40, None])
 def test_votes_are_the_sum_of_each_voting_querys_causal_softmax(n_queries: int | None) -> None:
     query, key = drawn(9)
-    votes = PromptVotes(n_queries).see(query, key, None, SCALING)
+    votes = PromptVotes(n_queries).see(query, key, None, SCORING)
     np.testing.assert_allclose(votes, written_out(query, key, n_queries), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n_queries", [1, 3, 5])
 def test_each_query_has_one_vote_in_all(n_queries: int) -> None:
-    votes = PromptVotes(n_queries).see(*drawn(9), None, SCALING)
+    votes = PromptVotes(n_queries).see(*drawn(9), None, SCORING)
     np.testing.assert_allclose(votes.sum(-1), n_queries, rtol=1e-12)
 
 
@@ -94,7 +95,7 @@ def test_votes_after_every_chunk_are_those_of_the_prompt_so_far(n_queries: int |
     query, key = drawn(9)
     voting = PromptVotes(n_queries)
     for begin, end in ((0, 4), (4, 5), (5, 9)):
-        votes = voting.see(query[..., begin:end, :], key[:, :, :end], None, SCALING)
+        votes = voting.see(query[..., begin:end, :], key[:, :, :end], None, SCORING)
         expected = written_out(query[..., :end, :], key[:, :, :end], n_queries)
         np.testing.assert_allclose(votes, expected, rtol=0, atol=1e-12)
 
@@ -102,11 +103,11 @@ def test_votes_after_every_chunk_are_those_of_the_prompt_so_far(n_queries: int |
 @pytest.mark.parametrize("n_queries", [3, 7, None])
 def test_padding_neither_votes_nor_is_voted_for(n_queries: int | None) -> None:
     query, key = drawn(8)
-    votes = PromptVotes(n_queries).see(query, key, visible_after(PADDING, 8), SCALING)
+    votes = PromptVotes(n_queries).see(query, key, visible_after(PADDING, 8), SCORING)
     for row, width in enumerate(PADDING):
         assert (votes[row, ..., :width] == 0).all()
         alone = PromptVotes(n_queries).see(
-            query[row : row + 1, ..., width:, :], key[row : row + 1, :, width:], None, SCALING
+            query[row : row + 1, ..., width:, :], key[row : row + 1, :, width:], None, SCORING
         )
         np.testing.assert_allclose(votes[row : row + 1, ..., width:], alone, rtol=0, atol=1e-12)
 
@@ -116,9 +117,9 @@ def test_a_chunk_that_is_all_padding_leaves_no_votes_behind(n_queries: int | Non
     query, key = drawn(8)
     visible = visible_after(PADDING, 8)
     voting = PromptVotes(n_queries)
-    early = voting.see(query[..., :4, :], key[:, :, :4], visible[:, :4], SCALING)
+    early = voting.see(query[..., :4, :], key[:, :, :4], visible[:, :4], SCORING)
     assert (early[2] == 0).all()
-    votes = voting.see(query[..., 4:, :], key, visible, SCALING)
+    votes = voting.see(query[..., 4:, :], key, visible, SCORING)
     np.testing.assert_allclose(votes, written_out(query, key, n_queries, PADDING), rtol=0, atol=1e-12)
 
 
@@ -137,15 +138,15 @@ def test_a_prompt_after_tokens_that_were_decoded_in_between_votes_alone(n_querie
     voting = PromptVotes(n_queries)
     see_in_chunks(voting, query, key, [6])
     # Places 6 and 7 were decode steps, which nobody showed.
-    votes = voting.see(query[..., 8:, :], key, None, SCALING)
+    votes = voting.see(query[..., 8:, :], key, None, SCORING)
     np.testing.assert_allclose(votes, written_out(query, key, 4), rtol=0, atol=1e-12)
 
 
 def test_a_batch_of_another_size_begins_a_new_prompt() -> None:
     query, key = drawn(9)
     voting = PromptVotes(None)
-    voting.see(query[..., :4, :], key[:, :, :4], None, SCALING)
-    votes = voting.see(query[:1, ..., 4:, :], key[:1], None, SCALING)
+    voting.see(query[..., :4, :], key[:, :, :4], None, SCORING)
+    votes = voting.see(query[:1, ..., 4:, :], key[:1], None, SCORING)
     np.testing.assert_allclose(votes, written_out(query[:1], key[:1], 5), rtol=0, atol=1e-12)
 
 
@@ -153,7 +154,7 @@ def test_a_long_chunk_is_summed_in_pieces_to_the_same_votes(monkeypatch: pytest.
     query, key = drawn(11)
     monkeypatch.setattr(prompt_votes, "_QUERIES_AT_ONCE", 3)
     for n_queries in (5, None):
-        votes = PromptVotes(n_queries).see(query, key, visible_after(PADDING, 11), SCALING)
+        votes = PromptVotes(n_queries).see(query, key, visible_after(PADDING, 11), SCORING)
         np.testing.assert_allclose(votes, written_out(query, key, n_queries, PADDING), rtol=0, atol=1e-12)
 
 
@@ -163,7 +164,7 @@ def test_a_long_chunk_is_summed_in_pieces_to_the_same_votes(monkeypatch: pytest.
 )
 def test_votes_are_summed_in_float32_at_least(dtype: torch.dtype, sums: torch.dtype) -> None:
     query, key = drawn(9)
-    votes = PromptVotes(None).see(query.to(dtype), key.to(dtype), None, SCALING)
+    votes = PromptVotes(None).see(query.to(dtype), key.to(dtype), None, SCORING)
     assert votes.dtype == sums
     np.testing.assert_allclose(votes, written_out(query, key, None), rtol=0, atol=0.1)
 

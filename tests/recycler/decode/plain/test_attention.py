@@ -7,7 +7,7 @@ from torch import Tensor
 from policies import Selection
 from recycler.decode.plain.attention import GatheredSets, MaskedSets
 from recycler.sets.recycled_set import RecycledSet
-from recycler.sets.scores import probabilities
+from recycler.sets.scores import Scoring, probabilities
 
 ROWS, KV_HEADS, GROUP, TOKENS, HEAD_DIM = 4, 3, 2, 11, 5
 SHARES = [0.0, 0.4, 1.0]
@@ -40,7 +40,7 @@ def test_full_units_see_everything_visible_and_recycled_ones_their_set(
     query, key = random(ROWS, KV_HEADS, GROUP, HEAD_DIM), random(ROWS, KV_HEADS, TOKENS, HEAD_DIM)
     value, full = random(ROWS, KV_HEADS, TOKENS, HEAD_DIM + 0) * 2, decisions(share)
     visible = torch.arange(TOKENS) >= torch.arange(ROWS)[:, None] if padded else None
-    found = GatheredSets(query, key, value, visible, 0.7).attend(full, sets)
+    found = GatheredSets(query, key, value, visible, Scoring(0.7)).attend(full, sets)
     n_full = n_recycled = 0
     for row in range(ROWS):
         for head in range(KV_HEADS):
@@ -74,8 +74,8 @@ def test_masks_agree_with_gathered_sets_also_where_rows_share_a_part(
     key, value = (torch.cat([common.expand(ROWS, -1, -1, -1), own], dim=2) for common, own in (keys, values))
     visible = torch.arange(TOKENS) >= torch.arange(ROWS)[:, None] if padded else None
     gathered, masked = (
-        GatheredSets(query, key, value, visible, 0.7),
-        MaskedSets(query, keys, values, visible, 0.7),
+        GatheredSets(query, key, value, visible, Scoring(0.7)),
+        MaskedSets(query, keys, values, visible, Scoring(0.7)),
     )
     expected, found = (one.attend(decisions(share), sets) for one in (gathered, masked))
     for name in vars(expected):

@@ -1,0 +1,36 @@
+"""What docs/models.md says of an architecture is what becomes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+ROWS = {name: line for line in PAGE.splitlines() if (name := "".join(re.findall(r"^\| ([A-Z].*?) \|", line)))}
+
+
+@pytest.fixture(scope="module")
+def models(benchmark: Callable[[str], Any]) -> Any:
+    """The command that wrote the page."""
+    return benchmark("models")
+
+
+def test_the_page_has_all_families(models: Any) -> None:
+    assert list(ROWS) == list(models.FAMILIES)
+    assert PAGE.startswith(models.page({}).removesuffix("\n"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ROWS)
+def test_a_family_does_what_the_page_says(models: Any, name: str) -> None:
+    assert models.try_family(models.FAMILIES[name]).row(name) == ROWS[name]
+
+
+def test_few_families_are_refused_and_none_is_wrong() -> None:
+    refused = [name for name, row in ROWS.items() if "| refused |" in row]
+    assert refused == ["Falcon", "Falcon-H1", "Mamba"]
+    assert all(row.endswith("| yes |") for name, row in ROWS.items() if name not in refused)
