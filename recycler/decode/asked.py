@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from policies import ModelShape, PolicyFile, Selection, StepPolicy, check_fits
+from policies import PolicyFile, Selection, StepPolicy, check_fits
+from recycler.model.shape import model_shape
+from recycler.model.weights_digest import weights_sample
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Asked:
         policy: Who decides.
         selection: How sets are chosen.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
+        notes: Sentences on how the model differs from the one that the policy was tuned on.
     """
 
     policy: StepPolicy
     selection: Selection
     horizon_steps: int | None
+    notes: tuple[str, ...]
 
     @classmethod
     def of(
@@ -32,7 +36,7 @@ class Asked:
         policy: StepPolicy | PolicyFile | str | Path,
         selection: Selection | None,
         horizon_steps: int | None,
-        model: ModelShape,
+        model: PreTrainedModel,
     ) -> Asked:
         """Make it of what `recycled` takes.
 
@@ -40,10 +44,12 @@ class Asked:
             ValueError: If a file cannot be read or is for another model shape, a bare policy comes without a selection,
                 or policy or selection has the parameters of another model shape.
         """
+        shape, note = model_shape(model), ""
         if isinstance(policy, (str, Path)):
             policy = PolicyFile.read(policy)
         if isinstance(policy, PolicyFile):
-            policy.check_model(model)
+            policy.check_model(shape)
+            note = policy.note_on_weights(weights_sample(model), shape.id) if policy.weights else ""
             selection = policy.selection if selection is None else selection
             horizon_steps = policy.horizon_steps if horizon_steps is None else horizon_steps
             policy = policy.policy
@@ -56,9 +62,9 @@ class Asked:
                 f"the policy {policy.kind!r} says nothing of how sets are chosen: give a selection with it, such as "
                 "Selection.unpooled(128), or a policy file, which has one."
             )
-        check_fits(policy, model)
-        check_fits(selection, model)
-        return cls(policy, selection, horizon_steps)
+        check_fits(policy, shape)
+        check_fits(selection, shape)
+        return cls(policy, selection, horizon_steps, (note,) if note else ())
 
 
 def model_of(target: Any) -> PreTrainedModel:

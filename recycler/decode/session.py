@@ -67,7 +67,8 @@ def recycled(
     Args:
         target: A causal language model with `sdpa` or `eager` attention, or a pipeline or a `LoadedModel` around one.
         policy: Who decides which units run full: a policy, or a policy file or its path, which also say how sets are
-            chosen and for how long outputs the policy was tuned.
+            chosen and for how long outputs the policy was tuned. A file that was tuned on other weights of this
+            shape is applied, with a warning and a note in the receipt.
         selection: How sets are chosen; None for as the policy file has it.
         fast: False keeps to the plain path.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None for what the policy file says, if
@@ -82,8 +83,10 @@ def recycled(
             in a way that sets cannot follow.
     """
     model = model_of(target)
-    asked = Asked.of(policy, selection, horizon_steps, model_shape(model))
-    session = Session(model, asked.policy, asked.selection, asked.horizon_steps)
+    asked = Asked.of(policy, selection, horizon_steps, model)
+    for note in asked.notes:
+        warnings.warn(note, stacklevel=3)
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes)
     if fast:
         try:
             session.use(engines.engine_for(model))
@@ -104,16 +107,22 @@ class Session:
         policy: Who decides; for the model's shape.
         selection: How sets are chosen; likewise.
         horizon_steps: As in `recycled`.
+        notes: What receipts say of the model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, policy: StepPolicy, selection: Selection, horizon_steps: int | None = None
+        self,
+        model: PreTrainedModel,
+        policy: StepPolicy,
+        selection: Selection,
+        horizon_steps: int | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         shape = model_shape(model)
         self._model = model
         self._policy = policy
         self._prompt = LastPrompt(shape, selection)
-        self._horizon_steps = horizon_steps
+        self._horizon_steps, self._notes = horizon_steps, notes
         self._warned = False
         self._generating = threading.RLock()
         # Whether the model was called; read several tokens that `generate` did not call prefill; took a step, or was
@@ -271,7 +280,7 @@ class Session:
         self._warn_beyond_horizon()
 
     def _receipt_of(self, tally: Tally) -> Receipt:
-        return tally.receipt(self._why_plain, self._horizon_steps)
+        return tally.receipt(self._why_plain, self._horizon_steps, self._notes)
 
     def _warn_beyond_horizon(self) -> None:
         beyond = "" if self._warned or self._horizon_steps is None else self.receipt().beyond_horizon
