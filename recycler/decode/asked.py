@@ -70,24 +70,31 @@ class Asked:
 def model_of(target: Any) -> PreTrainedModel:
     """The model of what `recycled` is put around: a model itself, or a pipeline or a `LoadedModel` around one.
 
+    So are a model that torch.compile made, which falls back to the replaced functions of the one inside, and a PEFT
+    model whose adapters lie in its layers, which calls the one inside.
+
     Raises:
-        ValueError: If it is anything else. Wrappers that are modules are refused, because what is replaced in the model
-            inside of them is not what they call.
+        ValueError: If it is anything else. Other wrappers that are modules are refused, because what is replaced in the
+            model inside of them may not be what they call.
     """
     if isinstance(target, PreTrainedModel):
         return target
-    inside = None if isinstance(target, nn.Module) else getattr(target, "model", None)
-    if isinstance(inside, PreTrainedModel):
-        return inside
-    what = type(target).__name__
-    if hasattr(target, "_orig_mod"):
-        raise ValueError(
-            "recycled cannot see the decode steps of a compiled model: give it the model that was given to "
-            "torch.compile, and call that one."
-        )
-    if isinstance(target, nn.Module):
+    what, is_module = type(target).__name__, isinstance(target, nn.Module)
+    if not is_module and isinstance(getattr(target, "model", None), nn.Module):
+        return model_of(target.model)
+    if is_module and what == "OptimizedModule":
+        return model_of(target._orig_mod)
+    if is_module and hasattr(target, "peft_config") and hasattr(target, "get_base_model"):
+        for name, config in target.peft_config.items():
+            if config.is_prompt_learning:
+                raise ValueError(
+                    f"recycled covers adapters in a model's layers, such as LoRA, and {name!r} is a learned prompt "
+                    f"({config.peft_type.value}), whose tokens are in no input."
+                )
+        return model_of(target.get_base_model())
+    if is_module:
         raise ValueError(
             f"recycled takes a transformers model, not the wrapper {what} around one: give it the model inside, and "
-            "call that one; of adapters (PEFT), merge_and_unload() makes a model."
+            "call that one."
         )
     raise ValueError(f"recycled takes a transformers model or a pipeline, not {what}.")

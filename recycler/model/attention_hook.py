@@ -59,6 +59,13 @@ def owner_here(model: PreTrainedModel) -> object:
     return None if instead is None else instead.owner
 
 
+def own_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward, or, while somebody runs another in its place, the one that is put back afterwards."""
+    dispatch = _DISPATCHES.get(model)
+    stock = None if dispatch is None else dispatch.stock
+    return model.forward if stock is None or stock.forward is None else stock.forward
+
+
 @contextmanager
 def replaced(model: PreTrainedModel, make: Callable[[Functions], Functions]) -> Iterator[None]:
     """Run other functions in the place of a model's own, in this thread or task and nowhere else.
@@ -112,6 +119,11 @@ class _Dispatch:
         self._n_users = 0
         self._put_back: list[Callable[[], None]] = []
         self._stock: Functions | None = None
+
+    @property
+    def stock(self) -> Functions | None:
+        """The stock functions while this is in place."""
+        return self._stock
 
     def begin(self) -> Functions:
         """Be in place until `end` has been called as often; the stock functions."""

@@ -7,7 +7,6 @@ import io
 import threading
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +100,6 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("wrapped", "message"),
     [
-        (
-            partial(torch.compile, backend="eager"),
-            "cannot see the decode steps of a compiled model: give it the model that was given",
-        ),
         (Wrapper, "not the wrapper Wrapper around one: give it the model inside"),
         (lambda _: "HuggingFaceTB/SmolLM2-135M", "takes a transformers model or a pipeline, not str"),
     ],
