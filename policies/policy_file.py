@@ -59,7 +59,7 @@ class PolicyFile:
         policy: What to do at a step.
         selection: How sets are chosen; a policy tuned for one selection says little about another.
         model: The model that it was tuned on.
-        provenance: Free JSON values: digests of traces, budget, results, versions.
+        provenance: Free JSON values: digests of traces and weights, budget, results, versions.
         written_by: This project and its version, or those of a file that was read; None if the file does not say, as
             before 0.2. It lies with the provenance in the file.
         horizon_steps: Decode steps of the outputs that it was tuned and confirmed on: what it does beyond is not known.
@@ -95,6 +95,28 @@ class PolicyFile:
         """
         if dataclasses.replace(model, id=self.model.id) != self.model:
             raise ValueError(f"the policy was tuned on {self.model}, but {model} is of another shape.")
+
+    @property
+    def weights(self) -> str | None:
+        """Digest of the weights that it was tuned on, `precision:hash`; None if the provenance does not say."""
+        weights = self.provenance.get("weights")
+        return weights if isinstance(weights, str) else None
+
+    def note_on_weights(self, weights: str | None, model_id: str) -> str:
+        """A sentence if a model has other weights than those that the policy was tuned on; else empty.
+
+        Args:
+            weights: Their digest; None if it is not known. Digests of two precisions tell nothing of each other.
+            model_id: What to call the model.
+        """
+        if self.weights is None or weights is None or weights == self.weights:
+            return ""
+        if weights.partition(":")[0] != self.weights.partition(":")[0]:
+            return ""
+        return (
+            f"the policy was tuned on other weights than those of {model_id}, so how far it is from full attention "
+            "here was not measured: tune on these weights to know."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The values that `write` puts into the file."""

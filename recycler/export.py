@@ -20,11 +20,9 @@ from traces.reporting.command import run_command
 
 _GENERATE = '''"""Decodes by the policy of this folder: needs the package recycled-attention."""
 
-from recycler.decode.custom_generate import generate_by_folder
+from recycler.decode.custom_generate import folder_generate
 
-
-def generate(*args, model, **kwargs):
-    return generate_by_folder(model, *args, **kwargs)
+generate = folder_generate()
 '''
 
 

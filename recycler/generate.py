@@ -87,6 +87,7 @@ def main(
         "why_plain": applied["why_plain"],
         "reasons": applied["reasons"],
         "horizon_steps": applied["horizon_steps"],
+        "notes": applied["notes"],
         "written_by": applied["written_by"],
         "model": loaded.id,
         "policy": str(policy),

@@ -24,6 +24,7 @@ from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import check_positions, model_shape
 from recycler.model.versions import versions
+from recycler.model.weights_digest import weights_sample
 from recycler.prompts import KINDS, Prompt, default_prompts
 from recycler.record.folder import record_prompts
 from recycler.record.one_prompt import traced_prompt
@@ -169,7 +170,7 @@ def main(
 
     stages.begin("report")
     policy_path = out / "policy.json"
-    policy_file(result, recorded.tuned_on, seed).write(policy_path)
+    policy_file(result, recorded.tuned_on, seed, weights_sample(loaded.model)).write(policy_path)
     write_results(result, out)
     report = write_report(result, out)
     print_table(result, Console())

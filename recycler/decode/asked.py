@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from policies import ModelShape, PolicyFile, Selection, StepPolicy, check_fits
+from policies import PolicyFile, Selection, StepPolicy, check_fits
+from recycler.model.shape import model_shape
+from recycler.model.weights_digest import weights_sample
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Asked:
         policy: Who decides.
         selection: How sets are chosen.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
+        notes: Sentences on how the model differs from the one that the policy was tuned on.
     """
 
     policy: StepPolicy
     selection: Selection
     horizon_steps: int | None
+    notes: tuple[str, ...]
 
     @classmethod
     def of(
@@ -32,7 +36,7 @@ class Asked:
         policy: StepPolicy | PolicyFile | str | Path,
         selection: Selection | None,
         horizon_steps: int | None,
-        model: ModelShape,
+        model: PreTrainedModel,
     ) -> Asked:
         """Make it of what `recycled` takes.
 
@@ -40,10 +44,12 @@ class Asked:
             ValueError: If a file cannot be read or is for another model shape, a bare policy comes without a selection,
                 or policy or selection has the parameters of another model shape.
         """
+        shape, note = model_shape(model), ""
         if isinstance(policy, (str, Path)):
             policy = PolicyFile.read(policy)
         if isinstance(policy, PolicyFile):
-            policy.check_model(model)
+            policy.check_model(shape)
+            note = policy.note_on_weights(weights_sample(model), shape.id) if policy.weights else ""
             selection = policy.selection if selection is None else selection
             horizon_steps = policy.horizon_steps if horizon_steps is None else horizon_steps
             policy = policy.policy
@@ -56,32 +62,39 @@ class Asked:
                 f"the policy {policy.kind!r} says nothing of how sets are chosen: give a selection with it, such as "
                 "Selection.unpooled(128), or a policy file, which has one."
             )
-        check_fits(policy, model)
-        check_fits(selection, model)
-        return cls(policy, selection, horizon_steps)
+        check_fits(policy, shape)
+        check_fits(selection, shape)
+        return cls(policy, selection, horizon_steps, (note,) if note else ())
 
 
 def model_of(target: Any) -> PreTrainedModel:
     """The model of what `recycled` is put around: a model itself, or a pipeline or a `LoadedModel` around one.
 
+    So are a model that torch.compile made, which falls back to the replaced functions of the one inside, and a PEFT
+    model whose adapters lie in its layers, which calls the one inside.
+
     Raises:
-        ValueError: If it is anything else. Wrappers that are modules are refused, because what is replaced in the model
-            inside of them is not what they call.
+        ValueError: If it is anything else. Other wrappers that are modules are refused, because what is replaced in the
+            model inside of them may not be what they call.
     """
     if isinstance(target, PreTrainedModel):
         return target
-    inside = None if isinstance(target, nn.Module) else getattr(target, "model", None)
-    if isinstance(inside, PreTrainedModel):
-        return inside
-    what = type(target).__name__
-    if hasattr(target, "_orig_mod"):
-        raise ValueError(
-            "recycled cannot see the decode steps of a compiled model: give it the model that was given to "
-            "torch.compile, and call that one."
-        )
-    if isinstance(target, nn.Module):
+    what, is_module = type(target).__name__, isinstance(target, nn.Module)
+    if not is_module and isinstance(getattr(target, "model", None), nn.Module):
+        return model_of(target.model)
+    if is_module and what == "OptimizedModule":
+        return model_of(target._orig_mod)
+    if is_module and hasattr(target, "peft_config") and hasattr(target, "get_base_model"):
+        for name, config in target.peft_config.items():
+            if config.is_prompt_learning:
+                raise ValueError(
+                    f"recycled covers adapters in a model's layers, such as LoRA, and {name!r} is a learned prompt "
+                    f"({config.peft_type.value}), whose tokens are in no input."
+                )
+        return model_of(target.get_base_model())
+    if is_module:
         raise ValueError(
             f"recycled takes a transformers model, not the wrapper {what} around one: give it the model inside, and "
-            "call that one; of adapters (PEFT), merge_and_unload() makes a model."
+            "call that one."
         )
     raise ValueError(f"recycled takes a transformers model or a pipeline, not {what}.")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.utils.hub import cached_file
 
 from policies import PolicyFile, Selection, StepPolicy
 from recycler.decode.session import Session, recycled
-from recycler.model.attention_hook import owner_here
+from recycler.model.attention_hook import owner_here, refuse_batches
 
 _LOGGER = logging.getLogger("recycler")
 POLICY_NAME = "policy.json"
@@ -66,15 +66,15 @@ def custom_generate(
         )
 
 
-def generate_by_folder(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def generate_by_folder(*args: Any, model: PreTrainedModel, **kwargs: Any) -> Any:
     """`generate` of a model whose folder or repository holds a policy (`python -m recycler.export`).
 
     The receipt goes to the logger `recycler`, at level INFO. Inside a `with recycled(...)` of this thread, that counts
     and not the folder's policy.
 
     Args:
-        model: The model; its `name_or_path` leads to the policy.
         args: Of `generate`.
+        model: The model; its `name_or_path` leads to the policy.
         kwargs: Of `generate`.
 
     Raises:
@@ -86,6 +86,26 @@ def generate_by_folder(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any
         return stock(model, *args, **kwargs)
     with _told(recycled(model, _policy_of(model.name_or_path))):
         return stock(model, *args, **kwargs)
+
+
+@lru_cache(maxsize=1)
+def folder_generate() -> Callable[..., Any]:
+    """`generate_by_folder` for the code of a folder.
+
+    From the first call on, models whose `generate` it is refuse continuous batching, which would run them without their
+    policy: transformers gives a folder's code no model to tell so before `generate` is called.
+    """
+    mixin: Any = GenerationMixin
+    stock = mixin.init_continuous_batching
+
+    @wraps(stock)
+    def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(vars(model).get("generate"), "func", None) is generate_by_folder:
+            refuse_batches()
+        return stock(model, *args, **kwargs)
+
+    mixin.init_continuous_batching = init_continuous_batching
+    return generate_by_folder
 
 
 @contextmanager

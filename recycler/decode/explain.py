@@ -32,6 +32,7 @@ class Explanation:
         context_tokens: Tokens in the cache.
         batch_size: Rows.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
+        notes: Sentences on how the model differs from the one that the policy was tuned on.
     """
 
     engine: str
@@ -43,10 +44,11 @@ class Explanation:
     context_tokens: int
     batch_size: int
     horizon_steps: int | None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as plain JSON values."""
-        return asdict(self) | {"why_plain": self.why_plain or None}
+        return asdict(self) | {"why_plain": self.why_plain or None, "notes": list(self.notes)}
 
     def print(self, console: Console) -> None:
         """Print it as sentences."""
@@ -61,6 +63,8 @@ class Explanation:
         )
         if self.horizon_steps is not None:
             console.print(f"the policy was tuned for outputs of {self.horizon_steps} steps, and holds to twice of that")
+        for note in self.notes:
+            console.print(note)
 
 
 def explain(
@@ -90,7 +94,7 @@ def explain(
             raise ValueError(f"{name} must be at least 1, not {value}.")
     model = model_of(target)
     shape = model_shape(model)
-    asked = Asked.of(policy, selection, None, shape)
+    asked = Asked.of(policy, selection, None, model)
     refuse_full_window(0, context_tokens, window_of_recycled_layers(model))
     engine, why_plain = "plain", "" if fast else "fast is False"
     if fast:
@@ -118,4 +122,5 @@ def explain(
         context_tokens=context_tokens,
         batch_size=batch_size,
         horizon_steps=asked.horizon_steps,
+        notes=asked.notes,
     )

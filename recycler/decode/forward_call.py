@@ -9,8 +9,12 @@ from torch import Tensor
 
 from recycler.model.decoder_parts import NotCovered
 
-# Arguments that an engine understands, or that change nothing at a decode step of one token.
-_UNDERSTOOD = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+# Arguments that an engine understands, or that change nothing at a decode step of one token. `generate` hands its
+# tokenizer on to every forward: stop strings need one, and `transformers serve` always gives it.
+_UNDERSTOOD = {
+    *("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"),
+    "tokenizer",
+}
 
 
 class ForwardCall:

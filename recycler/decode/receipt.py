@@ -35,6 +35,7 @@ class Receipt:
             unit-step counts under both.
         longest_steps: Decode steps of the longest output.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
+        notes: Sentences on how the model differs from the one that the policy was tuned on.
     """
 
     engine: str
@@ -49,6 +50,7 @@ class Receipt:
     why_plain: str = ""
     longest_steps: int = 0
     horizon_steps: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def beyond_horizon(self) -> str:
@@ -97,6 +99,7 @@ class Receipt:
             "reasons": {reason: int(units.sum()) for reason, units in self.reasons.items()},
             "longest_steps": self.longest_steps,
             "horizon_steps": self.horizon_steps,
+            "notes": list(self.notes),
             "written_by": written_by(),
         }
 
@@ -114,8 +117,9 @@ class Receipt:
             )
         if self.why_plain:
             console.print(f"  the plain path was taken because {self.why_plain}")
-        if self.beyond_horizon:
-            console.print(f"  {self.beyond_horizon}")
+        for note in (*self.notes, self.beyond_horizon):
+            if note:
+                console.print(f"  {note}")
         for reason, units in self.reasons.items():
             verb = {"budget": "denied a full step", "max_age": "asked for a full step"}.get(
                 reason, "overruled the policy"
@@ -189,7 +193,7 @@ class Tally:
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled
 
-    def receipt(self, why_plain: str, horizon_steps: int | None) -> Receipt:
+    def receipt(self, why_plain: str, horizon_steps: int | None, notes: tuple[str, ...] = ()) -> Receipt:
         """What was added so far."""
         return Receipt(
             engine="+".join(self._engines) or "none",
@@ -204,4 +208,5 @@ class Tally:
             why_plain=why_plain if "plain" in self._engines else "",
             longest_steps=self._longest_steps,
             horizon_steps=horizon_steps,
+            notes=notes,
         )

@@ -27,6 +27,7 @@ from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt, Tally
 from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
 from recycler.model.decoder_parts import NotCovered
+from recycler.model.model_watch import ModelWatch
 from recycler.model.shape import model_shape, recycled_layers
 from recycler.sets.scores import Scoring
 
@@ -38,6 +39,10 @@ NOTHING_RECYCLED = (
     "nothing was recycled inside `with recycled(...)`: every forward brought several tokens, which are read with full "
     "attention, as those of use_cache=False, of prompt lookup and of scoring a text are. Recycled steps bring one "
     "token per row, with a cache."
+)
+MODEL_CHANGED = (
+    "the model changed after its prompt was read: a module, a weight or a hook of it is another one, and a decode step "
+    "cannot leave the engine; change it before the prompt, or use recycled(..., fast=False)."
 )
 # Turns of a session whose receipts are kept: a session may live as long as a server.
 _MOST_TURNS = 100
@@ -66,9 +71,12 @@ def recycled(
     inside the `with` and after it. A `with` in which nothing was recycled warns and says what may be the reason.
 
     Args:
-        target: A causal language model with `sdpa` or `eager` attention, or a pipeline or a `LoadedModel` around one.
+        target: A causal language model with `sdpa` or `eager` attention, or what is around one: a pipeline, a
+            `LoadedModel`, what torch.compile made, a PEFT model with adapters in its layers. Calls of either are
+            recycled.
         policy: Who decides which units run full: a policy, or a policy file or its path, which also say how sets are
-            chosen and for how long outputs the policy was tuned.
+            chosen and for how long outputs the policy was tuned. A file that was tuned on other weights of this
+            shape is applied, with a warning and a note in the receipt.
         selection: How sets are chosen; None for as the policy file has it.
         fast: False keeps to the plain path.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None for what the policy file says, if
@@ -83,8 +91,10 @@ def recycled(
             in a way that sets cannot follow.
     """
     model = model_of(target)
-    asked = Asked.of(policy, selection, horizon_steps, model_shape(model))
-    session = Session(model, asked.policy, asked.selection, asked.horizon_steps)
+    asked = Asked.of(policy, selection, horizon_steps, model)
+    for note in asked.notes:
+        warnings.warn(note, stacklevel=3)
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes)
     if fast:
         try:
             session.use(engines.engine_for(model))
@@ -105,17 +115,23 @@ class Session:
         policy: Who decides; for the model's shape.
         selection: How sets are chosen; likewise.
         horizon_steps: As in `recycled`.
+        notes: What receipts say of the model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, policy: StepPolicy, selection: Selection, horizon_steps: int | None = None
+        self,
+        model: PreTrainedModel,
+        policy: StepPolicy,
+        selection: Selection,
+        horizon_steps: int | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         shape = model_shape(model)
         self._model = model
         self._layers = recycled_layers(model)
         self._policy = policy
         self._prompt = LastPrompt(shape, selection)
-        self._horizon_steps = horizon_steps
+        self._horizon_steps, self._notes = horizon_steps, notes
         self._warned = False
         self._generating = threading.RLock()
         # Whether the model was called; read several tokens that `generate` did not call prefill; took a step, or was
@@ -125,6 +141,7 @@ class Session:
         self._tally = Tally(shape.units)
         self._turns: deque[Receipt] = deque(maxlen=_MOST_TURNS)
         self._engine: Engine | None = None
+        self._watch: ModelWatch | None = None
         self._why_plain = ""
         self._run: EngineRun | PlainRun | None = None
         # Ids that the model's forward is running on, `(rows, tokens)`.
@@ -133,7 +150,7 @@ class Session:
 
     def use(self, engine: Engine) -> None:
         """Run decode steps on an engine, as far as it covers them."""
-        self._engine = engine
+        self._engine, self._watch = engine, ModelWatch(self._model)
 
     def stay_plain(self, reason: str) -> None:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
@@ -170,6 +187,8 @@ class Session:
             if self._run is None:
                 self._run = self._begin_run(call)
             if isinstance(self._run, EngineRun):
+                if self._watch is not None and self._watch.has_changed:
+                    raise ValueError(MODEL_CHANGED)
                 return self._run.step(call)
             return self._plainly(call, stock, args, kwargs)
 
@@ -253,6 +272,8 @@ class Session:
         """On the engine, if there is one and it covers this."""
         if self._engine is not None:
             try:
+                if self._watch is not None and self._watch.has_changed:
+                    self.use(engines.engine_for(self._model))
                 self._prompt.check(call.arguments.get("past_key_values"))
                 return EngineRun(self._engine, call, self._policy, self._prompt.first_sets())
             except NotCovered as reason:
@@ -274,7 +295,7 @@ class Session:
         self._warn_beyond_horizon()
 
     def _receipt_of(self, tally: Tally) -> Receipt:
-        return tally.receipt(self._why_plain, self._horizon_steps)
+        return tally.receipt(self._why_plain, self._horizon_steps, self._notes)
 
     def _warn_beyond_horizon(self) -> None:
         beyond = "" if self._warned or self._horizon_steps is None else self.receipt().beyond_horizon

@@ -51,6 +51,10 @@ ENDED_ELSEWHERE = (
     "a `with recycled(...)` ended in another thread or task than it began in, as in a generator that a server runs "
     "step by step: what was called in others was not recycled. Use session.generate: it is the session's anywhere."
 )
+NO_BATCHES = (
+    "continuous batching (generate_batch, transformers serve --continuous-batching) reads a cache of pages that "
+    "recycled attention does not cover: use generate, or another model object for it."
+)
 # What runs instead, in this thread or task, by the identity of the model.
 _INSTEAD: ContextVar[Mapping[int, Functions]] = ContextVar("instead", default=MappingProxyType({}))
 
@@ -59,6 +63,13 @@ def owner_here(model: PreTrainedModel) -> object:
     """Whose functions run in the place of the model's own in this thread or task; None if those do."""
     instead = _INSTEAD.get().get(id(model))
     return None if instead is None else instead.owner
+
+
+def own_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward, or, while somebody runs another in its place, the one that is put back afterwards."""
+    dispatch = _DISPATCHES.get(model)
+    stock = None if dispatch is None else dispatch.stock
+    return model.forward if stock is None or stock.forward is None else stock.forward
 
 
 @contextmanager
@@ -114,6 +125,11 @@ class _Dispatch:
         self._n_users = 0
         self._put_back: list[Callable[[], None]] = []
         self._stock: Functions | None = None
+
+    @property
+    def stock(self) -> Functions | None:
+        """The stock functions while this is in place."""
+        return self._stock
 
     def begin(self) -> Functions:
         """Be in place until `end` has been called as often; the stock functions."""
@@ -189,6 +205,8 @@ class _Dispatch:
             self._put_method(model, "forward", dispatcher("forward"))
             if stock.prefill is not None:
                 self._put_method(model, "_prefill", dispatcher("prefill"))
+            # It would run in a thread of its own, and not recycled.
+            self._put_method(model, "init_continuous_batching", refuse_batches)
         except BaseException:
             self._remove()
             raise
@@ -223,6 +241,15 @@ class _Dispatch:
         model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
             raise ValueError(f"{type(model).__name__} does not let its attention function be replaced.")
+
+
+def refuse_batches(*_: Any, **__: Any) -> None:
+    """Stands in the place of what begins continuous batching.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(NO_BATCHES)
 
 
 _DISPATCHES: weakref.WeakKeyDictionary[PreTrainedModel, _Dispatch] = weakref.WeakKeyDictionary()

@@ -16,11 +16,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from recycler.model.attention_hook import own_forward
+from recycler.model.model_watch import GLOBAL_HOOKS
 from recycler.model.shape import n_layers, recycled_layers
 
 # One decoder: RMS norms, rotary embedding, grouped attention, a gated feed-forward layer. Qwen2 adds biases, Qwen3
 # norms of the heads. A subclass may compute anything, so types are compared exactly.
 _COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+# Where types of their modules are defined, beside the file of the model itself.
+_PLAIN_MODULES = ("torch.nn.modules.", "transformers.activations")
 
 
 class NotCovered(Exception):  # noqa: N818 - an answer, not an error: the plain path takes over.
@@ -65,11 +69,17 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     if model.training:
         raise NotCovered("the model is in training mode")
     for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__ != type(model).__module__ and not kind.__module__.startswith(_PLAIN_MODULES):
+            raise NotCovered(f"{name} is a {kind.__module__}.{kind.__qualname__}")
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # transformers leaves its own behind once hidden states were asked for; they wait for that to happen again.
         foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
-        if foreign or "forward" in module.__dict__:
+        forward = own_forward(model) if module is model else module.forward
+        if foreign or getattr(forward, "__func__", None) is not kind.forward:
             raise NotCovered(f"{name or 'the model'} has hooks")
+    if any(GLOBAL_HOOKS):
+        raise NotCovered("there are hooks on all modules")
     decoder = model.model
     layers = tuple(decoder.layers)
     for name, linear in _linear_layers(model):
@@ -79,6 +89,9 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     if activation != "silu":
         raise NotCovered(f"it runs the activation silu, and this model has {activation}")
     tensors = list(model.parameters())
+    for tensor in tensors:
+        if type(tensor) is not nn.Parameter:
+            raise NotCovered(f"a weight is a {type(tensor).__name__}, not a Parameter")
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
     if len(kinds) != 1:
         raise NotCovered("the weights are of several types or on several devices")

@@ -130,6 +130,19 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_continuous_batching_of_the_folder_is_refused(run: Any, policy: Path, tmp_path: Path) -> None:
+    assert run("--policy", policy, "--out", tmp_path / "folder")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    # Before the first call of generate, and after it.
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"continuous batching .* recycled attention does not cover"):
+            model.generate_batch([[7, 9, 11]], max_new_tokens=4)
+        written(model)
+    # Of a model without the folder's policy it is not.
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    assert stock.init_continuous_batching().model is stock
+
+
 def test_a_folder_whose_policy_is_gone_says_so(run: Any, policy: Path, tmp_path: Path) -> None:
     assert run("--policy", policy, "--out", tmp_path / "folder")[0] == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)

@@ -101,6 +101,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
         "why_plain": None,
         "reasons": receipt["reasons"],
         "horizon_steps": None,
+        "notes": [],
         "written_by": receipt["written_by"],
         "model": loaded.id,
         "policy": str(path),

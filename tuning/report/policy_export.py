@@ -12,13 +12,16 @@ from tuning.confirm.results import TuningResult
 from tuning.report.result_rows import kl_share
 
 
-def policy_file(result: TuningResult, tuned_on: Sequence[TraceFile], seed: int) -> PolicyFile:
+def policy_file(
+    result: TuningResult, tuned_on: Sequence[TraceFile], seed: int, weights: str | None = None
+) -> PolicyFile:
     """Make the file that `recycler.generate` reads.
 
     Args:
         result: Its first family is exported.
         tuned_on: Traces of the tuning prompts.
         seed: Of prompts and search.
+        weights: Digest of the model's weights, as `weights_sample` makes it; None leaves it out.
     """
     best = result.best
     ratio = kl_share(result, best.measured)
@@ -41,6 +44,8 @@ def policy_file(result: TuningResult, tuned_on: Sequence[TraceFile], seed: int) 
             "agreement": dataclasses.asdict(best.measured.agreement),
         },
     }
+    if weights is not None:
+        provenance["weights"] = weights
     if result.certificate is not None:
         provenance["certificate"] = result.certificate.to_json()
     return PolicyFile(

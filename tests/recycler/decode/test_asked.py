@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import threading
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, pipeline
 
 from policies import CosineThreshold, FixedStride, PolicyFile, Selection
 from recycler import load_model, recycled
 from recycler.decode.asked import model_of
+from recycler.decode.explain import explain
 from recycler.decode.session import NOT_CALLED, NOTHING_RECYCLED
 from recycler.model.shape import model_shape
+from recycler.model.weights_digest import weights_sample
 
 SELECTION = Selection(12, sinks=2, window=4)
 
@@ -96,10 +100,6 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("wrapped", "message"),
     [
-        (
-            partial(torch.compile, backend="eager"),
-            "cannot see the decode steps of a compiled model: give it the model that was given",
-        ),
         (Wrapper, "not the wrapper Wrapper around one: give it the model inside"),
         (lambda _: "HuggingFaceTB/SmolLM2-135M", "takes a transformers model or a pipeline, not str"),
     ],
@@ -136,6 +136,50 @@ def test_a_file_of_another_model_is_refused(make_model: Callable[..., PreTrained
     other = make_model("llama", kv_heads=4)
     with pytest.raises(ValueError, match="is of another shape"), recycled(other, file):
         pass
+
+
+def tuned_on(model: PreTrainedModel, other: PreTrainedModel) -> PolicyFile:
+    """A file for a model's shape, tuned on the weights of another."""
+    return PolicyFile(
+        FixedStride(4), SELECTION, model_shape(model, "tiny"), provenance={"weights": weights_sample(other)}
+    )
+
+
+def test_a_file_that_was_tuned_on_other_weights_is_applied_and_says_so_once(
+    make_model: Callable[..., PreTrainedModel], model: PreTrainedModel, make_tokens: Callable[..., Tensor]
+) -> None:
+    # Equal in all but one number of half a million.
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data[0, 0] += 1
+    with (
+        pytest.warns(UserWarning, match="tuned on other weights than those of") as caught,
+        recycled(model, tuned_on(model, other)) as session,
+    ):
+        decode(model, make_tokens(30, rows=2))
+    assert len(caught) == 1
+    receipt = session.receipt()
+    assert (receipt.n_steps, receipt.full_share) == (11, 2 / 11)
+    assert receipt.notes == (str(caught[0].message),)
+    assert receipt.to_json()["notes"] == [str(caught[0].message)]
+    out = io.StringIO()
+    receipt.print(Console(file=out, width=300))
+    assert str(caught[0].message) in out.getvalue()
+    assert explain(model, tuned_on(model, other), context_tokens=9).notes == receipt.notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_weights_and_those_in_another_precision_are_no_other_weights(
+    model: PreTrainedModel, dtype: torch.dtype
+) -> None:
+    cast = copy.deepcopy(model).to(dtype)
+    assert explain(cast, tuned_on(model, model), context_tokens=9).notes == ()
+    assert explain(model, tuned_on(model, cast), context_tokens=9).notes == ()
+
+
+def test_a_file_that_does_not_know_its_weights_says_nothing_of_them(model: PreTrainedModel, file: PolicyFile) -> None:
+    assert explain(model, file, context_tokens=9).notes == ()
+    assert weights_sample(copy.deepcopy(model).to("meta")) is None
+    assert file.note_on_weights("bfloat16:0", "tiny") == ""
 
 
 def test_a_with_in_which_the_model_was_not_called_says_so(

@@ -144,6 +144,25 @@ def test_assisted_decoding_is_refused(
         make_model().generate(tokens, max_new_tokens=30, prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda model, tokens: model.generate_batch(tokens.tolist(), max_new_tokens=4),
+        lambda model, tokens: model.generate(tokens, max_new_tokens=4, cache_implementation="paged"),
+        lambda model, _: model.init_continuous_batching(),
+    ],
+    ids=["generate_batch", "paged", "manager"],
+)
+def test_continuous_batching_is_refused_and_the_model_is_as_it_was(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], begin: Callable[..., Any]
+) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="continuous batching"), recycled(model, NeverFull(), SELECTION):
+        begin(model, make_tokens(12))
+    assert "init_continuous_batching" not in vars(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_mask_of_four_dimensions_shared_by_rows_is_understood(
     make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
 ) -> None:

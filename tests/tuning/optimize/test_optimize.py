@@ -12,6 +12,7 @@ import torch
 
 from policies import BudgetConstrained, PolicyFile, Selection
 from recycler import load_model, model_shape, recycled, run_closed_loop
+from recycler.model.weights_digest import weights_sample
 from recycler.prompts import Prompt, default_prompts
 from traces import TraceFolder
 from tuning import FAMILIES, TraceBatch, replay_policy
@@ -85,6 +86,7 @@ def test_the_policy_file_says_where_it_came_from(
     provenance = policy_file.provenance
     tuned_on = [file.digest() for file in TraceFolder(out / "traces")]
     assert sorted(provenance["traces"]) == sorted(tuned_on)
+    assert policy_file.weights == weights_sample(loaded.model)
     assert provenance["closed_loop"]["prompts"] == [prompt.name for prompt in held_out]
     assert (provenance["budget"], provenance["family"]) == (BUDGET, first.result["family"])
     assert provenance["closed_loop"]["kl"]["value"] == first.result["kl"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from policies import FixedStride, Selection
 from recycler.decode.receipt import Receipt
 from recycler.decode.session import recycled
+from recycler.model.loading import load_model
 
 Make = Callable[..., Any]
 
@@ -73,6 +75,15 @@ def test_hooks_that_transformers_left_behind_do_not_matter(make_model: Make, mak
     model(make_tokens(4), output_hidden_states=True)
     assert any(module._forward_hooks for module in model.modules())
     assert generate(model, make_tokens(20))[0].engine == "cpu"
+
+
+def test_a_tokenizer_for_stop_strings_does_not_matter(byte_model: Path) -> None:
+    loaded = load_model(str(byte_model), device="cpu")
+    tokens = loaded.tokenizer("It was a dark and stormy night", return_tensors="pt")["input_ids"]
+    how = {"tokenizer": loaded.tokenizer, "stop_strings": ["never"]}
+    receipt, found = generate(loaded.model, tokens, **how)
+    assert (receipt.engine, receipt.n_steps) == ("cpu", 7)
+    assert torch.equal(found, generate(loaded.model, tokens, fast=False)[1])
 
 
 def test_a_model_with_a_hook_runs_plain_and_the_hook_is_called(make_model: Make, make_tokens: Make) -> None:
