@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -13,6 +13,20 @@ from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.plain.decoding import PlainEngine
 from recycler.model.decoder_parts import NotCovered
+
+
+class Begun(NamedTuple):
+    """A decoding, and what a receipt says of who runs it.
+
+    Attributes:
+        decoding: The decoding.
+        engine: Name of its engine.
+        why_plain: Why it is the plain path, as a clause; empty if it is not.
+    """
+
+    decoding: Decoding
+    engine: str
+    why_plain: str
 
 
 def engine_for(model: PreTrainedModel) -> Engine:
@@ -38,7 +52,7 @@ def engine_for(model: PreTrainedModel) -> Engine:
 
 def begin_decoding(
     model: PreTrainedModel, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, *, fast: bool = True
-) -> Decoding:
+) -> Begun:
     """Begin on the model's engine, or on the plain path where that does not cover the model or the selection.
 
     Args:
@@ -48,7 +62,11 @@ def begin_decoding(
         policy: Who decides.
         fast: False keeps to the plain path, which is slower, and as right.
     """
+    why_plain = "fast is False"
     if fast:
-        with suppress(NotCovered):
-            return engine_for(model).begin(layers, first, policy)
-    return PlainEngine(model).begin(layers, first, policy)
+        try:
+            engine = engine_for(model)
+            return Begun(engine.begin(layers, first, policy), engine.name, "")
+        except NotCovered as reason:
+            why_plain = str(reason)
+    return Begun(PlainEngine(model).begin(layers, first, policy), PlainEngine.name, why_plain)

@@ -90,5 +90,5 @@ def decode_rows(
     n_rows = len(policies)
     with torch.inference_mode():
         first = prompt.first_sets(selection, n_rows)
-        decoding = begin_decoding(model, prompt.caches(n_rows), first, PerRow(tuple(policies)), fast=fast)
-    return Rows(decoding, n_rows, prompt.n_tokens)
+        begun = begin_decoding(model, prompt.caches(n_rows), first, PerRow(tuple(policies)), fast=fast)
+    return Rows(begun.decoding, n_rows, prompt.n_tokens)
