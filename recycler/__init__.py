@@ -4,6 +4,7 @@ from recycler.decode.custom_generate import custom_generate
 from recycler.decode.explain import Explanation, explain
 from recycler.decode.per_row import PerRow
 from recycler.decode.receipt import Receipt
+from recycler.decode.score import Scored, score, score_each
 from recycler.decode.session import Session, recycled
 from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore, run_closed_loop
 from recycler.model.loading import LoadedModel, load_model
@@ -20,6 +21,7 @@ __all__ = [
     "PerRow",
     "Prompt",
     "Receipt",
+    "Scored",
     "Session",
     "custom_generate",
     "default_prompts",
@@ -31,6 +33,8 @@ __all__ = [
     "record_trace",
     "recycled",
     "run_closed_loop",
+    "score",
+    "score_each",
 ]
 
 # For one version, paths of 0.1 such as recycler.engine are found in moved/, and warn.

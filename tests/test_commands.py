@@ -19,6 +19,7 @@ from policies import written_by
         "recycler.evaluate",
         "recycler.export",
         "recycler.generate",
+        "recycler.lm_eval",
         "recycler.record",
         "recycler.sensitivity",
         "traces.show",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from typing import NamedTuple
 
 from transformers import DynamicCache, PreTrainedModel
 
@@ -13,6 +13,20 @@ from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.plain.decoding import PlainEngine
 from recycler.model.decoder_parts import NotCovered
+
+
+class Begun(NamedTuple):
+    """A decoding, and what a receipt says of who runs it.
+
+    Attributes:
+        decoding: The decoding.
+        engine: Name of its engine.
+        why_plain: Why it is the plain path, as a clause; empty if it is not.
+    """
+
+    decoding: Decoding
+    engine: str
+    why_plain: str
 
 
 def engine_for(model: PreTrainedModel) -> Engine:
@@ -44,7 +58,7 @@ def begin_decoding(
     *,
     passing: DynamicCache | None = None,
     fast: bool = True,
-) -> Decoding:
+) -> Begun:
     """Begin on the model's engine, or on the plain path where that does not cover the model or the selection.
 
     Args:
@@ -55,7 +69,11 @@ def begin_decoding(
         passing: The cache of layers that pass through; None if all are recycled.
         fast: False keeps to the plain path, which is slower, and as right.
     """
-    if fast and passing is None:
-        with suppress(NotCovered):
-            return engine_for(model).begin(layers, first, policy)
-    return PlainEngine(model, passing).begin(layers, first, policy)
+    why_plain = "fast is False"
+    if fast:
+        try:
+            engine = engine_for(model)
+            return Begun(engine.begin(layers, first, policy), engine.name, "")
+        except NotCovered as reason:
+            why_plain = str(reason)
+    return Begun(PlainEngine(model, passing).begin(layers, first, policy), PlainEngine.name, why_plain)

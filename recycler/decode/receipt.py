@@ -85,6 +85,16 @@ class Receipt:
         dense = int(self.tokens_dense.sum())
         return float(self.tokens_read.sum()) / dense if dense else float("nan")
 
+    @property
+    def sentence(self) -> str:
+        """Totals in one line."""
+        if not self.n_steps:
+            return "no decode step was taken"
+        return (
+            f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
+            f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Totals, plain numbers, and the version that counted; a share of no steps is None: JSON has no NaN."""
         decoded = self.n_steps > 0
@@ -106,10 +116,7 @@ class Receipt:
     def print(self, console: Console) -> None:
         """Print totals, then full share per layer and head."""
         unit_steps = self.row_steps * self.full_steps.size
-        console.print(
-            f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
-            f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
-        )
+        console.print(self.sentence)
         if self.keys_only_steps.any():
             console.print(
                 f"  {self.keys_only_share:.1%} of unit-steps refreshed their sets by keys alone, each counted as half "
@@ -178,18 +185,20 @@ class Tally:
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled.sum(0)
 
-    def add(self, other: Tally) -> None:
-        """Add all that another has added."""
-        self._engines += [engine for engine in other._engines if engine not in self._engines]
-        self._n_steps += other._n_steps
-        self._longest_steps = max(self._longest_steps, other._longest_steps)
-        self._n_rows = max(self._n_rows, other._n_rows)
-        self._row_steps += other._row_steps
-        self._full_steps += other._full_steps
-        self._keys_only_steps += other._keys_only_steps
-        self._tokens_read += other._tokens_read
-        self._tokens_dense += other._tokens_dense
-        for reason, overruled in other._reasons.items():
+    def add(self, receipt: Receipt) -> None:
+        """Add all that a receipt tells, but for why."""
+        if not receipt.n_steps:
+            return
+        self._engines += [engine for engine in receipt.engine.split("+") if engine not in self._engines]
+        self._n_steps += receipt.n_steps
+        self._longest_steps = max(self._longest_steps, receipt.longest_steps)
+        self._n_rows = max(self._n_rows, receipt.n_rows)
+        self._row_steps += receipt.row_steps
+        self._full_steps += receipt.full_steps
+        self._keys_only_steps += receipt.keys_only_steps
+        self._tokens_read += receipt.tokens_read
+        self._tokens_dense += receipt.tokens_dense
+        for reason, overruled in receipt.reasons.items():
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled
 

@@ -91,5 +91,5 @@ def decode_rows(
     with torch.inference_mode():
         first = prompt.first_sets(selection, n_rows)
         layers, passing = prompt.caches(n_rows), prompt.passing_cache(n_rows)
-        decoding = begin_decoding(model, layers, first, PerRow(tuple(policies)), passing=passing, fast=fast)
-    return Rows(decoding, n_rows, prompt.n_tokens)
+        begun = begin_decoding(model, layers, first, PerRow(tuple(policies)), passing=passing, fast=fast)
+    return Rows(begun.decoding, n_rows, prompt.n_tokens)

@@ -290,8 +290,9 @@ class Session:
         turn = Tally(self._units)
         run.add_to(turn)
         if turn.n_steps:
-            self._tally.add(turn)
-            self._turns.append(self._receipt_of(turn))
+            receipt = self._receipt_of(turn)
+            self._tally.add(receipt)
+            self._turns.append(receipt)
         self._warn_beyond_horizon()
 
     def _receipt_of(self, tally: Tally) -> Receipt:
