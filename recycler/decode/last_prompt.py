@@ -64,7 +64,8 @@ class LastPrompt:
             visible: bool `(rows, tokens)`, False at padding; None if there is none.
             scoring: What becomes of query x key.
         """
-        self._start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
+        # A number where nothing is masked, as a chunk's mask of all tokens: it broadcasts, and is not looked at again.
+        self._start = 0 if visible is None or visible.all() else visible.to(torch.uint8).argmax(-1)[:, None, None]
         self._end, votes = key.shape[2], None
         grouped = query.unflatten(1, (self._shape.kv_heads, -1))
         seen = None if visible is None else visible[:, None, None]

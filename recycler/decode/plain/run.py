@@ -39,7 +39,7 @@ class PlainRun:
         scoring: Scoring,
         token: Tensor | None,
     ) -> UnitAttention:
-        """Take a step with one layer.
+        """Take a step with one layer; where all of its units are full, the output is left to the caller.
 
         Args:
             layer: Index of the layer.
@@ -55,7 +55,8 @@ class PlainRun:
         """
         self._watches[layer].follow(key, visible)
         grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))
-        return self._units.attend(layer, grouped, GatheredSets(grouped, key, value, visible, scoring), token)
+        attention = GatheredSets(grouped, key, value, visible, scoring, whole_elsewhere=True)
+        return self._units.attend(layer, grouped, attention, token)
 
     def add_to(self, tally: Tally) -> None:
         """Tell what was done so far."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from policies import StepPolicy
-from recycler.decode.counts import RunningTotals, Totals, keys_only_units, tokens_read
+from recycler.decode.counts import RunningTotals, Totals, keys_only_units, setless_units, tokens_read
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.plain.attention import StepAttention, UnitAttention
 from recycler.decode.plain.units import LayerUnits
@@ -31,11 +31,12 @@ class PlainUnits:
         layers, kv_heads = first.units
         self._policy = policy
         self._start = first.start
-        self._layers = [LayerUnits(layer, first, policy.needs) for layer in range(layers)]
-        by_keys = keys_only_units(policy, (first.n_rows, layers, kv_heads))
-        self._by_keys = torch.from_numpy(by_keys).to(first.positions.device)
+        shape = (first.n_rows, layers, kv_heads)
+        self._by_keys = torch.from_numpy(keys_only_units(policy, shape)).to(first.positions.device)
+        setless = np.asarray(setless_units(policy, shape).all(axis=(0, 2)))
+        self._layers = [LayerUnits(layer, first, policy.needs, bool(setless[layer])) for layer in range(layers)]
         self.n_steps = 0
-        self.full, self.keys_only = np.zeros((2, first.n_rows, layers, kv_heads), dtype=bool)
+        self.full, self.keys_only = np.zeros((2, *shape), dtype=bool)
         self.tokens_read = np.zeros(self.full.shape)
         self._running = RunningTotals(self.full.shape)
 
@@ -58,7 +59,7 @@ class PlainUnits:
         refreshed = keys_only.nonzero(as_tuple=True)
         if refreshed[0].numel():
             units.refresh_at_once(refreshed, attention.score(refreshed))
-        attended = attention.attend(full & ~keys_only, units.recycled)
+        attended = attention.attend(full & ~keys_only, units.recycled, scored=not units.setless)
         self._note(layer, full, keys_only, reasons)
         units.settle(full, attended)
         return attended

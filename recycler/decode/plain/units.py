@@ -25,10 +25,11 @@ class LayerUnits:
         layer: Index of the layer.
         first: What the prompt left behind.
         needs: Measured signals that the policy reads; others are not measured.
+        setless: Whether nobody will ever read a set of this layer, because its units run full for ever: no set is kept.
     """
 
-    def __init__(self, layer: int, first: FirstSets, needs: Set[str]) -> None:
-        self._needs = needs
+    def __init__(self, layer: int, first: FirstSets, needs: Set[str], setless: bool = False) -> None:
+        self._needs, self.setless = needs, setless
         device = first.positions.device
         # Without padding a number, which broadcasts against anything.
         self._start: Tensor | int = 0
@@ -36,9 +37,10 @@ class LayerUnits:
             self._start = torch.tensor(first.start, device=device)[:, None, None]
         self._end = first.end
         self._sizes = unit_sizes(first.selection, layer, device)
-        self.recycled = RecycledSet(
-            first.positions[layer].clone(), first.scores[layer].clone(), first.selection, self._sizes
-        )
+        # Slots of the widest set of this layer: there may be a far wider one in another.
+        self._n_slots = first.selection.widest if self._sizes is None else int(self._sizes.max())
+        positions, scores = (of[layer, ..., : self._n_slots].clone() for of in (first.positions, first.scores))
+        self.recycled = RecycledSet(positions, scores, first.selection, self._sizes)
         self._full_query = self._last_query = first.query[layer]
         mass = first.measured_mass(needs)[layer]
         zeros = torch.zeros_like(mass)
@@ -87,7 +89,8 @@ class LayerUnits:
         )
         full: Tensor = policy.decide(signals)
         self._choose_what_was_put_off(full)
-        self.recycled.admit(self._end, self._start)
+        if not self.setless:
+            self.recycled.admit(self._end, self._start)
         self._end += 1
         return full
 
@@ -163,8 +166,8 @@ class LayerUnits:
             self._refresh_overlap[units] = kept.sum(-1).double() / chosen.filled.sum(-1)
         if "refresh_mass" in self._needs:
             self._refresh_mass[units] = chosen.recovered_mass(probabilities).double()
-        self.recycled.positions[units] = chosen.positions
-        self.recycled.scores[units] = chosen.scores
+        self.recycled.positions[units] = chosen.positions[..., : self._n_slots]
+        self.recycled.scores[units] = chosen.scores[..., : self._n_slots]
 
     def _by_layer(self, units: UnitIndex, probabilities: Tensor) -> Tensor:
         """`(n, group, tokens)`, or `(n / kv_heads, kv_heads, group, tokens)` where scores pool over the layer."""

@@ -81,7 +81,7 @@ def test_with_a_mean_over_the_layer_all_its_heads_hold_the_same_tokens_in_the_sa
     positions: list[Tensor] = []
     stock = MaskedSets.attend
 
-    def noting(attention: MaskedSets, full: Tensor, sets: RecycledSet) -> UnitAttention:
+    def noting(attention: MaskedSets, full: Tensor, sets: RecycledSet, **how: bool) -> UnitAttention:
         positions.append(sets.positions.clone())
         return stock(attention, full, sets)
 

@@ -82,7 +82,7 @@ def test_sets_in_use_hold_at_most_k_tokens_and_all_that_must_stay(
 ) -> None:
     used: list[RecycledSet] = []
 
-    def noting(attention: GatheredSets, full: Tensor, sets: RecycledSet) -> Any:
+    def noting(attention: GatheredSets, full: Tensor, sets: RecycledSet, **how: bool) -> Any:
         used.append(RecycledSet(sets.positions.clone(), sets.scores.clone(), sets.selection))
         return attend(attention, full, sets)
 
