@@ -16,7 +16,7 @@ from recycler.decode.engine import Decoding
 from recycler.decode.engines import begin_decoding
 from recycler.decode.per_row import PerRow
 from recycler.decode.read_prompt import ReadPrompt
-from recycler.model.shape import model_shape
+from recycler.model.shape import max_positions, model_shape
 
 
 class RowsStep(NamedTuple):
@@ -89,6 +89,6 @@ def decode_rows(
     check_fits(selection, shape)
     n_rows = len(policies)
     with torch.inference_mode():
-        first = prompt.first_sets(selection, n_rows)
+        first = prompt.first_sets(selection.within(max_positions(model)), n_rows)
         decoding = begin_decoding(model, prompt.caches(n_rows), first, PerRow(tuple(policies)), fast=fast)
     return Rows(decoding, n_rows, prompt.n_tokens)
