@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,11 +152,15 @@ class PolicyFile:
         )
 
     def write(self, path: Path | str) -> None:
-        """Write the file beside its place, then rename it there."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        """Write the file beside its place, then rename it there; after an error nothing is left beside it."""
+        path, text = Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        partial = path.with_name(f"{uuid.uuid4().hex[:12]}.{path.name}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def read(cls, path: Path | str) -> PolicyFile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -196,6 +196,21 @@ class Selection:
             pool_forward=min(self.pool_forward, n_tokens),
             unit_k=self.unit_k and [[min(size, most) for size in row] for row in self.unit_k],
         )
+
+    @classmethod
+    def from_json(cls, values: Any) -> Selection:
+        """What `to_json` gave; what has a default may be left out.
+
+        Raises:
+            ValueError: If they are no fields of a selection, or it refuses them.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping) or "k" not in values:
+            raise ValueError(f"a selection is an object with a k, not {shown(values)}.")
+        for name in values:
+            if name not in known:
+                raise ValueError(f"a selection has no field {shown(name)}: its fields are {', '.join(known)}.")
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as plain JSON values; `Selection(**values)` is the same again."""

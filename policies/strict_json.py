@@ -48,11 +48,21 @@ def read_json(path: Path | str, most_bytes: int = MOST_BYTES) -> Any:
     if len(content) > most_bytes:
         raise ValueError(f"{path} is larger than {most_bytes:,} bytes.")
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_float=_float)
-    except RecursionError:
-        raise ValueError(f"{path} is nested deeper than {MOST_LEVELS} levels.") from None
+        return parse_json(content.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def parse_json(text: str) -> Any:
+    """The values of a text of JSON; see `read_json`.
+
+    Raises:
+        ValueError: With a clause.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_float=_float)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels") from None
 
 
 def json_problem(values: Any) -> str | None:

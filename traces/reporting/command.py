@@ -9,6 +9,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from policies.shown import sentence as shortened
+
 
 def run_command(
     command: Callable[..., dict[str, Any]], arguments: list[str] | None = None, *, version: str | None = None
@@ -16,8 +18,8 @@ def run_command(
     """Run a typed function as a command line and exit.
 
     What the function returns is printed as one JSON line, the last of standard output. A ValueError is bad input: its
-    sentence goes to standard error and the exit code is 2, as for a command line that does not parse. An interrupt
-    exits with 130.
+    sentence, of at most 300 characters, goes to standard error and the exit code is 2, as for a command line that does
+    not parse. An interrupt exits with 130.
 
     Args:
         command: Function whose parameters typer turns into options and whose docstring is the help text.
@@ -72,6 +74,6 @@ def _version_option(
     """Only carries the option, which every command gets."""
 
 
-def _fail(sentence: str, exit_code: int) -> NoReturn:
-    print(" ".join(sentence.split()), file=sys.stderr)
+def _fail(text: str, exit_code: int) -> NoReturn:
+    print(shortened(" ".join(text.split())), file=sys.stderr)
     sys.exit(exit_code)
