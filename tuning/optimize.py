@@ -21,6 +21,7 @@ from rich.console import Console
 from policies import FixedStride, ModelShape, Selection, StepPolicy, written_by
 from recycler.measure.ablation import measure_prompt_sensitivity, measure_sensitivity
 from recycler.measure.closed_loop import ClosedLoopStore
+from recycler.measure.store import digest_of_tokens
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import check_positions, model_shape
 from recycler.model.versions import versions
@@ -215,6 +216,8 @@ def _record(
     loaded: LoadedModel, split: Split[Prompt], selection: Selection, measured_in: Path, traces: Path, stages: Stages
 ) -> _Recorded:
     """Measure what sizes are chosen by, choose them, and record the tuning prompts."""
+    # By identity: names of prompts are the same with every seed.
+    measured_in = measured_in / _identity_of_sizes(loaded, split.tune, selection)
     stages.begin("sensitivity")
     sensitivity = measure_prompt_sensitivity(loaded, measured_in, split.ablate, selection)
     stages.begin("set sizes")
@@ -284,6 +287,13 @@ def _load(model: str | None, files: Sequence[TraceFile], dtype: str, device: str
 def _identity(tuned_on: Sequence[TraceFile], budget: float, cost: np.ndarray) -> str:
     """Short digest of all that a study's trials depend on."""
     parts = [file.digest() for file in tuned_on] + [repr(budget), hashlib.sha256(cost.tobytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _identity_of_sizes(loaded: LoadedModel, prompts: Sequence[Prompt], selection: Selection) -> str:
+    """Short digest of all that sizes of sets are chosen by."""
+    texts = [[prompt.name, prompt.n_prompt_tokens, digest_of_tokens(prompt.tokens)] for prompt in prompts]
+    parts = [loaded.id, str(loaded.model.dtype), loaded.weights_digest, versions(), selection.to_json(), texts]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
