@@ -31,6 +31,8 @@ from recycler.record.one_prompt import traced_prompt
 from recycler.record.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
 from traces.reporting.command import run_command
+from traces.reporting.differences import differences
+from traces.trace_file import SUFFIX
 from tuning.certify.certificate import KlLimit, check_n_prompts
 from tuning.certify.ladder import ladder_budgets
 from tuning.confirm.comparison import Compared, compare_ladder, compare_winners
@@ -216,6 +218,7 @@ def _record(
     loaded: LoadedModel, split: Split[Prompt], selection: Selection, measured_in: Path, traces: Path, stages: Stages
 ) -> _Recorded:
     """Measure what sizes are chosen by, choose them, and record the tuning prompts."""
+    _refuse_other_sets(traces, selection)
     # By identity: names of prompts are the same with every seed.
     measured_in = measured_in / _identity_of_sizes(loaded, split.tune, selection)
     stages.begin("sensitivity")
@@ -288,6 +291,13 @@ def _identity(tuned_on: Sequence[TraceFile], budget: float, cost: np.ndarray) ->
     """Short digest of all that a study's trials depend on."""
     parts = [file.digest() for file in tuned_on] + [repr(budget), hashlib.sha256(cost.tobytes()).hexdigest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _refuse_other_sets(traces: Path, selection: Selection) -> None:
+    """Before minutes of measuring: but for the sizes of units, traces that are there must be of this selection."""
+    held = TraceFolder(traces)[0].header.selection if any(traces.glob("*" + SUFFIX)) else selection.to_json()
+    if found := differences({**held, "unit_k": None}, selection.to_json()):
+        raise ValueError(f"{traces} was recorded with {found}: record into another folder, or remove the traces.")
 
 
 def _identity_of_sizes(loaded: LoadedModel, prompts: Sequence[Prompt], selection: Selection) -> str:

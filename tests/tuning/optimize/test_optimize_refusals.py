@@ -130,7 +130,7 @@ def test_traces_recorded_with_other_settings_are_not_mixed_with_new_ones(
     copied: Path, model: Path, optimize: Optimize, sizes: tuple[str, ...]
 ) -> None:
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    refused(optimize("--model", model, "--out", copied, *sizes, "--k", 50), "was measured with k 48 instead of 50")
+    refused(optimize("--model", model, "--out", copied, *sizes, "--k", 50), "was recorded with k 48 instead of 50")
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
