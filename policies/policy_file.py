@@ -158,8 +158,11 @@ class PolicyFile:
         try:
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, path)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                # A full disk names no file.
+                error.filename = str(path)
             raise
 
     @classmethod

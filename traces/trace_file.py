@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,7 +158,12 @@ def write_trace(trace: Trace, folder: Path | str) -> TraceFile:
     path = Path(folder) / (trace.name + SUFFIX)
     arrays = {name: np.ascontiguousarray(array) for name, array in trace.arrays().items()}
     with whole_file(path) as partial:
-        save_file(arrays, partial, metadata={METADATA_KEY: trace.header.to_json()})
+        try:
+            save_file(arrays, partial, metadata={METADATA_KEY: trace.header.to_json()})
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
     return TraceFile(path)
 
 

@@ -32,6 +32,7 @@ from recycler.record.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
 from traces.reporting.command import run_command
 from traces.reporting.differences import differences
+from traces.reporting.whole_file import errors_named
 from traces.trace_file import SUFFIX
 from tuning.certify.certificate import KlLimit, check_n_prompts
 from tuning.certify.ladder import ladder_budgets
@@ -139,20 +140,22 @@ def main(
     stages.begin("search")
     data = TuningData(tune, search_budget, recorded.unit_cost)
 
-    trial_store = storage or study_storage(out / "study.log")
+    with errors_named(out / "study.log"):
+        trial_store = storage or study_storage(out / "study.log")
     identity = _identity(recorded.tuned_on, search_budget, data.unit_cost)
-    searches = [
-        search_family(
-            family,
-            data,
-            n_trials=trials,
-            n_candidates=candidates,
-            seed=seed,
-            storage=trial_store,
-            study_name=f"{family.name}-{identity}",
-        )
-        for family in chosen_families
-    ]
+    with errors_named(out / "study.log"):
+        searches = [
+            search_family(
+                family,
+                data,
+                n_trials=trials,
+                n_candidates=candidates,
+                seed=seed,
+                storage=trial_store,
+                study_name=f"{family.name}-{identity}",
+            )
+            for family in chosen_families
+        ]
     stages.begin("choosing winners")
     store = ClosedLoopStore(out / "closed_loop")
     everyone = [candidate.policy for search in searches for candidate in search.candidates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import typer
 
 from policies.shown import sentence as shortened
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def run_command(
     command: Callable[..., dict[str, Any]], arguments: list[str] | None = None, *, version: str | None = None
@@ -19,7 +22,7 @@ def run_command(
 
     What the function returns is printed as one JSON line, the last of standard output. A ValueError is bad input: its
     sentence, of at most 300 characters, goes to standard error and the exit code is 2, as for a command line that does
-    not parse. An interrupt exits with 130.
+    not parse; so does that of a full disk. An interrupt exits with 130.
 
     Args:
         command: Function whose parameters typer turns into options and whose docstring is the help text.
@@ -35,6 +38,10 @@ def run_command(
         _fail("interrupted", 130)
     except ValueError as error:
         _fail(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        _fail(f"error: the disk is full and {error.filename} was not written: make room, and run it again.", 2)
     except Exception as error:
         # The parser's own complaints; their base class has moved between typer releases.
         if not hasattr(error, "format_message"):
