@@ -10,13 +10,43 @@ from typing import Any
 
 # Texts of JSON, some of which no parser gives back as it was.
 _ABSURD_TEXTS = (
-    *("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e-400", "1" + "0" * 400, "-1" + "0" * 5000, "9007199254740993"),
+    *(
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "-1e999",
+        "1e-400",
+        "1" + "0" * 400,
+        "-1" + "0" * 5000,
+        "9007199254740993",
+    ),
     *("-0.0", "1e308", "5e-324", "1e15", "1e16", "0.1e1", "00", "+1", ".5", "0x10", "true", "null", "[]", "{}", '""'),
     *('"\\ud800"', '"\\u0000"', '"/etc/passwd"', '"../../up"', '"' + "x" * 5000 + '"', "[" * 2000, "[" * 50 + "]" * 50),
     *('{"kind": "always_full"}', '{"a": ' * 40 + "1" + "}" * 40, "[[1, 2], [3, 4]]", "[[1], [2, 3]]", "[[]]"),
 )
 _ABSURD_VALUES = (
-    *(None, True, False, 0, 1, -1, 2, 0.5, 1.5, -0.0, 1e308, -1e308, 5e-324, 2**31, 2**53, 2**53 + 1, 2**64, 10**18, 10**400),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        0.5,
+        1.5,
+        -0.0,
+        1e308,
+        -1e308,
+        5e-324,
+        2**31,
+        2**53,
+        2**53 + 1,
+        2**64,
+        10**18,
+        10**400,
+    ),
     *(float("nan"), float("inf"), float("-inf"), "", "x", "nan", "../up", "/tmp/up", "\ud800", "\x00", "x" * 100_000),
     *([], [[]], [1], [[1, 2], [3, 4]], [[1], [2, 3]], [["a"]], {}, {"kind": "nope"}, {"kind": ["a"]}, [0] * 300_000),
     {"kind": "fixed_stride", "stride": 10**30},
@@ -81,7 +111,9 @@ def damaged_bytes(content: bytes, rng: random.Random, within: int | None = None)
             case 3:
                 changed[place:place] = changed[place : place + rng.choice((1, 16, 256))]
             case 4:
-                changed[place:place] = rng.choice((b"\x00", b"\xff\xfe", b"[" * 3000, b"9" * 500, b'"', b"\xf0\x9f", b"-"))
+                changed[place:place] = rng.choice(
+                    (b"\x00", b"\xff\xfe", b"[" * 3000, b"9" * 500, b'"', b"\xf0\x9f", b"-")
+                )
     return bytes(changed)
 
 

@@ -1,7 +1,8 @@
-"""Ctrl-C at any line: entering `with recycled(...)`, inside, and leaving it."""
+"""Ctrl-C anywhere: entering `with recycled(...)`, inside, and leaving it."""
 
 from __future__ import annotations
 
+import opcode
 import random
 import sys
 import warnings
@@ -19,16 +20,17 @@ from policies import FixedStride, Selection
 from recycler.decode.session import recycled
 from recycler.model.attention_hook import owner_here
 
+_NOTHING = opcode.opmap["NOP"]
 _OURS = str(Path(recycler.__file__).parent)
 _CONTEXT = str(Path(sys.modules["contextlib"].__file__ or ""))
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line; counts lines if n is 0.
+    """Raises KeyboardInterrupt at the n-th place where one may come; counts such places if n is 0.
 
     Args:
-        n: Which line.
-        ours: Whether lines of this project and of `contextlib` alone count.
+        n: Which place.
+        ours: Whether places in this project and of `contextlib` alone count.
     """
 
     def __init__(self, n: int, ours: bool) -> None:
@@ -38,12 +40,17 @@ class Interrupt:
         """A trace function."""
         if event == "call":
             name = frame.f_code.co_filename
-            return self if not self.ours or name.startswith(_OURS) or name == _CONTEXT else None
-        if event == "line":
+            if self.ours and not name.startswith(_OURS) and name != _CONTEXT:
+                return None
+        # Python looks for signals when a function begins and when one has ended. Before a line that does nothing, such
+        # as `try:`, it never does, and no program could guard against it.
+        if event in ("call", "return") or (event == "line" and frame.f_code.co_code[frame.f_lasti] != _NOTHING):
             self.count += 1
             if self.count == self.n:
                 sys.settrace(None)
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                self.where = (
+                    f"the {event} of {frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                )
                 raise KeyboardInterrupt
         return self
 
@@ -69,13 +76,15 @@ class Interrupts(Row):
             self._n_lines[fast, ours] = self._interrupted(Interrupt(0, ours), fast).count
         lines = self._n_lines[fast, ours]
         # A third near each end, where the model is changed.
-        n = rng.choice((rng.randint(1, lines), rng.randint(1, min(lines, 400)), rng.randint(max(1, lines - 150), lines)))
+        n = rng.choice(
+            (rng.randint(1, lines), rng.randint(1, min(lines, 400)), rng.randint(max(1, lines - 150), lines))
+        )
         interrupt = self._interrupted(Interrupt(n, ours), fast)
         wrong = self._wrong()
         if wrong:
             self._model = tiny_model()
             self._before = self._state()
-        return wrong and f"{wrong} after an interrupt at {interrupt.where} (line {n} of {lines}, fast={fast})"
+        return wrong and f"{wrong} after an interrupt at {interrupt.where} ({n} of {lines}, fast={fast})"
 
     def _interrupted(self, interrupt: Interrupt, fast: bool) -> Interrupt:
         try:

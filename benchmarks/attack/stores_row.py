@@ -46,7 +46,7 @@ class Stores(Row):
             file.unlink()
         attack = rng.choice((self._store, self._sensitivity, self._size_losses, self._study))
         found, wrong = guarded(lambda: attack(rng))
-        return wrong and f"{attack.__name__}: {wrong}" or (found and f"{attack.__name__}: {found}")
+        return (wrong and f"{attack.__name__}: {wrong}") or (found and f"{attack.__name__}: {found}")
 
     def _store(self, rng: random.Random) -> str | None:
         store = Store(self.folder)

@@ -102,7 +102,9 @@ def _damage(path: Path, model: str, rng: random.Random) -> str:
 def _damaged_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
     match rng.randrange(5):
         case 0:
-            return np.nan_to_num(array).astype(rng.choice((np.float64, np.float16, np.int64, np.uint8, np.bool_)), casting="unsafe")
+            return np.nan_to_num(array).astype(
+                rng.choice((np.float64, np.float16, np.int64, np.uint8, np.bool_)), casting="unsafe"
+            )
         case 1:
             return array[:-1] if rng.random() < 0.5 else array[None]
         case 2:
