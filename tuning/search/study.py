@@ -17,6 +17,7 @@ from policies import StepPolicy
 from tuning.divide.tuning_data import TuningData
 from tuning.families.family import Family
 from tuning.replay.run import replay_policy
+from tuning.search.shared_storage import shared_storage
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def search_family(
     """
 
     shared = isinstance(storage, str)
+    if isinstance(storage, str):
+        storage = shared_storage(storage)
     kept = None if storage is None or shared else _opened(storage, study_name, seed)
 
     def objective(trial: optuna.Trial) -> float:
@@ -137,7 +140,7 @@ def _repeat(study: optuna.Study, kept: list[optuna.trial.FrozenTrial], seed: int
         study.tell(trial, one.value)
 
 
-def _opened(storage: BaseStorage | str | None, study_name: str, seed: int) -> optuna.Study:
+def _opened(storage: BaseStorage | None, study_name: str, seed: int) -> optuna.Study:
     study = optuna.create_study(study_name=study_name, storage=storage, load_if_exists=True)
     # What completes a study after an interruption must not repeat the points it began with.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(_complete(study)))
