@@ -32,6 +32,7 @@ from recycler.record.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
 from traces.reporting.command import run_command
 from traces.reporting.differences import differences
+from traces.reporting.folder_lock import folder_locked
 from traces.reporting.whole_file import errors_named
 from traces.trace_file import SUFFIX
 from tuning.certify.certificate import KlLimit, check_n_prompts
@@ -131,76 +132,77 @@ def main(
     if asked is not None:
         check_n_prompts(asked, len(split.held_out), n_kinds)
     _make(out)
-    if traces is None:
-        recorded = _record(loaded, split, selection, out / "set_sizes", trace_folder, stages)
-    else:
-        stages.begin("sensitivity")
-        recorded = _as_recorded(loaded, split_by_prompt(files), trace_folder)
-    selection, tune = recorded.selection, TraceBatch(recorded.tuned_on)
-    stages.begin("search")
-    data = TuningData(tune, search_budget, recorded.unit_cost)
+    with folder_locked(out):
+        if traces is None:
+            recorded = _record(loaded, split, selection, out / "set_sizes", trace_folder, stages)
+        else:
+            stages.begin("sensitivity")
+            recorded = _as_recorded(loaded, split_by_prompt(files), trace_folder)
+        selection, tune = recorded.selection, TraceBatch(recorded.tuned_on)
+        stages.begin("search")
+        data = TuningData(tune, search_budget, recorded.unit_cost)
 
-    with errors_named(out / "study.log"):
-        trial_store = storage or study_storage(out / "study.log")
-    identity = _identity(recorded.tuned_on, search_budget, data.unit_cost)
-    with errors_named(out / "study.log"):
-        searches = [
-            search_family(
-                family,
-                data,
-                n_trials=trials,
-                n_candidates=candidates,
-                seed=seed,
-                storage=trial_store,
-                study_name=f"{family.name}-{identity}",
-            )
-            for family in chosen_families
-        ]
-    stages.begin("choosing winners")
-    store = ClosedLoopStore(out / "closed_loop")
-    everyone = [candidate.policy for search in searches for candidate in search.candidates]
-    winners = choose_winners(
-        searches, store.run_all(loaded, split.validate, everyone, selection, desc="choosing winners")
-    )
+        with errors_named(out / "study.log"):
+            trial_store = storage or study_storage(out / "study.log")
+        identity = _identity(recorded.tuned_on, search_budget, data.unit_cost)
+        with errors_named(out / "study.log"):
+            searches = [
+                search_family(
+                    family,
+                    data,
+                    n_trials=trials,
+                    n_candidates=candidates,
+                    seed=seed,
+                    storage=trial_store,
+                    study_name=f"{family.name}-{identity}",
+                )
+                for family in chosen_families
+            ]
+        stages.begin("choosing winners")
+        store = ClosedLoopStore(out / "closed_loop")
+        everyone = [candidate.policy for search in searches for candidate in search.candidates]
+        winners = choose_winners(
+            searches, store.run_all(loaded, split.validate, everyone, selection, desc="choosing winners")
+        )
 
-    def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
-        return _measured(store, loaded, split.held_out, tune, selection, policies)
+        def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
+            return _measured(store, loaded, split.held_out, tune, selection, policies)
 
-    stages.begin("confirming winners")
-    if asked is None:
-        compared = compare_winners(measure, data, winners)
-    else:
-        compared = compare_ladder(measure, data, winners, asked, ladder_budgets(most), n_kinds)
-    result = _result(shape, selection, split, compared)
+        stages.begin("confirming winners")
+        if asked is None:
+            compared = compare_winners(measure, data, winners)
+        else:
+            compared = compare_ladder(measure, data, winners, asked, ladder_budgets(most), n_kinds)
+        result = _result(shape, selection, split, compared)
 
-    stages.begin("report")
-    policy_path = out / "policy.json"
-    policy_file(result, recorded.tuned_on, seed).write(policy_path)
-    write_results(result, out)
-    report = write_report(result, out)
-    print_table(result, Console())
-    seconds = stages.end()
-    print(", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
-    best = result.best.measured
-    ratio = kl_share(result, best)
-    return {
-        "policy": str(policy_path),
-        "family": result.best.family,
-        "budget": result.budget,
-        "full_share": best.full_share,
-        "kl": best.kl.value,
-        "kl_fixed_stride": result.baseline.kl.value,
-        "kl_ratio": ratio and [ratio.value, ratio.low, ratio.high],
-        "agreement": best.agreement.value,
-        "agreement_fixed_stride": result.baseline.agreement.value,
-        "recovered_mass": best.recovered_mass,
-        "traces": str(trace_folder),
-        "report": str(report),
-        "held_out_prompts": len(split.held_out),
-        "seconds": round(sum(seconds.values()), 1),
-        "stages_s": seconds,
-        **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
-    }
+        stages.begin("report")
+        policy_path = out / "policy.json"
+        policy_file(result, recorded.tuned_on, seed).write(policy_path)
+        write_results(result, out)
+        report = write_report(result, out)
+        print_table(result, Console())
+        seconds = stages.end()
+        print(", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
+        best = result.best.measured
+        ratio = kl_share(result, best)
+        return {
+            "policy": str(policy_path),
+            "family": result.best.family,
+            "budget": result.budget,
+            "full_share": best.full_share,
+            "kl": best.kl.value,
+            "kl_fixed_stride": result.baseline.kl.value,
+            "kl_ratio": ratio and [ratio.value, ratio.low, ratio.high],
+            "agreement": best.agreement.value,
+            "agreement_fixed_stride": result.baseline.agreement.value,
+            "recovered_mass": best.recovered_mass,
+            "traces": str(trace_folder),
+            "report": str(report),
+            "held_out_prompts": len(split.held_out),
+            "seconds": round(sum(seconds.values()), 1),
+            "stages_s": seconds,
+            **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
+        }
 
 
 class _Recorded(NamedTuple):
