@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.attack.row import Row
+from benchmarks.attack.attacked import attacked
 from benchmarks.attack.rows import ROWS
 from policies import written_by
 from traces.reporting.command import run_command
@@ -50,10 +47,11 @@ def main(
     for name in asked:
         n = max(1, round(by_name[name].n * min(minutes / WHOLE_MINUTES, 1)))
         while (mine := done.setdefault(name, {"n": 0, "seconds": 0.0, "findings": []}))["n"] < n:
-            some = n if name in ("Memory",) else _AT_ONCE if by_name[name].n > 1000 else 10
-            cases = range(mine["n"], min(mine["n"] + max(some, n // 4), n))
+            # A row takes seconds to begin, and what was not noted is done again.
+            at_once = max(_AT_ONCE, n // 4) if by_name[name].n > 1000 and name != "Memory" else n
+            cases = range(mine["n"], min(mine["n"] + at_once, n))
             began = time.perf_counter()
-            mine["findings"] += _attacked(name, seed, cases)
+            mine["findings"] += attacked(name, seed, cases)
             mine["seconds"] = round(mine["seconds"] + time.perf_counter() - began, 1)
             mine["n"] = cases.stop
             write_text(state, json.dumps({**run, "rows": done}))
@@ -80,42 +78,6 @@ def _known(state: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     known = json.loads(state.read_text(encoding="utf-8"))
     return dict(known["rows"]) if {name: known[name] for name in run} == run else {}
-
-
-def _attacked(name: str, seed: int, cases: range) -> list[str]:
-    """Findings of some cases of a row, in a process of its own; one that ends otherwise is a finding."""
-    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=attack, args=(name, seed, cases, sender))
-    process.start()
-    sender.close()
-    found: list[str] = []
-    try:
-        while (told := receiver.recv()) is not None:
-            found.append(told)
-    except EOFError:
-        process.join()
-        found.append(f"the process ended with {process.exitcode} among the cases {cases.start} to {cases.stop - 1}")
-    process.join()
-    return found
-
-
-def attack(name: str, seed: int, cases: range, tell: Any) -> None:
-    """Run cases of a row and tell findings, then None."""
-    row_type = next(row for row in ROWS if row.__name__ == name)
-    with tempfile.TemporaryDirectory(prefix="attack-") as folder:
-        for found in findings(row_type(Path(folder)), seed, cases):
-            tell.send(found)
-    tell.send(None)
-
-
-def findings(row: Row, seed: int, cases: range) -> list[str]:
-    """What cases of a row find; each has a seed of its own."""
-    found = []
-    for number in cases:
-        wrong = row.case(random.Random(f"{seed} {type(row).__name__} {number}"))
-        if wrong:
-            found.append(f"case {number}: {wrong[:500]}")
-    return found
 
 
 def _told(of_row: Mapping[str, Any]) -> dict[str, Any]:

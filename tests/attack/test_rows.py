@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.attack.__main__ import _attacked  # noqa: E402
+from benchmarks.attack.attacked import attacked  # noqa: E402
 from benchmarks.attack.rows import ROWS  # noqa: E402
 
 # Cases that take some seconds on a quiet core.
@@ -21,11 +21,11 @@ SHARE = {"Policies": 150, "Traces": 60, "Stores": 60, "Interrupts": 12, "Threads
 @pytest.mark.parametrize("row", SHARE)
 def test_nothing_is_lost_and_nothing_let_in(row: str) -> None:
     # In a process of its own: alarms, forks and trace functions are of a whole process.
-    assert _attacked(row, 0, range(SHARE[row])) == []
+    assert attacked(row, 0, range(SHARE[row])) == []
 
 
 def test_a_process_that_dies_is_a_finding() -> None:
-    (found,) = _attacked("NoSuchRow", 0, range(3))
+    (found,) = attacked("NoSuchRow", 0, range(3))
     assert found == "the process ended with 1 among the cases 0 to 2"
 
 
