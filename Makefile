@@ -15,7 +15,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 # On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
 GPU_PY ?= $(PY)
 
-.PHONY: env optimize test test-serve test-lm-eval wheel-test gpu-test lint check clean
+.PHONY: env optimize test test-serve test-lm-eval attack wheel-test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
@@ -31,6 +31,12 @@ optimize: env
 # Tests use one thread each. Files stay together: fixtures of a file are made once.
 test: env
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# Damaged files, kills, full disks, interrupts, threads: 85 minutes on two cores; make attack MINUTES=20 for a share.
+MINUTES ?= 85
+SEED ?= 0
+attack: env
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.attack --minutes $(MINUTES) --seed $(SEED)
 
 # A wheel built from the tree, installed into an empty environment: the commands run there, away from the tree.
 wheel-test:

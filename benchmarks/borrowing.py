@@ -45,7 +45,8 @@ def main(
     loaded = load_model(None)
     split = split_by_prompt(list(TraceFolder(results / "traces")))
     learn, judge = TraceBatch(split.tune), TraceBatch(split.held_out)
-    cost = unit_cost(learn, Sensitivity.read(results / "set_sizes")).ravel()
+    (measured_in,) = (results / "set_sizes").iterdir()
+    cost = unit_cost(learn, Sensitivity.read(measured_in)).ravel()
     lost = {name: _over_sets_of(loaded, files) for name, files in (("learn", split.ablate), ("judge", split.held_out))}
 
     curves = {name: _curves(batch, cost) for name, batch in (("learn", learn), ("judge", judge))}

@@ -166,7 +166,8 @@ def validity_of(loaded: LoadedModel, results: Path, *, per_kind: int) -> Validit
         ValueError: If the folder has no traces, or no losses by size and sensitivities.
     """
     tuned_on = list(TraceFolder(results / "traces"))
-    sensitivity, losses_by_size = Sensitivity.read(results / "set_sizes"), SizeLosses.read(results / "set_sizes")
+    (measured_in,) = (results / "set_sizes").iterdir()
+    sensitivity, losses_by_size = Sensitivity.read(measured_in), SizeLosses.read(measured_in)
     if sensitivity is None or losses_by_size is None:
         raise ValueError(f"{results / 'set_sizes'} lacks sensitivities or losses: it is no output of tuning.optimize.")
     cost = size_sets(Selection(**losses_by_size.selection), losses_by_size, sensitivity).unit_cost

@@ -10,6 +10,7 @@ from policies.arrays import Array
 from policies.base import StepPolicy
 from policies.features import FEATURES
 from policies.per_unit import PerUnit, as_per_unit
+from policies.shown import shown
 from policies.signals import StepSignals
 
 
@@ -38,10 +39,10 @@ class LearnedLogistic(StepPolicy):
         object.__setattr__(self, "features", tuple(self.features))
         unknown = [name for name in self.features if name not in FEATURES]
         if unknown:
-            raise ValueError(f"unknown feature {unknown[0]!r}: known are {', '.join(FEATURES)}.")
+            raise ValueError(f"unknown feature {shown(unknown[0])}: known are {', '.join(FEATURES)}.")
         if len(set(self.features)) < len(self.features) or len(self.weights) != len(self.features):
             raise ValueError(
-                f"each feature needs exactly one weight, not features {list(self.features)} "
+                f"each feature needs exactly one weight, not features {shown(list(self.features))} "
                 f"with {len(self.weights)} weights."
             )
         weights = tuple(
@@ -52,7 +53,7 @@ class LearnedLogistic(StepPolicy):
         intercept = as_per_unit("intercept", self.intercept, -infinity, infinity)
         object.__setattr__(self, "intercept", intercept)
         if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must be a probability in (0, 1), not {self.threshold}.")
+            raise ValueError(f"threshold must be a probability in (0, 1), not {shown(self.threshold)}.")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -8,6 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from policies.shown import shown
+
+# In size: beyond, a float64 no longer counts single steps.
+_LARGEST = 1e15
+
 # One number for all units, or a (layers, kv_heads) table; policies keep tables as tuples, which hash.
 PerUnit = float | Sequence[Sequence[float]]
 
@@ -22,21 +27,23 @@ def as_per_unit(name: str, value: Any, low: float, high: float) -> PerUnit:
         high: Largest value allowed.
 
     Raises:
-        ValueError: If the value is neither, is not finite, or lies outside [low, high].
+        ValueError: If the value is neither, is not finite or above 1e15 in size, or lies outside [low, high].
     """
     try:
         table = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         table = np.empty(0)
     if table.ndim not in (0, 2) or table.size == 0 or isinstance(value, (str, bool)):
         raise ValueError(
             f"{name} must be one number, or a table with one row per layer and one column per KV head, "
-            f"not {_short(value)}."
+            f"not {shown(value)}."
         )
     wrong = table[~((table >= low) & (table <= high) & np.isfinite(table))]
     if wrong.size:
         bounds = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g}"
         raise ValueError(f"{name} must be {bounds}, not {wrong[0]:g}.")
+    if (largest := table.flat[np.abs(table).argmax()]) and abs(largest) > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST:g} in size, not {largest:g}.")
     if table.ndim == 0:
         return int(value) if isinstance(value, int) else float(table)
     return tuple(tuple(float(number) for number in row) for row in table)
@@ -57,8 +64,3 @@ def numbers(parameter: PerUnit) -> Iterator[float]:
     else:
         for row in parameter:
             yield from row
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,13 @@ from policies.base import StepPolicy
 from policies.schema import FORMATS, policy_file_problem
 from policies.selection import Selection
 from policies.serialize import policy_from_json, policy_to_json
+from policies.shown import sentence, shown
+from policies.strict_json import json_problem, read_json
 from policies.version import written_by
 
 FORMAT = FORMATS[-1]
+# Layers, heads, or numbers per head: generous, and a table of them still fits into memory.
+_MOST_OF_A_MODEL = 65_536
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,13 @@ class ModelShape:
     head_dim: int
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.kv_heads, self.query_heads, self.head_dim) < 1 or self.query_heads % self.kv_heads:
-            raise ValueError(f"no model has the shape {self}: KV heads must divide query heads, and none may be 0.")
+        counts = (self.layers, self.kv_heads, self.query_heads, self.head_dim)
+        whole = all(isinstance(count, int) and 1 <= count <= _MOST_OF_A_MODEL for count in counts)
+        if not whole or self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"no model has the shape {sentence(self)}: KV heads must divide query heads, and all must be whole "
+                f"numbers from 1 to {_MOST_OF_A_MODEL:,}."
+            )
 
     @property
     def units(self) -> tuple[int, int]:
@@ -77,7 +87,7 @@ class PolicyFile:
         check_fits(self.policy, self.model)
         check_fits(self.selection, self.model)
         if self.horizon_steps is not None and self.horizon_steps < 1:
-            raise ValueError(f"horizon_steps must be at least 1 step, not {self.horizon_steps}.")
+            raise ValueError(f"horizon_steps must be at least 1 step, not {shown(self.horizon_steps)}.")
 
     def at_k(self, k: int) -> PolicyFile:
         """The same policy with sets of another size, those of units in proportion; see `Selection.at_k`.
@@ -135,8 +145,18 @@ class PolicyFile:
         """Read what `to_json` made.
 
         Raises:
-            ValueError: With one sentence on what is wrong.
+            ValueError: With one sentence on what is wrong, of at most 300 characters.
         """
+        try:
+            return cls._from_json(values)
+        except ValueError as error:
+            raise ValueError(sentence(error)) from error
+
+    @classmethod
+    def _from_json(cls, values: Any) -> PolicyFile:
+        problem = json_problem(values)
+        if problem is not None:
+            raise ValueError(f"not a policy file: {problem}.")
         problem = policy_file_problem(values)
         if problem is not None:
             raise ValueError(problem)
@@ -146,35 +166,45 @@ class PolicyFile:
             policy=policy_from_json(values["policy"]),
             selection=Selection(**values["selection"]),
             model=ModelShape(**values["model"]),
-            horizon_steps=values.get("horizon_steps") if values["format"] > 1 else _horizon_of_format_1(provenance),
+            horizon_steps=values.get(
+                "horizon_steps", _horizon_of_format_1(provenance) if values["format"] < 2 else None
+            ),
             provenance=provenance,
             written_by=by,
         )
 
     def write(self, path: Path | str) -> None:
-        """Write the file beside its place, then rename it there."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        """Write the file beside its place, then rename it there; after an error nothing is left beside it."""
+        path, text = Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        partial = path.with_name(f"{uuid.uuid4().hex[:12]}.{path.name}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                # A full disk names no file.
+                error.filename = str(path)
+            raise
 
     @classmethod
     def read(cls, path: Path | str) -> PolicyFile:
         """Read a policy file.
 
         Raises:
-            ValueError: If there is no such file, it is no JSON, or its contents are not a policy; the path is named.
+            ValueError: If there is no such file, it is no ordinary one or no JSON, or its contents are not a policy;
+                the path is named, in at most 300 characters.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(path)
         except OSError as error:
-            raise ValueError(f"cannot read the policy {path}: {error.strerror}.") from error
+            raise ValueError(sentence(f"cannot read the policy {path}: {error.strerror}.")) from error
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from error
+            raise ValueError(sentence(error)) from error
         try:
             return cls.from_json(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(sentence(f"{path}: {error}")) from error
 
 
 def _horizon_of_format_1(provenance: Mapping[str, Any]) -> int | None:

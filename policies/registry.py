@@ -15,6 +15,7 @@ from policies.max_age import MaxAge
 from policies.random_refresh import RandomRefresh
 from policies.refresh_keys import RefreshKeys
 from policies.sentence_boundary import SentenceBoundary
+from policies.shown import shown
 
 ENTRY_POINT_GROUP = "recycler.policies"
 
@@ -59,4 +60,4 @@ def policy_class(kind: str) -> type[StepPolicy]:
                     f"{getattr(loaded, 'kind', None)!r}; the two must agree."
                 )
             return loaded
-    raise ValueError(f"unknown policy kind {kind!r}: known are {', '.join(known_kinds())}.")
+    raise ValueError(f"unknown policy kind {shown(kind)}: known are {', '.join(known_kinds())}.")

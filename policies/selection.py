@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 
 from policies.per_unit import as_per_unit, numbers, unit_shape
+from policies.shown import shown
+
+# More than any context has. A set larger than its context is the whole context.
+MOST_TOKENS = 2**30
 
 
 class GroupPooling(StrEnum):
@@ -102,10 +106,16 @@ class Selection:
         for name in ("k", "sinks", "window", "pool_backward", "pool_forward"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} must be a whole number of tokens, 0 or more, not {value!r}.")
+                raise ValueError(f"{name} must be a whole number of tokens, 0 or more, not {shown(value)}.")
+            if value > MOST_TOKENS:
+                raise ValueError(f"{name} must be at most {MOST_TOKENS:,} tokens, not {shown(value)}.")
         n_queries = self.prompt_queries
         if n_queries is not None and (not isinstance(n_queries, int) or isinstance(n_queries, bool) or n_queries < 1):
-            raise ValueError(f"prompt_queries must be a whole number, 1 or more, or none for all, not {n_queries!r}.")
+            raise ValueError(
+                f"prompt_queries must be a whole number, 1 or more, or none for all, not {shown(n_queries)}."
+            )
+        if n_queries is not None and n_queries > MOST_TOKENS:
+            raise ValueError(f"prompt_queries must be at most {MOST_TOKENS:,} tokens, not {shown(n_queries)}.")
         if self.k < self.sinks + max(self.window, 1):
             raise ValueError(
                 f"k must hold the sinks and the window: k is {self.k}, but sinks and window need "
@@ -114,7 +124,7 @@ class Selection:
         decay = self.score_decay
         if not isinstance(decay, (int, float)) or isinstance(decay, bool) or not 0 <= decay <= 1:
             raise ValueError(
-                f"score_decay must be the share of a score that is left after a step, 0 to 1, not {decay!r}."
+                f"score_decay must be the share of a score that is left after a step, 0 to 1, not {shown(decay)}."
             )
         if self.unit_k is not None:
             sizes = as_per_unit("unit_k", self.unit_k, self.sinks + max(self.window, 1), float("inf"))
@@ -172,6 +182,35 @@ class Selection:
             row = max(range(len(sizes)), key=lambda row: max(sizes[row]))
             sizes[row][sizes[row].index(max(sizes[row]))] -= 1
         return replace(self, k=k, unit_k=sizes)
+
+    def within(self, n_tokens: int) -> Selection:
+        """The same for contexts of at most `n_tokens`, with no number far beyond them: sets take memory by their k."""
+        sinks, window = min(self.sinks, n_tokens), min(self.window, n_tokens)
+        most = n_tokens + sinks + window + 1
+        return replace(
+            self,
+            k=min(self.k, most),
+            sinks=sinks,
+            window=window,
+            pool_backward=min(self.pool_backward, n_tokens),
+            pool_forward=min(self.pool_forward, n_tokens),
+            unit_k=self.unit_k and [[min(size, most) for size in row] for row in self.unit_k],
+        )
+
+    @classmethod
+    def from_json(cls, values: Any) -> Selection:
+        """What `to_json` gave; what has a default may be left out.
+
+        Raises:
+            ValueError: If they are no fields of a selection, or it refuses them.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping) or "k" not in values:
+            raise ValueError(f"a selection is an object with a k, not {shown(values)}.")
+        for name in values:
+            if name not in known:
+                raise ValueError(f"a selection has no field {shown(name)}: its fields are {', '.join(known)}.")
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as plain JSON values; `Selection(**values)` is the same again."""

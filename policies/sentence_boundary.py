@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from policies.arrays import Array
 from policies.base import StepPolicy
 from policies.per_unit import PerUnit, as_per_unit
+from policies.shown import shown
 from policies.signals import StepSignals
 
 # Every id is a comparison at every step.
@@ -57,11 +58,11 @@ def _as_tokens(values: Any) -> tuple[int, ...]:
     try:
         tokens = list(values)
     except TypeError:
-        raise ValueError(f"tokens must be several token ids, not {values!r}.") from None
+        raise ValueError(f"tokens must be several token ids, not {shown(values)}.") from None
     for token in tokens:
         # Integers of other libraries are as good; a bool, a float or a text is a mistake.
-        if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__") or int(token) < 0:
-            raise ValueError(f"tokens must be token ids, whole numbers of at least 0, not {token!r}.")
+        if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__") or not 0 <= int(token) < 2**31:
+            raise ValueError(f"tokens must be token ids, whole numbers from 0 to 2**31 - 1, not {shown(token)}.")
     ids = tuple(sorted({int(token) for token in tokens}))
     if not 1 <= len(ids) <= MOST_TOKENS:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from policies.base import StepPolicy
 from policies.registry import policy_class
+from policies.shown import shown
 
 
 def policy_to_json(policy: StepPolicy) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def policy_from_json(values: Any) -> StepPolicy:
     for name in given:
         if name not in fields:
             known = ", ".join(fields) or "none"
-            raise ValueError(f"policy {policy.kind!r} has no field {name!r}: its fields are {known}.")
+            raise ValueError(f"policy {policy.kind!r} has no field {shown(name)}: its fields are {known}.")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in given:

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from policies.shown import shown
+
+# Steps; there is memory for every age up to the oldest.
+_MOST = 2**20
 # Every age up to here, and then so many per doubling.
 _N_EXACT = 64
 _PER_DOUBLING = 4
@@ -34,8 +38,9 @@ def check_ages(ages: Sequence[int]) -> None:
     Raises:
         ValueError: If they do not.
     """
-    if not ages or ages[0] != 1 or any(older <= age for age, older in itertools.pairwise(ages)):
-        raise ValueError(f"ages must rise from 1 step, not {list(ages)[:8]}")
+    whole = all(isinstance(age, int) and not isinstance(age, bool) and age <= _MOST for age in ages)
+    if not ages or not whole or ages[0] != 1 or any(older <= age for age, older in itertools.pairwise(ages)):
+        raise ValueError(f"ages must rise from 1 step, as whole numbers, not {shown(list(ages))}")
 
 
 def last_recorded(ages: Sequence[int] | np.ndarray) -> np.ndarray:

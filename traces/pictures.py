@@ -160,7 +160,7 @@ def _draw_line(
 ) -> None:
     # A recording with a single age has no line to draw.
     marker = "o" if len(ages) == 1 else ""
-    axes.plot(ages, means, look[1], color=look[0], linewidth=width, label=label, marker=marker)
+    axes.plot(ages, means, look[1], color=look[0], linewidth=width, label=style.plain(label), marker=marker)
 
 
 def _age_axis(axes: Axes, first: float, last: float) -> None:

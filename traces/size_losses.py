@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
-from traces.reporting.whole_file import whole_file
+from policies.shown import sentence, shown
+from policies.strict_json import parse_json
+from traces.reporting.arrays_file import read_arrays, write_arrays
 
 FILE_NAME = "size_losses.npz"
-FORMAT = "recycled-attention-size-losses/2"
+FORMAT = "recycled-attention-size-losses/3"
 
 
 class SetLosses(NamedTuple):
@@ -58,32 +60,31 @@ class SizeLosses:
         arrays: dict[str, Any] = {"header": np.array(json.dumps(header))}
         for name, lost in self.lost.items():
             arrays |= {f"{field}: {name}": array for field, array in lost._asdict().items()}
-        with whole_file(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        write_arrays(path, arrays)
         return path
 
     @classmethod
     def read(cls, folder: Path | str) -> SizeLosses | None:
-        """Read that of a folder; None if it has none.
-
-        Raises:
-            ValueError: If the file is damaged or foreign.
-        """
+        """Read that of a folder; None if it has none, or a damaged, edited or foreign one, of which it warns."""
         path = Path(folder) / FILE_NAME
         if not path.exists():
             return None
         try:
-            with path.open("rb") as file, np.load(file) as arrays:
-                header = json.loads(str(arrays["header"]))
-                names = [file.removeprefix("by_age: ") for file in arrays.files if file.startswith("by_age: ")]
-                lost = {name: SetLosses(arrays[f"by_age: {name}"], arrays[f"since_prompt: {name}"]) for name in names}
-            if header["format"] != FORMAT:
-                raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
-            units = int(header["model"]["layers"]), int(header["model"]["kv_heads"])
-            sizes = tuple(int(size) for size in header["sizes"])
-            tables = [table for of_prompt in lost.values() for table in of_prompt]
-            if any(table.shape[0] != len(sizes) or table.shape[2:] != units for table in tables):
-                raise ValueError(f"its tables are not of {len(sizes)} sizes, {units[0]} layers and {units[1]} KV heads")
-            return cls(header["model"], header["selection"], sizes, lost)
-        except (OSError, EOFError, BadZipFile, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no file of size losses ({error}): remove it and measure again.") from error
+            return cls._of(read_arrays(path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(sentence(f"{path} is no file of size losses ({error}): measuring them anew."), stacklevel=2)
+            return None
+
+    @classmethod
+    def _of(cls, arrays: Mapping[str, np.ndarray]) -> SizeLosses:
+        header = parse_json(str(arrays["header"]))
+        names = [name.removeprefix("by_age: ") for name in arrays if name.startswith("by_age: ")]
+        lost = {name: SetLosses(arrays[f"by_age: {name}"], arrays[f"since_prompt: {name}"]) for name in names}
+        if header["format"] != FORMAT:
+            raise ValueError(f"its format is {shown(header['format'])}, not {FORMAT!r}")
+        units = int(header["model"]["layers"]), int(header["model"]["kv_heads"])
+        sizes = tuple(int(size) for size in header["sizes"])
+        tables = [table for of_prompt in lost.values() for table in of_prompt]
+        if any(table.shape[0] != len(sizes) or table.shape[2:] != units for table in tables):
+            raise ValueError(f"its tables are not of {len(sizes)} sizes, {units[0]} layers and {units[1]} KV heads")
+        return cls(dict(header["model"]), dict(header["selection"]), sizes, lost)

@@ -10,11 +10,24 @@ from typing import Any
 
 import numpy as np
 
+from policies import Selection
+from policies.shown import shown
+from policies.strict_json import json_problem, parse_json
 from traces.ages import check_ages
+from traces.plain_name import check_plain_name
 
 FORMAT = "recycled-attention-trace/2"
 # Of 0.1: every age up to `max_age`.
 _FORMAT_1 = "recycled-attention-trace/1"
+
+# Sums of shares, in the precision of a model.
+_ROUNDING = 0.01
+# Tokens, steps, ages, layers or heads; with more, the arrays of a trace are in no memory.
+_MOST = 2**24
+# Of what is printed: names, kinds, sources.
+_MOST_CHARACTERS = 1000
+_MODEL = {"id": str, "layers": int, "kv_heads": int}
+_PROMPT = {"name": str, "kind": str, "source": str, "licence": str, "n_prompt_tokens": int}
 
 # Arrays over (steps, ages, layers, kv_heads).
 BY_AGE = ("recovered_mass", "query_similarity", "overlap")
@@ -43,6 +56,13 @@ class TraceHeader:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ages", tuple(self.ages))
         check_ages(self.ages)
+        for name, kinds in (("model", _MODEL), ("prompt", _PROMPT)):
+            _check_values(name, getattr(self, name), kinds)
+        check_plain_name(self.prompt["name"])
+        Selection.from_json(self.selection)
+        _check_count("n_steps", self.n_steps, least=0)
+        if not isinstance(self.versions, Mapping):
+            raise ValueError(f"versions must be those of packages, not {shown(self.versions)}")
 
     @property
     def max_age(self) -> int:
@@ -52,7 +72,7 @@ class TraceHeader:
     @property
     def units(self) -> tuple[int, int]:
         """`(layers, kv_heads)`."""
-        return int(self.model["layers"]), int(self.model["kv_heads"])
+        return self.model["layers"], self.model["kv_heads"]
 
     def to_json(self) -> str:
         """One line of JSON, the format included, with sorted keys, so that equal headers are equal text."""
@@ -65,19 +85,39 @@ class TraceHeader:
         Raises:
             ValueError: If it is another format, or fields are missing or unknown.
         """
-        values = json.loads(text)
+        values = parse_json(text)
+        problem = json_problem(values)
+        if problem is not None:
+            raise ValueError(problem)
         written = values.pop("format", None) if isinstance(values, dict) else None
         if written not in (FORMAT, _FORMAT_1):
             raise ValueError(f"the header is not of format {FORMAT!r}")
         try:
             if written == _FORMAT_1:
-                values["ages"] = range(1, values.pop("max_age") + 1)
-            header = cls(**values)
-            # What the shapes of the arrays follow from.
-            _ = header.units, int(header.prompt["n_prompt_tokens"])
+                max_age = values.pop("max_age")
+                _check_count("max_age", max_age)
+                values["ages"] = range(1, max_age + 1)
+            return cls(**values)
         except (TypeError, KeyError) as error:
             raise ValueError(f"the header has other fields than format {written}: {error}") from error
-        return header
+
+
+def _check_values(name: str, values: Any, kinds: Mapping[str, type]) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be an object, not {shown(values)}")
+    for field, kind in kinds.items():
+        value = values.get(field)
+        if kind is int:
+            _check_count(f"{name}/{field}", value)
+        elif not isinstance(value, str) or len(value) > _MOST_CHARACTERS or not value.isprintable():
+            raise ValueError(
+                f"{name}/{field} must be at most {_MOST_CHARACTERS} characters that can be printed, not {shown(value)}"
+            )
+
+
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+        raise ValueError(f"{name} must be a whole number from {least} to {_MOST:,}, not {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -114,13 +154,13 @@ class Trace:
         header = self.header
         by_age = (header.n_steps, len(header.ages), *header.units)
         shapes = dict.fromkeys(BY_AGE, by_age) | {
-            "tokens": (int(header.prompt["n_prompt_tokens"]) + header.n_steps,),
+            "tokens": (header.prompt["n_prompt_tokens"] + header.n_steps,),
             "fresh_mass": (header.n_steps + 1, *header.units),
             "token_log_prob": (header.n_steps,),
         }
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, not {getattr(self, name).shape}.")
+                raise ValueError(f"{name} must have shape {shape}, not {shown(getattr(self, name).shape)}.")
 
     @property
     def name(self) -> str:
@@ -131,6 +171,27 @@ class Trace:
     def kind(self) -> str:
         """Kind of text."""
         return str(self.header.prompt["kind"])
+
+    def check_values(
+        self, names: Sequence[str] = ("recovered_mass", "query_similarity", "overlap", "fresh_mass")
+    ) -> None:
+        """Refuse token ids below 0, and numbers outside of what is said above; NaN is none.
+
+        Args:
+            names: Arrays to look at, besides the tokens.
+
+        Raises:
+            ValueError: With the array and the number.
+        """
+        if self.tokens.size and self.tokens.min() < 0:
+            raise ValueError(f"tokens must be token ids, 0 or more, not {self.tokens.min()}.")
+        for name in names:
+            low = -1 if name == "query_similarity" else 0
+            # Step by step: it may be larger than memory.
+            for of_step in getattr(self, name):
+                wrong = of_step[(of_step < low - _ROUNDING) | (of_step > 1 + _ROUNDING)]
+                if wrong.size:
+                    raise ValueError(f"{name} must lie in [{low}, 1], and {wrong[0]:g} does not.")
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Name to array, in the order of the fields."""

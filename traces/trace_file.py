@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from policies.shown import sentence
+from policies.strict_json import check_plain_file
+from traces.reporting.differences import differences
 from traces.reporting.whole_file import whole_file
 from traces.trace import Trace, TraceHeader
 
@@ -44,10 +49,13 @@ class TraceFile:
             ValueError: If the file is missing, truncated, or no trace.
         """
         try:
+            check_plain_file(self.path)
             with safe_open(self.path, framework="np") as file:
                 metadata = file.metadata() or {}
         except SafetensorError as error:
-            raise ValueError(f"{self.path} is truncated or no safetensors file ({error}): record it again.") from error
+            raise ValueError(
+                sentence(f"{self.path} is truncated or no safetensors file ({error}): record it again.")
+            ) from error
         except OSError as error:
             raise ValueError(f"cannot read the trace {self.path}: {error.strerror or error}.") from error
         if METADATA_KEY not in metadata:
@@ -55,7 +63,7 @@ class TraceFile:
         try:
             return TraceHeader.from_json(metadata[METADATA_KEY])
         except ValueError as error:
-            raise ValueError(f"{self.path} is no trace: {error}.") from error
+            raise ValueError(sentence(f"{self.path} is no trace: {str(error).rstrip('.')}.")) from error
 
     @property
     def name(self) -> str:
@@ -98,9 +106,12 @@ class TraceFile:
             data_start = _LENGTH_BYTES + int.from_bytes(whole[:_LENGTH_BYTES].tobytes(), "little")
             entries = json.loads(whole[_LENGTH_BYTES:data_start].tobytes())
             header = TraceHeader.from_json(entries.pop("__metadata__")[METADATA_KEY])
-            return Trace(header=header, **{name: _array(name, entries[name], whole[data_start:]) for name in entries})
+            trace = Trace(header=header, **{name: _array(name, entries[name], whole[data_start:]) for name in entries})
+            # What replay reads whole; the rest is read as far as it is used.
+            trace.check_values(("recovered_mass", "fresh_mass"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} is no whole trace: {error}") from error
+            raise ValueError(sentence(f"{self.path} is no whole trace: {error}")) from error
+        return trace
 
     def load(self) -> Trace:
         """Read it whole.
@@ -109,12 +120,17 @@ class TraceFile:
             ValueError: As `header` does, or if arrays are missing or of the wrong shape.
         """
         header = self.header
-        with safe_open(self.path, framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         try:
-            return Trace(header=header, **arrays)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} is no whole trace: {error}") from error
+            with safe_open(self.path, framework="np") as file:
+                names = list(file.keys())
+                arrays = {name: np.asarray(file.get_tensor(name)) for name in names}
+            for name, array in arrays.items():
+                _check_dtype(name, array.dtype)
+            trace = Trace(header=header, **arrays)
+            trace.check_values()
+        except (SafetensorError, AttributeError, TypeError, ValueError, MemoryError) as error:
+            raise ValueError(sentence(f"{self.path} is no whole trace: {error}")) from error
+        return trace
 
     def digest(self) -> str:
         """`sha256:` and the hash of the file's bytes."""
@@ -122,10 +138,17 @@ class TraceFile:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_dtype(name: str, dtype: np.dtype[Any]) -> None:
+    wanted = np.int32 if name == "tokens" else np.float32
+    if dtype != wanted:
+        raise ValueError(f"{name} is of type {dtype}, not {np.dtype(wanted)}.")
+
+
 def _array(name: str, entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
     """An array of a safetensors file, by its entry in the header and the bytes behind that."""
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{name} is of type {entry['dtype']}, which no array of a trace has")
+    _check_dtype(name, np.dtype(_DTYPES[entry["dtype"]]))
     begin, end = entry["data_offsets"]
     return data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
@@ -135,7 +158,12 @@ def write_trace(trace: Trace, folder: Path | str) -> TraceFile:
     path = Path(folder) / (trace.name + SUFFIX)
     arrays = {name: np.ascontiguousarray(array) for name, array in trace.arrays().items()}
     with whole_file(path) as partial:
-        save_file(arrays, partial, metadata={METADATA_KEY: trace.header.to_json()})
+        try:
+            save_file(arrays, partial, metadata={METADATA_KEY: trace.header.to_json()})
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
     return TraceFile(path)
 
 
@@ -164,8 +192,10 @@ class TraceFolder(Sequence[TraceFile]):
                 mine, theirs = getattr(file.header, name), getattr(first.header, name)
                 if mine != theirs:
                     raise ValueError(
-                        f"{self.path} mixes traces: {file.path.name} has {name} {dict(mine)}, "
-                        f"{first.path.name} has {dict(theirs)}."
+                        sentence(
+                            f"{self.path} mixes traces: {file.path.name} has {name} {differences(mine, theirs)} as in "
+                            f"{first.path.name}."
+                        )
                     )
 
     def __len__(self) -> int:

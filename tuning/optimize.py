@@ -21,6 +21,7 @@ from rich.console import Console
 from policies import FixedStride, ModelShape, Selection, StepPolicy, written_by
 from recycler.measure.ablation import measure_prompt_sensitivity, measure_sensitivity
 from recycler.measure.closed_loop import ClosedLoopStore
+from recycler.measure.store import digest_of_tokens
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import check_positions, model_shape
 from recycler.model.versions import versions
@@ -31,6 +32,10 @@ from recycler.record.one_prompt import traced_prompt
 from recycler.record.size_losses import measure_size_losses
 from traces import TraceFile, TraceFolder
 from traces.reporting.command import run_command
+from traces.reporting.differences import differences
+from traces.reporting.folder_lock import folder_locked
+from traces.reporting.whole_file import errors_named
+from traces.trace_file import SUFFIX
 from tuning.certify.certificate import KlLimit, check_n_prompts
 from tuning.certify.ladder import ladder_budgets
 from tuning.confirm.comparison import Compared, compare_ladder, compare_winners
@@ -128,74 +133,77 @@ def main(
     if asked is not None:
         check_n_prompts(asked, len(split.held_out), n_kinds)
     _make(out)
-    if traces is None:
-        recorded = _record(loaded, split, selection, out / "set_sizes", trace_folder, stages)
-    else:
-        stages.begin("sensitivity")
-        recorded = _as_recorded(loaded, split_by_prompt(files), trace_folder)
-    selection, tune = recorded.selection, TraceBatch(recorded.tuned_on)
-    stages.begin("search")
-    data = TuningData(tune, search_budget, recorded.unit_cost)
+    with folder_locked(out):
+        if traces is None:
+            recorded = _record(loaded, split, selection, out / "set_sizes", trace_folder, stages)
+        else:
+            stages.begin("sensitivity")
+            recorded = _as_recorded(loaded, split_by_prompt(files), trace_folder)
+        selection, tune = recorded.selection, TraceBatch(recorded.tuned_on)
+        stages.begin("search")
+        data = TuningData(tune, search_budget, recorded.unit_cost)
 
-    trial_store = storage or study_storage(out / "study.log")
-    identity = _identity(recorded.tuned_on, search_budget, data.unit_cost)
-    searches = [
-        search_family(
-            family,
-            data,
-            n_trials=trials,
-            n_candidates=candidates,
-            seed=seed,
-            storage=trial_store,
-            study_name=f"{family.name}-{identity}",
+        with errors_named(out / "study.log"):
+            trial_store = storage or study_storage(out / "study.log")
+        identity = _identity(recorded.tuned_on, search_budget, data.unit_cost)
+        with errors_named(out / "study.log"):
+            searches = [
+                search_family(
+                    family,
+                    data,
+                    n_trials=trials,
+                    n_candidates=candidates,
+                    seed=seed,
+                    storage=trial_store,
+                    study_name=f"{family.name}-{identity}",
+                )
+                for family in chosen_families
+            ]
+        stages.begin("choosing winners")
+        store = ClosedLoopStore(out / "closed_loop")
+        everyone = [candidate.policy for search in searches for candidate in search.candidates]
+        winners = choose_winners(
+            searches, store.run_all(loaded, split.validate, everyone, selection, desc="choosing winners")
         )
-        for family in chosen_families
-    ]
-    stages.begin("choosing winners")
-    store = ClosedLoopStore(out / "closed_loop")
-    everyone = [candidate.policy for search in searches for candidate in search.candidates]
-    winners = choose_winners(
-        searches, store.run_all(loaded, split.validate, everyone, selection, desc="choosing winners")
-    )
 
-    def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
-        return _measured(store, loaded, split.held_out, tune, selection, policies)
+        def measure(policies: Mapping[str, StepPolicy]) -> dict[str, Measured]:
+            return _measured(store, loaded, split.held_out, tune, selection, policies)
 
-    stages.begin("confirming winners")
-    if asked is None:
-        compared = compare_winners(measure, data, winners)
-    else:
-        compared = compare_ladder(measure, data, winners, asked, ladder_budgets(most), n_kinds)
-    result = _result(shape, selection, split, compared)
+        stages.begin("confirming winners")
+        if asked is None:
+            compared = compare_winners(measure, data, winners)
+        else:
+            compared = compare_ladder(measure, data, winners, asked, ladder_budgets(most), n_kinds)
+        result = _result(shape, selection, split, compared)
 
-    stages.begin("report")
-    policy_path = out / "policy.json"
-    policy_file(result, recorded.tuned_on, seed, weights_sample(loaded.model)).write(policy_path)
-    write_results(result, out)
-    report = write_report(result, out)
-    print_table(result, Console())
-    seconds = stages.end()
-    print(", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
-    best = result.best.measured
-    ratio = kl_share(result, best)
-    return {
-        "policy": str(policy_path),
-        "family": result.best.family,
-        "budget": result.budget,
-        "full_share": best.full_share,
-        "kl": best.kl.value,
-        "kl_fixed_stride": result.baseline.kl.value,
-        "kl_ratio": ratio and [ratio.value, ratio.low, ratio.high],
-        "agreement": best.agreement.value,
-        "agreement_fixed_stride": result.baseline.agreement.value,
-        "recovered_mass": best.recovered_mass,
-        "traces": str(trace_folder),
-        "report": str(report),
-        "held_out_prompts": len(split.held_out),
-        "seconds": round(sum(seconds.values()), 1),
-        "stages_s": seconds,
-        **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
-    }
+        stages.begin("report")
+        policy_path = out / "policy.json"
+        policy_file(result, recorded.tuned_on, seed, weights_sample(loaded.model)).write(policy_path)
+        write_results(result, out)
+        report = write_report(result, out)
+        print_table(result, Console())
+        seconds = stages.end()
+        print(", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
+        best = result.best.measured
+        ratio = kl_share(result, best)
+        return {
+            "policy": str(policy_path),
+            "family": result.best.family,
+            "budget": result.budget,
+            "full_share": best.full_share,
+            "kl": best.kl.value,
+            "kl_fixed_stride": result.baseline.kl.value,
+            "kl_ratio": ratio and [ratio.value, ratio.low, ratio.high],
+            "agreement": best.agreement.value,
+            "agreement_fixed_stride": result.baseline.agreement.value,
+            "recovered_mass": best.recovered_mass,
+            "traces": str(trace_folder),
+            "report": str(report),
+            "held_out_prompts": len(split.held_out),
+            "seconds": round(sum(seconds.values()), 1),
+            "stages_s": seconds,
+            **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
+        }
 
 
 class _Recorded(NamedTuple):
@@ -216,6 +224,9 @@ def _record(
     loaded: LoadedModel, split: Split[Prompt], selection: Selection, measured_in: Path, traces: Path, stages: Stages
 ) -> _Recorded:
     """Measure what sizes are chosen by, choose them, and record the tuning prompts."""
+    _refuse_other_sets(traces, selection)
+    # By identity: names of prompts are the same with every seed.
+    measured_in = measured_in / _identity_of_sizes(loaded, split.tune, selection)
     stages.begin("sensitivity")
     sensitivity = measure_prompt_sensitivity(loaded, measured_in, split.ablate, selection)
     stages.begin("set sizes")
@@ -285,6 +296,20 @@ def _load(model: str | None, files: Sequence[TraceFile], dtype: str, device: str
 def _identity(tuned_on: Sequence[TraceFile], budget: float, cost: np.ndarray) -> str:
     """Short digest of all that a study's trials depend on."""
     parts = [file.digest() for file in tuned_on] + [repr(budget), hashlib.sha256(cost.tobytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _refuse_other_sets(traces: Path, selection: Selection) -> None:
+    """Before minutes of measuring: but for the sizes of units, traces that are there must be of this selection."""
+    held = TraceFolder(traces)[0].header.selection if any(traces.glob("*" + SUFFIX)) else selection.to_json()
+    if found := differences({**held, "unit_k": None}, selection.to_json()):
+        raise ValueError(f"{traces} was recorded with {found}: record into another folder, or remove the traces.")
+
+
+def _identity_of_sizes(loaded: LoadedModel, prompts: Sequence[Prompt], selection: Selection) -> str:
+    """Short digest of all that sizes of sets are chosen by."""
+    texts = [[prompt.name, prompt.n_prompt_tokens, digest_of_tokens(prompt.tokens)] for prompt in prompts]
+    parts = [loaded.id, str(loaded.model.dtype), loaded.weights_digest, versions(), selection.to_json(), texts]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

@@ -19,6 +19,11 @@ def other_padding(row: int) -> str:
     )
 
 
+def _same(key: Tensor, other: Tensor) -> bool:
+    """Whether keys are equal; a NaN in a row is one that stayed, and no reason to stop the others."""
+    return torch.equal(key, other) or bool(((key == other) | (key.isnan() & other.isnan())).all())
+
+
 class CacheWatch:
     """Notices when a layer's cache did anything but grow by the token of this step.
 
@@ -32,13 +37,13 @@ class CacheWatch:
     def check(self, key: Tensor | None) -> None:
         """Raise unless the keys are those seen last."""
         same = key is not None and key.shape[0] == self._last_key.shape[0] and key.shape[2] >= self._end > 0
-        if key is None or not same or not torch.equal(key[:, :, self._end - 1], self._last_key):
+        if key is None or not same or not _same(key[:, :, self._end - 1], self._last_key):
             raise ValueError(CACHE_CHANGED)
 
     def follow(self, key: Tensor, visible: Tensor | None) -> None:
         """Raise unless the last token seen is still in its place, one more has come, and padding is what it was."""
         same_shape = key.shape[0] == self._last_key.shape[0] and key.shape[2] == self._end + 1
-        if not same_shape or not torch.equal(key[:, :, -2], self._last_key):
+        if not same_shape or not _same(key[:, :, -2], self._last_key):
             raise ValueError(CACHE_CHANGED)
         if visible is not None or not isinstance(self._start, int):
             self._refuse_other_padding(

@@ -16,7 +16,7 @@ from recycler.decode.engine import Decoding
 from recycler.decode.engines import begin_decoding
 from recycler.decode.per_row import PerRow
 from recycler.decode.read_prompt import ReadPrompt
-from recycler.model.shape import model_shape
+from recycler.model.shape import max_positions, model_shape
 
 
 class RowsStep(NamedTuple):
@@ -89,7 +89,7 @@ def decode_rows(
     check_fits(selection, shape)
     n_rows = len(policies)
     with torch.inference_mode():
-        first = prompt.first_sets(selection, n_rows)
+        first = prompt.first_sets(selection.within(max_positions(model)), n_rows)
         layers, passing = prompt.caches(n_rows), prompt.passing_cache(n_rows)
         begun = begin_decoding(model, layers, first, PerRow(tuple(policies)), passing=passing, fast=fast)
     return Rows(begun.decoding, n_rows, prompt.n_tokens)

@@ -20,7 +20,8 @@ from recycler.decode.engines import begin_decoding
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.receipt import Receipt, Tally
 from recycler.decode.rows import Rows
-from recycler.model.shape import model_shape
+from recycler.decode.token_ids import check_tokens, n_vocabulary
+from recycler.model.shape import max_positions, model_shape
 
 # Token ids in order.
 Tokens = Sequence[int] | np.ndarray | Tensor
@@ -130,10 +131,7 @@ def _checked(name: str, tokens: Tokens, model: PreTrainedModel) -> Tensor:
         raise ValueError(f"the {name} must be one row of at least one token, not of shape {tuple(found.shape)}.")
     if found.is_floating_point():
         raise ValueError(f"the {name} must be token ids, which are whole numbers, not {found.dtype}.")
-    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-    strange = found[(found < 0) | (found >= vocabulary)]
-    if len(strange):
-        raise ValueError(f"the {name} has the token {int(strange[0])}, but the model has 0 to {vocabulary - 1} only.")
+    check_tokens(found, n_vocabulary(model))
     return found.long()
 
 
@@ -143,7 +141,7 @@ def _decoded(model: PreTrainedModel, prompt: ReadPrompt, asked: Asked, text: Ten
     n_steps = len(text) - 1
     if n_steps:
         with torch.inference_mode():
-            first = prompt.first_sets(asked.selection, 1)
+            first = prompt.first_sets(asked.selection.within(max_positions(model)), 1)
             layers, passing = prompt.caches(1), prompt.passing_cache(1)
             begun = begin_decoding(model, layers, first, asked.policy, passing=passing, fast=fast)
         rows = Rows(begun.decoding, 1, prompt.n_tokens)

@@ -25,10 +25,11 @@ from recycler.decode.forward_call import ForwardCall
 from recycler.decode.last_prompt import LastPrompt
 from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt, Tally
+from recycler.decode.token_ids import check_tokens, n_vocabulary
 from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.model_watch import ModelWatch
-from recycler.model.shape import model_shape, recycled_layers
+from recycler.model.shape import max_positions, model_shape, recycled_layers
 from recycler.sets.scores import Scoring
 
 NOT_CALLED = (
@@ -130,7 +131,9 @@ class Session:
         self._model = model
         self._layers = recycled_layers(model)
         self._policy = policy
-        self._prompt = LastPrompt(shape, selection)
+        # A text of twice a model's positions is none that it can read.
+        self._prompt = LastPrompt(shape, selection.within(2 * max_positions(model)))
+        self._n_vocabulary = n_vocabulary(model)
         self._horizon_steps, self._notes = horizon_steps, notes
         self._warned = False
         self._generating = threading.RLock()
@@ -177,6 +180,7 @@ class Session:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = ForwardCall(args, kwargs)
             self._was_called = True
+            check_tokens(call.known_tokens, self._n_vocabulary)
             if self.in_prefill or not call.is_one_token or not self._prompt.is_read:
                 self._end_run()
                 read = self._plainly(call, stock, args, kwargs)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,12 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import FixedStride, Selection
+from policies.shown import sentence
 from recycler.measure.closed_loop import run_closed_loop
+from recycler.measure.store import digest_of_tokens
 from recycler.model.loading import LoadedModel
 from recycler.model.shape import model_shape
+from recycler.model.versions import versions
 from recycler.prompts import Prompt
 from recycler.record.one_prompt import trace_header
 from traces import TraceFile
@@ -67,7 +73,9 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure the prompts of some traces and keep the results in their folder.
 
-    Prompts that the folder's file holds already are not measured again; the file is written after each prompt.
+    Prompts that the folder's file holds already are not measured again; the file is written after each prompt. What is
+    damaged or edited, or was measured on another text or with other weights, selection, steps or versions, is measured
+    anew, with a warning.
 
     Args:
         loaded: The model of the traces.
@@ -76,7 +84,7 @@ def measure_sensitivity(
         n_steps: Decode steps, at least 1; no more than the traces have.
 
     Raises:
-        ValueError: If the folder's file is damaged or was measured with another model, selection or number of steps.
+        ValueError: If a text is longer than the model's positions or reaches a sliding window.
     """
     first = files[0].header
     texts = {file.name: (file.array("tokens"), int(file.header.prompt["n_prompt_tokens"])) for file in files}
@@ -101,18 +109,35 @@ def _measure(
     selection: Mapping[str, Any],
     n_steps: int,
 ) -> Sensitivity:
-    known = Sensitivity.read(folder) or Sensitivity(model, selection, n_steps, {})
+    folder, nothing = Path(folder), Sensitivity(model, selection, n_steps, {})
+    known = Sensitivity.read(folder) or nothing
     theirs = {**known.model, **known.selection, "steps": known.n_steps}
     if found := differences(theirs, {**model, **selection, "steps": n_steps}):
-        raise ValueError(f"{Path(folder) / FILE_NAME} was measured with {found}: remove it and measure again.")
+        warnings.warn(sentence(f"{folder / FILE_NAME} was measured with {found}: measuring it anew."), stacklevel=3)
+        known = nothing
+    measured_on = {name: _identity(loaded, *text) for name, text in texts.items()}
+    fresh = {name for name in texts if name in known.kl and known.measured_on.get(name) == measured_on[name]}
+    if stale := [name for name in texts if name in known.kl and name not in fresh]:
+        other = f"{folder / FILE_NAME} has {stale[0]} of another text, other weights or versions: measuring it anew."
+        warnings.warn(sentence(other), stacklevel=3)
     for name, (tokens, n_prompt_tokens) in tqdm(
-        texts.items(), desc="sensitivity", unit="prompt", disable=len(known.kl) >= len(texts)
+        texts.items(), desc="sensitivity", unit="prompt", disable=len(fresh) >= len(texts)
     ):
-        if name in known.kl:
+        if name in fresh:
             continue
         some = tokens[: n_prompt_tokens + n_steps]
         table = unit_sensitivity(loaded, some, n_prompt_tokens, Selection(**selection))
-        known = dataclasses.replace(known, kl={**known.kl, name: table})
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        known = dataclasses.replace(
+            known,
+            kl={**known.kl, name: table},
+            measured_on={**known.measured_on, name: measured_on[name]},
+        )
+        folder.mkdir(parents=True, exist_ok=True)
         known.write(folder)
     return known
+
+
+def _identity(loaded: LoadedModel, tokens: np.ndarray, n_prompt_tokens: int) -> str:
+    """Digest of what a table depends on besides model, selection and steps."""
+    parts = [digest_of_tokens(tokens), n_prompt_tokens, loaded.weights_digest, str(loaded.model.dtype), versions()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from policies import AlwaysFull, Selection, StepPolicy, check_fits, policy_to_json
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.rows import Rows, decode_rows
+from recycler.decode.token_ids import check_tokens, n_vocabulary
 from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.loading import LoadedModel
 from recycler.model.shape import check_positions, model_shape
@@ -190,6 +191,7 @@ def run_closed_loops(
         check_fits(policy, shape)
     check_fits(selection, shape)
     text = torch.as_tensor(np.stack(texts).astype(np.int64), device=model.device)
+    check_tokens(text, n_vocabulary(model))
     queries = (selection.prompt_queries,)
     read = [
         read_prompt(model, tokens[:n_prompt_tokens], n_steps, prompt_queries=queries, chunk_tokens=chunk_tokens)

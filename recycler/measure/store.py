@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from policies.shown import sentence
 from recycler.model.loading import LoadedModel
 from recycler.model.versions import versions
-from traces.reporting.whole_file import whole_file
+from traces.reporting.arrays_file import read_arrays, write_arrays
 
 Arrays = Mapping[str, np.ndarray]
 # In a result's file, beside its arrays.
@@ -58,12 +57,10 @@ class Store:
         if path.exists():
             try:
                 return _read(path, identity)
-            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                warnings.warn(f"{path} is damaged or foreign ({error}): computing it anew.", stacklevel=2)
+            except ValueError as error:
+                warnings.warn(sentence(f"{path} is damaged or foreign ({error}): computing it anew."), stacklevel=2)
         found = compute()
-        arrays: dict[str, Any] = {_IDENTITY: np.array(identity), **found}
-        with whole_file(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        write_arrays(path, {_IDENTITY: np.array(identity), **found})
         return found
 
 
@@ -73,7 +70,7 @@ def digest_of_tokens(tokens: np.ndarray) -> str:
 
 
 def _read(path: Path, identity: str) -> Arrays:
-    with path.open("rb") as file, np.load(file) as arrays:
-        if str(arrays[_IDENTITY]) != identity:
-            raise ValueError("it was computed from something else")
-        return {name: arrays[name] for name in arrays.files if name != _IDENTITY}
+    arrays = read_arrays(path)
+    if str(arrays.pop(_IDENTITY, None)) != identity:
+        raise ValueError("it was computed from something else")
+    return arrays

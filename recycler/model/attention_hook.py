@@ -89,19 +89,36 @@ def replaced(model: PreTrainedModel, make: Callable[[Functions], Functions]) -> 
     """
     if id(model) in _INSTEAD.get():
         raise ValueError(f"this {type(model).__name__} is recycled already in this thread: end the other `with` first.")
-    dispatch = _dispatch_of(model)
-    stock = dispatch.begin()
-    try:
-        token = _INSTEAD.set({**_INSTEAD.get(), id(model): make(stock)})
+    dispatch, user = _dispatch_of(model), object()
+    before, token, is_reset = _INSTEAD.get(), None, False
+
+    def end() -> None:
+        # To be called again if it was interrupted, wherever that was.
+        nonlocal is_reset
         try:
-            yield
-        finally:
-            try:
+            if token is None:
+                _INSTEAD.set(before)
+            elif not is_reset:
                 _INSTEAD.reset(token)
-            except ValueError:
-                warnings.warn(ENDED_ELSEWHERE, stacklevel=4)
+                is_reset = True
+        except ValueError:
+            is_reset = True
+            warnings.warn(ENDED_ELSEWHERE, stacklevel=5)
+        except RuntimeError:
+            # It was reset, and interrupted before that was noted.
+            pass
+        finally:
+            dispatch.end(user)
+
+    try:
+        token = _INSTEAD.set({**before, id(model): make(dispatch.begin(user))})
+        yield
     finally:
-        dispatch.end()
+        # An interrupt may come before the first call has done anything.
+        try:
+            end()
+        finally:
+            end()
 
 
 def attention_replaced(
@@ -122,7 +139,7 @@ class _Dispatch:
         # The model keeps this alive while it is in place.
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
-        self._n_users = 0
+        self._users: set[object] = set()
         self._put_back: list[Callable[[], None]] = []
         self._stock: Functions | None = None
 
@@ -131,32 +148,31 @@ class _Dispatch:
         """The stock functions while this is in place."""
         return self._stock
 
-    def begin(self) -> Functions:
-        """Be in place until `end` has been called as often; the stock functions."""
+    def begin(self, user: object) -> Functions:
+        """Be in place until `end` has been called for all users; the stock functions."""
         with self._lock:
+            self._users.add(user)
             if self._stock is None:
                 self._stock = self._install()
-            self._n_users += 1
             return self._stock
 
-    def end(self) -> None:
-        """Put everything back if nobody needs it any more."""
+    def end(self, user: object) -> None:
+        """Put everything back if nobody needs it any more; to be called again if it was interrupted."""
         with self._lock:
-            self._n_users -= 1
-            if not self._n_users:
+            self._users.discard(user)
+            if not self._users:
                 self._remove()
 
-    def _stay(self) -> bool:
+    def _stay(self, user: object) -> None:
         """Be in place for one call more, if this is in place: a hook may have kept our function for longer."""
         with self._lock:
-            stays = self._stock is not None
-            self._n_users += stays
-            return stays
+            if self._stock is not None:
+                self._users.add(user)
 
     def _remove(self) -> None:
-        for put_back in reversed(self._put_back):
-            put_back()
-        self._put_back.clear()
+        while self._put_back:
+            self._put_back[-1]()
+            self._put_back.pop()
         self._stock = None
 
     def _install(self) -> Functions:
@@ -188,12 +204,15 @@ class _Dispatch:
                 if instead is not None:
                     return (ours or own)(*args, **kwargs)
                 # Whoever is in the middle of a stock call still finds the name of our attention in the configuration.
-                stays = self._stay()
+                user = object()
                 try:
+                    self._stay(user)
                     return own(*args, **kwargs)
                 finally:
-                    if stays:
-                        self.end()
+                    try:
+                        self.end(user)
+                    finally:
+                        self.end(user)
 
             # `generate` compiles the model's call for a static cache on a GPU. What is remembered between steps is
             # nothing to trace, and tensors that it keeps must not lie in memory that a compiled call uses again.
@@ -217,19 +236,25 @@ class _Dispatch:
 
         def put_back() -> None:
             # Hooks that were added meanwhile stand around ours, and stay.
-            if model.__dict__.get(name) is function:
+            if model.__dict__.get(name) is not function:
+                return
+            if before is None:
                 del model.__dict__[name]
-                if before is not None:
-                    model.__dict__[name] = before
+            else:
+                model.__dict__[name] = before
 
         self._put_back.append(put_back)
         model.__dict__[name] = function
 
     def _put_attention(self, model: PreTrainedModel, attention: AttentionFunction) -> None:
         original, name = model.config._attn_implementation, f"recycled-{id(attention):x}"
+        began = False
 
         def put_back() -> None:
-            if model.config._attn_implementation == name:
+            nonlocal began
+            # An interrupt may have left it half done.
+            began |= model.config._attn_implementation == name
+            if began:
                 model.set_attn_implementation(original)
             # Registering has a public way in and none out.
             AttentionInterface._global_mapping.pop(name, None)

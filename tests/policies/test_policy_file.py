@@ -263,6 +263,47 @@ class TestRefusals:
             PolicyFile.from_json(values)
 
 
+class TestBounds:
+    @pytest.mark.parametrize(
+        ("part", "value"),
+        [
+            ("policy", {"kind": "x" * 100_000}),
+            ("policy", {"kind": "fixed_stride", "stride": 1e300}),
+            ("policy", {"kind": "fixed_stride", "stride": 4, "y" * 100_000: 1}),
+            ("policy", {"kind": "fixed_stride", "stride": ["z" * 100_000]}),
+            ("policy", {"kind": "learned_logistic", "features": ["f" * 999], "weights": [1], "intercept": 0}),
+            ("selection", {"k": 10**400}),
+            ("selection", {"k": 10**15}),
+            ("selection", {"k": float("inf")}),
+            ("model", {"id": "m" * 100_000, "layers": 0, "kv_heads": 1, "query_heads": 1, "head_dim": 1}),
+            ("model", {"id": "m", "layers": 10**12, "kv_heads": 1, "query_heads": 1, "head_dim": 1}),
+            ("model", {"id": "m", "layers": 2.0, "kv_heads": 1, "query_heads": 1, "head_dim": 1}),
+            ("provenance", {"result": float("nan")}),
+            ("provenance", {"seed": 2**60}),
+            ("horizon_steps", -(10**400)),
+        ],
+    )
+    def test_absurd_values_are_refused_in_300_characters(self, file: PolicyFile, part: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=r"\.$") as refusal:
+            PolicyFile.from_json(file.to_json() | {part: value})
+        assert len(str(refusal.value)) <= 300
+
+    def test_policies_that_nest_without_end_are_refused(self, file: PolicyFile) -> None:
+        policy: dict[str, Any] = {"kind": "always_full"}
+        for _ in range(5000):
+            policy = {"kind": "max_age", "max_age": 3, "policy": policy}
+        with refused("not a policy file: it is nested deeper than 32 levels."):
+            PolicyFile.from_json(file.to_json() | {"policy": policy})
+
+    def test_a_long_path_is_refused_in_300_characters(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="cannot read the policy") as refusal:
+            PolicyFile.read(tmp_path.joinpath(*["a" * 200] * 3))
+        assert len(str(refusal.value)) <= 300
+
+    def test_a_horizon_in_a_file_of_format_1_is_kept(self, file: PolicyFile) -> None:
+        assert PolicyFile.from_json(file.to_json() | {"format": 1, "horizon_steps": 7}).horizon_steps == 7
+
+
 class TestModel:
     def test_a_policy_of_another_shape_makes_no_file(self, model: ModelShape) -> None:
         with refused("the policy is for 1 layers x 2 KV heads, but tiny has 2 layers x 3 KV heads."):

@@ -191,3 +191,17 @@ def test_every_ranking_says_what_a_token_keeps_of_its_score() -> None:
         Ranking.ACCUMULATED: 1,
         Ranking.DECAYED: 0.25,
     }
+
+
+@pytest.mark.parametrize("name", ["k", "sinks", "window", "pool_backward", "pool_forward", "prompt_queries"])
+def test_more_tokens_than_any_context_has_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at most 1,073,741,824 tokens, not 10{{18}}"):
+        Selection(**{"k": 64, name: 10**18})
+
+
+def test_no_number_is_far_beyond_the_context_that_a_selection_is_for() -> None:
+    huge = Selection(2**30, sinks=2**28, window=2**28, pool_backward=2**29, pool_forward=2**29)
+    assert huge.within(100) == Selection(301, sinks=100, window=100, pool_backward=100, pool_forward=100)
+    sized = Selection(1000, unit_k=((40, 1960), (500, 1500)))
+    assert sized.within(100).unit_k == ((40, 137), (137, 137))
+    assert sized.within(10_000) == sized

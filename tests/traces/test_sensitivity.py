@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from traces.sensitivity import FILE_NAME, FORMAT, Sensitivity
 
 MODEL = {"id": "tiny", "layers": 2, "kv_heads": 3, "query_heads": 6, "head_dim": 8, "dtype": "float32"}
 KL = {"code-000": np.linspace(0, 1, 6).reshape(2, 3), "prose-000": np.full((2, 3), 1 / 3)}
-ONE = Sensitivity(MODEL, {"k": 64, "group": "max"}, 32, KL)
+ONE = Sensitivity(MODEL, {"k": 64, "group": "max"}, 32, KL, {"code-000": "abc"})
 
 
 def values(**changed: Any) -> dict[str, Any]:
     tables = {name: table.tolist() for name, table in KL.items()}
     plain = {"format": FORMAT, "model": MODEL, "selection": {"k": 64}, "n_steps": 32, "kl": tables} | changed
-    return {name: value for name, value in plain.items() if value is not None}
+    plain = {"measured_on": {}, **plain}
+    return digested({name: value for name, value in plain.items() if value is not None})
+
+
+def digested(plain: dict[str, Any]) -> dict[str, Any]:
+    return plain | {"digest": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def put(folder: Path, text: str | bytes) -> None:
@@ -30,7 +36,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read = Sensitivity.read(tmp_path)
     assert read is not None
     assert (read.model, read.selection, read.n_steps) == (MODEL, {"k": 64, "group": "max"}, 32)
-    assert list(read.kl) == list(KL)
+    assert (list(read.kl), read.measured_on) == (list(KL), {"code-000": "abc"})
     for name, table in KL.items():
         assert read.kl[name].dtype == np.float64
         np.testing.assert_array_equal(read.kl[name], table)
@@ -91,17 +97,25 @@ def test_a_folder_without_the_file_has_none(tmp_path: Path) -> None:
         json.dumps(values(kl={"code-000": None})),
     ],
 )
-def test_a_damaged_or_foreign_file_is_refused_with_its_path(tmp_path: Path, text: str | bytes) -> None:
+def test_a_damaged_or_foreign_file_is_none_and_named(tmp_path: Path, text: str | bytes) -> None:
     put(tmp_path, text)
-    sentence = rf"{tmp_path / FILE_NAME} is no sensitivity file \(.*\): remove it and measure again\."
-    with pytest.raises(ValueError, match=sentence):
-        Sensitivity.read(tmp_path)
+    with pytest.warns(
+        UserWarning, match=rf"{tmp_path / FILE_NAME} is no sensitivity file \(.*\): measuring it anew\.$"
+    ):
+        assert Sensitivity.read(tmp_path) is None
 
 
 def test_a_table_of_another_shape_is_named_as_the_reason(tmp_path: Path) -> None:
     put(tmp_path, json.dumps(values(kl={"code-000": [[1, 2, 3]]})))
-    with pytest.raises(ValueError, match="do not have the model's 2 layers x 3 KV heads"):
-        Sensitivity.read(tmp_path)
+    with pytest.warns(UserWarning, match="do not have the model's 2 layers x 3 KV heads"):
+        assert Sensitivity.read(tmp_path) is None
+
+
+def test_a_file_that_was_edited_is_none_and_named(tmp_path: Path) -> None:
+    path = ONE.write(tmp_path)
+    path.write_text(path.read_text().replace("0.2", "0.3"))
+    with pytest.warns(UserWarning, match="its numbers are not those that were written"):
+        assert Sensitivity.read(tmp_path) is None
 
 
 def test_it_is_no_trace_to_a_folder_of_traces(tmp_path: Path) -> None:

@@ -346,3 +346,63 @@ def test_the_file_can_be_read_without_this_project(make_trace: MakeTrace, tmp_pa
 def test_equal_traces_are_equal_bytes(make_trace: MakeTrace, tmp_path: Path) -> None:
     digests = {write_trace(make_trace(), tmp_path / str(attempt)).digest() for attempt in range(8)}
     assert len(digests) == 1
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("name", "number", "message"),
+        [
+            ("recovered_mass", 1.5, r"recovered_mass must lie in \[0, 1\], and 1\.5 does not"),
+            ("fresh_mass", -0.5, r"fresh_mass must lie in \[0, 1\], and -0\.5 does not"),
+            ("overlap", np.inf, r"overlap must lie in \[0, 1\], and inf does not"),
+            ("query_similarity", -2, r"query_similarity must lie in \[-1, 1\], and -2 does not"),
+            ("tokens", -1, "tokens must be token ids, 0 or more, not -1"),
+        ],
+    )
+    def test_a_number_that_cannot_be_is_named(
+        self, make_trace: MakeTrace, tmp_path: Path, name: str, number: float, message: str
+    ) -> None:
+        trace = make_trace()
+        getattr(trace, name)[..., -1] = number
+        file = write_trace(trace, tmp_path)
+        with pytest.raises(ValueError, match=message):
+            file.load()
+        if name in ("recovered_mass", "fresh_mass", "tokens"):
+            with pytest.raises(ValueError, match=message):
+                file.map()
+
+    def test_an_array_of_another_type_is_named(self, make_trace: MakeTrace, tmp_path: Path) -> None:
+        trace = make_trace()
+        file = write_trace(dataclasses.replace(trace, overlap=trace.overlap.astype(np.float16)), tmp_path)
+        with pytest.raises(ValueError, match="overlap is of type float16, not float32"):
+            file.load()
+
+    def test_a_fifo_is_refused_and_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "one.safetensors")
+        with pytest.raises(ValueError, match="is no ordinary file"):
+            TraceFolder(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("part", "value"),
+        [
+            ("prompt", {"name": "/tmp/elsewhere"}),
+            ("prompt", {"name": "../elsewhere"}),
+            ("prompt", {"kind": ["prose"]}),
+            ("prompt", {"kind": "x" * 10**6}),
+            ("prompt", {"n_prompt_tokens": 2.5}),
+            ("model", {"id": "\x1b[31m"}),
+            ("model", {"layers": 10**9}),
+            ("selection", {"k": 0}),
+            ("selection", {"unknown": 1}),
+        ],
+    )
+    def test_a_header_is_checked_before_anything_uses_it(
+        self, make_trace: MakeTrace, tmp_path: Path, part: str, value: dict[str, Any]
+    ) -> None:
+        trace = make_trace()
+        header = json.loads(trace.header.to_json())
+        header[part] |= value
+        file = write_with_header(tmp_path / "one.safetensors", trace.arrays(), json.dumps(header))
+        with pytest.raises(ValueError, match="is no trace: ") as refusal:
+            _ = file.header
+        assert len(str(refusal.value)) <= 300

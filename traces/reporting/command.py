@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from policies.shown import sentence as shortened
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_command(
@@ -16,8 +21,8 @@ def run_command(
     """Run a typed function as a command line and exit.
 
     What the function returns is printed as one JSON line, the last of standard output. A ValueError is bad input: its
-    sentence goes to standard error and the exit code is 2, as for a command line that does not parse. An interrupt
-    exits with 130.
+    sentence, of at most 300 characters, goes to standard error and the exit code is 2, as for a command line that does
+    not parse; so does that of a full disk. An interrupt exits with 130.
 
     Args:
         command: Function whose parameters typer turns into options and whose docstring is the help text.
@@ -33,6 +38,10 @@ def run_command(
         _fail("interrupted", 130)
     except ValueError as error:
         _fail(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        _fail(f"error: the disk is full and {error.filename} was not written: make room, and run it again.", 2)
     except Exception as error:
         # The parser's own complaints; their base class has moved between typer releases.
         if not hasattr(error, "format_message"):
@@ -72,6 +81,6 @@ def _version_option(
     """Only carries the option, which every command gets."""
 
 
-def _fail(sentence: str, exit_code: int) -> NoReturn:
-    print(" ".join(sentence.split()), file=sys.stderr)
+def _fail(text: str, exit_code: int) -> NoReturn:
+    print(shortened(" ".join(text.split())), file=sys.stderr)
     sys.exit(exit_code)

@@ -31,18 +31,23 @@ def looks(n: int) -> list[Look]:
     return [(_PALETTE[i % len(_PALETTE)], _DASHES[i // len(_PALETTE) % len(_DASHES)]) for i in range(n)]
 
 
+def plain(text: str) -> str:
+    """A text of somebody else's, not to be read as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(title: str, caption: str, size: tuple[float, float]) -> Figure:
     """A figure of `size` inches with its title above and where its numbers come from below."""
     engine = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.10, wspace=0.03, hspace=0.04)
     figure = Figure(figsize=size, layout=engine, facecolor="white")
     figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.012, ha="left")
-    figure.supxlabel(caption, fontsize=10, color=GREY, x=0.012, ha="left")
+    figure.supxlabel(plain(caption), fontsize=10, color=GREY, x=0.012, ha="left")
     return figure
 
 
 def style_axes(axes: Axes, title: str, x: str, y: str, *, grid: bool = True) -> None:
     """Set the title and the labels of both axes, units included, in the common look."""
-    axes.set_title(title, fontsize=12.5, color=INK, loc="left")
+    axes.set_title(plain(title), fontsize=12.5, color=INK, loc="left")
     axes.set_xlabel(x, fontsize=11.5, color=INK)
     axes.set_ylabel(y, fontsize=11.5, color=INK)
     axes.tick_params(labelsize=10.5, colors=INK, length=3)

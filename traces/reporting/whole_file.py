@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +22,26 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         The path to write to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # Of its own: another process may be writing the same file.
+    partial = path.with_name(f"{uuid.uuid4().hex[:12]}.{path.name}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with errors_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def errors_named(path: Path | str) -> Iterator[None]:
+    """Errors of the system that name no file, as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import optuna
 from optuna.storages import BaseStorage
 from optuna.study import MaxTrialsCallback
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import FixedTrial, TrialState, create_trial
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import StepPolicy
 from tuning.divide.tuning_data import TuningData
 from tuning.families.family import Family
 from tuning.replay.run import replay_policy
+from tuning.search.shared_storage import shared_storage
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def search_family(
 ) -> Search:
     """Minimise the replay loss over a family's search space.
 
-    A study of the same name in the storage is continued until it has `n_trials` complete trials; several processes
-    may work on it at once.
+    A storage in a URL is shared: a study of the same name in it is continued until it has `n_trials` complete trials,
+    and several processes may work on it at once. Any other storage is that of one process: the search goes on where it
+    was, so that one that was interrupted ends as if it had not been.
 
     Args:
         family: What to search.
@@ -77,6 +79,11 @@ def search_family(
         ValueError: If the replay loss is not a number.
     """
 
+    shared = isinstance(storage, str)
+    if isinstance(storage, str):
+        storage = shared_storage(storage)
+    kept = None if storage is None or shared else _opened(storage, study_name, seed)
+
     def objective(trial: optuna.Trial) -> float:
         policy = family.suggest(trial, data)
         replay = replay_policy(data.traces, policy)
@@ -85,17 +92,20 @@ def search_family(
         if not math.isfinite(loss):
             # Optuna would pass over the trial, and go on for ever to get one that counts.
             raise ValueError("the traces have steps without a recovered mass: the model's attention was not a number.")
+        if kept is not None:
+            attributes = {"full_share": replay.full_share}
+            one = create_trial(
+                params=trial.params, distributions=trial.distributions, value=loss, user_attrs=attributes
+            )
+            kept.add_trial(one)
         return loss
 
-    study = optuna.create_study(
-        study_name=study_name,
-        storage=storage,
-        load_if_exists=True,
-        # What completes a study after an interruption must not repeat the points it began with.
-        sampler=optuna.samplers.TPESampler(seed=seed + _n_complete_of(storage, study_name)),
-    )
-    with tqdm(desc=f"{family.name:>16}", total=n_trials, initial=_n_complete(study), unit="trial") as progress:
-        if _n_complete(study) < n_trials:
+    study = _opened(storage if shared else None, study_name, seed)
+    if kept is not None:
+        _repeat(study, _complete(kept), seed)
+    n_known = len(_complete(study))
+    with tqdm(desc=f"{family.name:>16}", total=n_trials, initial=n_known, unit="trial") as progress:
+        if n_known < n_trials:
             study.optimize(
                 objective,
                 callbacks=[
@@ -103,10 +113,10 @@ def search_family(
                     lambda _study, _trial: progress.update(),
                 ],
             )
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = _complete(study)
     best: dict[str, optuna.trial.FrozenTrial] = {}
     for trial in sorted(trials, key=lambda trial: float(trial.value or 0)):
-        best.setdefault(repr(sorted(trial.params.items())), trial)
+        best.setdefault(_point(trial), trial)
     candidates = tuple(
         Candidate(dict(trial.params), family.suggest(FixedTrial(trial.params), data), float(trial.value or 0))
         for trial in list(best.values())[:n_candidates]
@@ -115,11 +125,31 @@ def search_family(
     return Search(family.name, candidates, points)
 
 
-def _n_complete(study: optuna.Study) -> int:
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+def _repeat(study: optuna.Study, kept: list[optuna.trial.FrozenTrial], seed: int) -> None:
+    """Draw the points of kept trials again, so that the sampler goes on where it was, and take their losses."""
+    for number, one in enumerate(kept):
+        trial = study.ask(one.distributions)
+        if trial.params != one.params:
+            # Of another version of the sampler: they count, and what follows must not repeat them.
+            study.tell(trial, state=TrialState.FAIL)
+            study.add_trials(kept[number:])
+            study.sampler = optuna.samplers.TPESampler(seed=seed + len(kept))
+            return
+        for name, value in one.user_attrs.items():
+            trial.set_user_attr(name, value)
+        study.tell(trial, one.value)
 
 
-def _n_complete_of(storage: BaseStorage | str | None, study_name: str) -> int:
-    if storage is None or study_name not in optuna.get_all_study_names(storage):
-        return 0
-    return _n_complete(optuna.load_study(study_name=study_name, storage=storage))
+def _opened(storage: BaseStorage | None, study_name: str, seed: int) -> optuna.Study:
+    study = optuna.create_study(study_name=study_name, storage=storage, load_if_exists=True)
+    # What completes a study after an interruption must not repeat the points it began with.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(_complete(study)))
+    return study
+
+
+def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _point(trial: optuna.Trial | optuna.trial.FrozenTrial) -> str:
+    return repr(sorted(trial.params.items()))

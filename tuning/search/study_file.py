@@ -9,16 +9,27 @@ from pathlib import Path
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+from policies.shown import sentence
+from policies.strict_json import check_plain_file
+
 
 def study_storage(path: Path) -> JournalStorage:
     """Open the file, or begin one. A last line that was not written whole is cut off, which is told.
 
+    A file that is damaged before its last line is set aside under another name, which is told, and another one begun.
+
     Raises:
-        ValueError: If a line before the last is damaged.
+        ValueError: If it is no ordinary file.
     """
+    check_plain_file(path)
     if path.exists():
         _repair(path)
-    return JournalStorage(JournalFileBackend(str(path)))
+    try:
+        return JournalStorage(JournalFileBackend(str(path)))
+    except Exception as error:
+        # Optuna believes whatever JSON says: what a line of another form raises is not foreseen.
+        _set_aside(path, f"{type(error).__name__}: {error}")
+        return JournalStorage(JournalFileBackend(str(path)))
 
 
 def _repair(path: Path) -> None:
@@ -31,7 +42,8 @@ def _repair(path: Path) -> None:
         if damaged is None:
             return
         if damaged < len(lines) - 1:
-            raise ValueError(f"{path} is damaged in line {damaged + 1}: remove it, and the search begins anew.")
+            _set_aside(path, f"line {damaged + 1} is no JSON")
+            return
         with path.open("rb+") as file:
             file.truncate(sum(map(len, lines[:damaged])))
     finally:
@@ -39,9 +51,16 @@ def _repair(path: Path) -> None:
     print(f"note: the last line of {path} was not written whole, and was cut off.", file=sys.stderr)
 
 
+def _set_aside(path: Path, why: str) -> None:
+    aside = path.with_name(path.name + ".damaged")
+    path.replace(aside)
+    note = f"note: {path} is damaged ({why}): it was set aside as {aside.name}, and the search begins anew."
+    print(sentence(note), file=sys.stderr)
+
+
 def _is_whole(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return line.endswith(b"\n")

@@ -30,6 +30,7 @@ from recycler.decode.cpu.decide import decisions
 from recycler.decode.cpu.walk import attend
 from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
+from recycler.decode.token_ids import check_tokens
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import DecoderParts, NotCovered, bias_of, decoder_parts
 from recycler.model.threads import kernel_threads
@@ -124,6 +125,7 @@ class CpuDecoding(Decoding):
             return self._step(tokens, places, n_threads)
 
     def _step(self, tokens: Tensor, places: Tensor, n_threads: int) -> Tensor:
+        check_tokens(tokens, len(self._parts.embedding.weight))
         refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
         grown = [part.make_room() for layer in self._layers for part in layer.parts]
         if any(grown):

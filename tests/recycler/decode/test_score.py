@@ -158,8 +158,8 @@ def test_text_up_to_the_last_position_is_scored_and_no_more(
         ([], [1], "the context must be one row of at least one token, not of shape (0,)."),
         ([1], [], "the continuation must be one row of at least one token, not of shape (0,)."),
         ([[1, 2]], [1], "the context must be one row of at least one token, not of shape (1, 2)."),
-        ([1], [61], "the continuation has the token 61, but the model has 0 to 60 only."),
-        ([-1], [1], "the context has the token -1, but the model has 0 to 60 only."),
+        ([1], [61], "the token id 61 is outside of the model's vocabulary, 0 to 60."),
+        ([-1], [1], "the token id -1 is outside of the model's vocabulary, 0 to 60."),
         ([0.5], [1], "the context must be token ids, which are whole numbers, not torch.float32."),
     ],
 )

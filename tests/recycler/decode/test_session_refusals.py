@@ -183,3 +183,31 @@ def test_mask_of_four_dimensions_shared_by_rows_is_understood(
             found.append((logits(own_mask), session.receipt().tokens_dense.tolist()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-12)
     assert found[0][1] == found[1][1] == [[3 * (13 + 14 + 15)] * 2] * 2
+
+
+@pytest.mark.parametrize("token", [-1, 61])
+def test_a_token_outside_of_the_vocabulary_is_refused_in_a_prompt_and_in_a_step(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor], token: int
+) -> None:
+    model, tokens = make_model(), make_tokens(20)
+    refusal = f"the token id {token} is outside of the model's vocabulary, 0 to 60"
+    with torch.no_grad(), recycled(model, FixedStride(3), SELECTION):
+        cache = prefilled(model, tokens)
+        with pytest.raises(ValueError, match=refusal):
+            model(torch.tensor([[token]]), past_key_values=cache)
+        with pytest.raises(ValueError, match=refusal):
+            model(torch.tensor([[1, token]]))
+
+
+def test_a_set_far_larger_than_any_context_is_as_one_of_the_context(
+    make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
+    def written(selection: Selection) -> list[int]:
+        with recycled(make_model(), FixedStride(3), selection):
+            tokens: list[int] = make_model().generate(make_tokens(20), max_new_tokens=8)[0].tolist()
+        return tokens
+
+    huge = Selection(10**9, sinks=10**8, window=10**8, pool_forward=10**9)
+    assert (
+        written(huge) == written(Selection(40)) == make_model().generate(make_tokens(20), max_new_tokens=8)[0].tolist()
+    )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from policies import Selection, StepPolicy, StepSignals
 from recycler.measure import ablation
-from recycler.measure.ablation import measure_sensitivity, unit_sensitivity
+from recycler.measure.ablation import measure_prompt_sensitivity, measure_sensitivity, unit_sensitivity
 from recycler.measure.closed_loop import run_closed_loop
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
@@ -145,16 +147,35 @@ def test_an_interrupt_keeps_the_prompts_that_are_done(
         ({"n_steps": 7}, "steps 7 instead of 8"),
     ],
 )
-def test_measurements_of_other_settings_are_refused_with_the_difference(
+def test_measurements_of_other_settings_are_made_anew_and_named(
     loaded: LoadedModel, files: list[TraceFile], tmp_path: Path, changed: dict[str, Any], difference: str
 ) -> None:
     header = files[0].header
-    same: dict[str, Any] = {"model": header.model, "selection": header.selection, "n_steps": N_STEPS, "kl": {}}
-    other = same | changed
+    other: dict[str, Any] = {"model": header.model, "selection": header.selection, "n_steps": N_STEPS, "kl": {}}
+    other |= changed
     if not other["model"]:
         other["model"] = dict(header.model) | {"id": "other"}
     Sensitivity(**other).write(tmp_path)
-    with pytest.raises(ValueError, match=f"sensitivity.json was measured with {difference}"):
-        measure_sensitivity(loaded, tmp_path, files)
-    Sensitivity(**same).write(tmp_path)
-    assert len(measure_sensitivity(loaded, tmp_path, files[:1]).kl) == 1
+    with pytest.warns(UserWarning, match=f"sensitivity.json was measured with {difference}"):
+        assert list(measure_sensitivity(loaded, tmp_path, files[:1]).kl) == ["a"]
+
+
+def test_a_table_of_another_text_or_of_other_weights_is_measured_anew(
+    make_model: Callable[..., PreTrainedModel],
+    loaded: LoadedModel,
+    files: list[TraceFile],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = (Prompt("same", "random", np.arange(48) + i, N_PROMPT, "made", "CC0") for i in range(2))
+    retrained = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        retrained.lm_head.weight[3, 5] += 1
+    others = LoadedModel(retrained, tokenizer=None, id=loaded.id)  # type: ignore[arg-type]
+    monkeypatch.setattr(ablation, "unit_sensitivity", count := Counting())
+    measure_prompt_sensitivity(loaded, tmp_path, [first], SELECTION)
+    for n, (model, prompt) in enumerate([(loaded, second), (others, second)], start=2):
+        with pytest.warns(UserWarning, match="has same of another text, other weights or versions"):
+            found = measure_prompt_sensitivity(model, tmp_path, [prompt], SELECTION)
+        assert count.n == n
+        assert found.kl["same"][0, 0] == n

@@ -51,12 +51,13 @@ def test_the_last_line_is_the_result(first: Run, out: Path) -> None:
 
 def test_everything_promised_is_there(first: Run, out: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
-        *("policy.json", "results.json", "report.html", "pictures", "study.log", "closed_loop", "set_sizes", "traces")
+        *("policy.json", "results.json", "report.html", "pictures", "study.log", "closed_loop", "set_sizes", "traces"),
+        ".lock",
     }
     # What is held out is decoded, not recorded.
     assert {file.name[-4:] for file in TraceFolder(out / "traces")} == {"-000"}
     assert len(TraceFolder(out / "traces")) == 6
-    assert (out / "set_sizes" / "sensitivity.json").exists()
+    assert len(list(out.glob("set_sizes/*/sensitivity.json"))) == 1
     assert not list(out.rglob("*.partial"))
     results = json.loads((out / "results.json").read_text())
     assert results["exported"] == first.result["family"]

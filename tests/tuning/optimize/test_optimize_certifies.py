@@ -113,7 +113,7 @@ def test_where_nothing_is_certified_there_is_one_sentence_and_no_policy(
         "0.1, at 90% confidence: of stride_profile at 0.5, the most expensive, the bound is 0.1 on 6 prompts; no "
         "number of prompts that lose as these do would be enough."
     )
-    assert {path.name for path in tmp_path.iterdir()} == {"study.log", "closed_loop"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "study.log", "closed_loop"}
 
 
 def test_too_few_prompts_are_refused_before_anything_is_recorded(

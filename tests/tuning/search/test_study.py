@@ -134,7 +134,14 @@ def test_an_interrupted_study_is_completed(
     family = Counted()
     found = search(family, data, 6, storage=file_storage(tmp_path))
     assert (len(found.trials), family.n) == (6, 3)
-    assert np.isfinite(found.trials).all()
+    np.testing.assert_array_equal(found.trials, search(Counted(), data, 6).trials)
+
+
+def test_a_study_of_points_that_are_not_drawn_again_is_gone_on_from(data: TuningData, tmp_path: Path) -> None:
+    search(Counted(), data, 3, seed=1, storage=file_storage(tmp_path))
+    family = Counted()
+    found = search(family, data, 5, seed=2, storage=file_storage(tmp_path))
+    assert (len(found.trials), family.n) == (5, 2)
 
 
 def test_studies_of_different_names_do_not_meet(data: TuningData, tmp_path: Path) -> None:

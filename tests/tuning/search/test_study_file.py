@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import optuna
@@ -51,10 +52,22 @@ def test_a_line_without_its_end_is_torn_too(path: Path) -> None:
     assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:-1])
 
 
-def test_a_damaged_line_in_the_middle_is_refused_with_its_number(path: Path) -> None:
+@pytest.mark.parametrize("line", [b"half a line\n", b"{}\n", b"[" * 5000 + b"\n", b'{"op_code": 4, "worker_id": 3}\n'])
+def test_a_file_damaged_in_the_middle_is_set_aside_and_said(
+    path: Path, line: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[2] = lines[2][:-5] + b"\n"
+    lines[2] = line
     path.write_bytes(b"".join(lines))
-    with pytest.raises(ValueError, match=r"study\.log is damaged in line 3: remove it, and the search begins anew\."):
-        study_storage(path)
-    assert path.read_bytes() == b"".join(lines)
+    assert len(search(path, 2).trials) == 2
+    assert path.with_name("study.log.damaged").read_bytes() == b"".join(lines)
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {path} is damaged (")
+    assert note.endswith("): it was set aside as study.log.damaged, and the search begins anew.\n")
+    assert len(note) <= 301
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "study.log")
+    with pytest.raises(ValueError, match="is no ordinary file"):
+        study_storage(tmp_path / "study.log")

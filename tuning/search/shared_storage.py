@@ -1,0 +1,34 @@
+"""A study that several processes share."""
+
+from __future__ import annotations
+
+import time
+
+import optuna
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
+
+# Tables are made by whoever comes first; all others find them half made.
+_TRIES = 20
+_SECONDS_BETWEEN = 0.25
+# Another process may be writing, or was killed while it was.
+_SECONDS_LOCKED = 60
+
+
+def shared_storage(url: str) -> BaseStorage:
+    """Open the storage behind a URL, and make its tables if nobody else does.
+
+    Raises:
+        ValueError: If it cannot be opened.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            if url.startswith("sqlite"):
+                return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _SECONDS_LOCKED}})
+            return optuna.storages.get_storage(url)
+        except SQLAlchemyError as error:
+            if not tries_left:
+                first = str(error).splitlines()[0]
+                raise ValueError(f"the storage {url} of the study cannot be opened: {first}.") from error
+            time.sleep(_SECONDS_BETWEEN)
+    raise AssertionError("unreachable")
