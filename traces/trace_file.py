@@ -98,6 +98,11 @@ class TraceFile:
             ValueError: As `load` does, or if the system maps no more files.
         """
         _ = self.header  # Whatever is no trace is told here.
+        # By a mapping of its own, which goes again with all that looking brought into memory.
+        self._mapped(("recovered_mass", "fresh_mass"))
+        return self._mapped(())
+
+    def _mapped(self, checked: Sequence[str]) -> Trace:
         try:
             whole = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
         except (OSError, ValueError) as error:
@@ -107,8 +112,7 @@ class TraceFile:
             entries = json.loads(whole[_LENGTH_BYTES:data_start].tobytes())
             header = TraceHeader.from_json(entries.pop("__metadata__")[METADATA_KEY])
             trace = Trace(header=header, **{name: _array(name, entries[name], whole[data_start:]) for name in entries})
-            # What replay reads whole; the rest is read as far as it is used.
-            trace.check_values(("recovered_mass", "fresh_mass"))
+            trace.check_values(checked)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(sentence(f"{self.path} is no whole trace: {error}")) from error
         return trace

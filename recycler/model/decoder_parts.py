@@ -25,6 +25,8 @@ from recycler.model.shape import n_layers, recycled_layers
 _COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 # Where types of their modules are defined, beside the file of the model itself.
 _PLAIN_MODULES = ("torch.nn.modules.", "transformers.activations")
+# Types of weights whose memory holds their numbers; packed ones are types of their own.
+_WEIGHTS: tuple[type, ...] = (nn.Parameter,)
 
 
 class NotCovered(Exception):  # noqa: N818 - an answer, not an error: the plain path takes over.
@@ -90,7 +92,7 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
         raise NotCovered(f"it runs the activation silu, and this model has {activation}")
     tensors = list(model.parameters())
     for tensor in tensors:
-        if type(tensor) is not nn.Parameter:
+        if type(tensor) not in _WEIGHTS:
             raise NotCovered(f"a weight is a {type(tensor).__name__}, not a Parameter")
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
     if len(kinds) != 1:

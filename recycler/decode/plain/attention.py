@@ -111,7 +111,7 @@ class GatheredSets(StepAttention):
 
 def _each(cache: Tensor, units: UnitIndex) -> list[Tensor]:
     """The tokens of each unit, `(tokens, head_dim)`, where they lie: together they would be a copy of the cache."""
-    return [cache[row, head] for row, head in zip(*(index.tolist() for index in units), strict=True)]
+    return [cache[row, head] for row, head in zip(*(index.cpu().numpy() for index in units), strict=True)]
 
 
 def _gathered(cache: Tensor, units: UnitIndex, slots: Tensor) -> Tensor:

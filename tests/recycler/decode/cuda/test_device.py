@@ -33,6 +33,7 @@ from recycler.decode.engine_run import EngineRun
 from recycler.decode.receipt import Receipt
 from recycler.decode.session import recycled
 from recycler.measure.closed_loop import run_closed_loop
+from recycler.model import decoder_parts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
 
@@ -114,6 +115,7 @@ def call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch, on_engine: Make) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(decoder_parts, "_WEIGHTS", (nn.Parameter, Held))
     # Such tensors have no inference mode, and no streams.
     monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad())
     monkeypatch.setattr(engine, "_on", lambda device: torch.no_grad())
