@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 
 class PassingLayers:
@@ -43,7 +43,7 @@ class PassingLayers:
         without.layers = list(cache.layers)
         for index in self._recycled:
             # A layer that attends to the tokens of another one has none of its own.
-            if not isinstance(cache.layers[index], DummyLayer):
+            if getattr(cache.layers[index], "keys", None) is not None:
                 without.layers[index] = _Elsewhere(cache.get_seq_length(index))
         return without
 
