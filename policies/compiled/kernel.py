@@ -82,16 +82,19 @@ def stamped_kernel(digest: str, **options: Any) -> Callable[[Callable[..., Any]]
 
 
 def helper(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` for a function that only kernels call: compiled without a way in from Python.
+    """`numba.njit` for a function that only kernels call: compiled without a way in from Python, and into each of them.
 
-    That way is code too: of a function of named tuples, more than its own.
+    That way is code too: of a function of named tuples, more than its own. Left a function, it may round otherwise in
+    the process that compiles kernels than in one that loads them: there, all of them call the copy of the first.
 
     Args:
         options: Of `numba.njit`.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+        compiled = njit(
+            error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True, **options
+        )(function)
         compiled.__class__ = _Helper
         return compiled
 

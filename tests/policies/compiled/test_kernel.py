@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -65,6 +66,26 @@ def test_what_is_kept_of_a_kernel_is_read_and_written_by_one_process_at_a_time(t
 @helper()
 def _twice(x: int) -> int:
     return 2 * x
+
+
+@helper()
+def _polynomial(x: float) -> float:
+    # More than LLVM takes into a caller by itself.
+    for _ in range(3):
+        for power in range(40):
+            if x > power:
+                x = x / (1 + power) + np.sqrt(x * power) + np.exp(-x) - np.log(1 + x * x) * np.cos(x)
+            else:
+                x = x * power - np.sin(x) / (2 + power) + np.tanh(x) + np.log1p(x * x) * np.cos(power * x)
+    return x
+
+
+def test_helpers_are_compiled_into_kernels_so_that_no_process_has_another_copy() -> None:
+    kernel = numba.njit(lambda x: _polynomial(x) + _polynomial(x + 1) * _polynomial(2 * x))
+    kernel(1.5)
+    (code,) = kernel.inspect_llvm().values()
+    calls = [line for line in code.splitlines() if " call " in line and "_polynomial" in line]
+    assert calls == []
 
 
 def test_kernels_call_helpers_and_python_is_told_that_it_cannot() -> None:
