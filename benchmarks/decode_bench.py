@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.profiler import profile
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from policies import FixedStride, Selection, StepPolicy
@@ -26,12 +27,14 @@ class Case:
         name: In the table.
         policy: None for stock `generate`.
         static: Whether stock `generate` has a static cache.
+        compiled: Whether transformers compiles its steps, which it does on a GPU where the cache is static.
         selection: How sets are chosen; None for the default one.
     """
 
     name: str
     policy: StepPolicy | None = None
     static: bool = False
+    compiled: bool = True
     selection: Selection | None = None
 
 
@@ -57,10 +60,10 @@ class Timed:
 class _Clock(LogitsProcessor):
     """Notes when logits come by, and what was done before the third; a streamer works for one row only."""
 
-    def __init__(self, session: Session | None) -> None:
+    def __init__(self, session: Session | None, profiler: profile | None) -> None:
         self.times: list[float] = []
         self.before: Receipt | None = None
-        self._session = session
+        self._session, self._profiler = session, profiler
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.is_cuda:
@@ -70,6 +73,8 @@ class _Clock(LogitsProcessor):
             torch.cuda.reset_peak_memory_stats()
         if len(self.times) == 2 and self._session is not None:
             self.before = self._session.receipt()
+        if len(self.times) == 2 and self._profiler is not None:
+            self._profiler.start()
         self.times.append(time.perf_counter())
         return scores
 
@@ -81,8 +86,8 @@ class Bench:
         self._model, self._tokens, self._k, self._steps = model, tokens, k, steps
         self._first = prefill(model, tokens)
 
-    def time(self, case: Case, context_tokens: int, batch: int) -> Timed:
-        """Decode after a context; the first two steps, which make room, do not count."""
+    def time(self, case: Case, context_tokens: int, batch: int, *, profiler: profile | None = None) -> Timed:
+        """Decode after a context; the first two steps, which make room, do not count, nor does a profiler see them."""
         gc.collect()
         on_gpu = self._tokens.is_cuda
         in_use_bytes = torch.cuda.memory_allocated() if on_gpu else 0
@@ -93,7 +98,7 @@ class Bench:
         how = nullcontext() if case.policy is None else self._session(case)
         n_new = self._steps + 3
         with torch.inference_mode(), how as session:
-            clock = _Clock(session)
+            clock = _Clock(session, profiler)
             self._model.generate(  # type: ignore[operator]
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -103,7 +108,10 @@ class Bench:
                 do_sample=False,
                 logits_processor=LogitsProcessorList([clock]),
                 pad_token_id=0,
+                disable_compile=not case.compiled,
             )
+        if profiler is not None:
+            profiler.stop()
         step_ms = (clock.times[-1] - clock.times[2]) / self._steps * 1e3
         peak = torch.cuda.max_memory_allocated() - in_use_bytes if on_gpu else 0
         if session is None or clock.before is None:
@@ -180,6 +188,19 @@ def read_gb_per_s(device: torch.device) -> float:
         numbers.sum().item()
         best = min(best, time.perf_counter() - began)
     return numbers.numel() * numbers.element_size() / best / 1e9
+
+
+def copy_gb_per_s(device: torch.device) -> float:
+    """What a copy inside of a memory reaches, bytes read and written: the best of ten over 1 GiB, on a GPU over 4."""
+    source = torch.ones(1 << (30 if device.type == "cuda" else 28), device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * source.nbytes / best / 1e9
 
 
 def staggered(layers: int, kv_heads: int, stride: int) -> FixedStride:

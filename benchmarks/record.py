@@ -18,6 +18,7 @@ import torch
 import typer
 from machine import machine_name, not_measured
 from shapes import random_model
+from transformers import PreTrainedModel
 
 from policies import Selection
 from recycler import default_prompts, load_model, record_trace
@@ -62,14 +63,44 @@ def main(
         prompt = default_prompts(
             loaded.tokenizer, n_per_kind=1, context_tokens=context_tokens, n_steps=steps, kinds=["technical"]
         )[0]
-    tokens = torch.as_tensor(prompt.tokens.astype("int64"), device=measured.device)[None]
+    machine = machine_name(measured.device)
+    print(f"{name}, {dtype} on {measured.device}, {torch.get_num_threads()} threads, {machine}")
+    print(f"{context_tokens} prompt tokens, {steps} steps, ages up to {max_age}, k = {k}; target: at most 2 x prefill")
+    times = beside_prefill(measured, prompt, k=k, max_age=max_age, memory_mib=memory_mib, repeats=repeats)
+    print(f"prefill {times['prefill_s']:.2f} s, recording {times['record_s']:.2f} s: {times['ratio']:.2f} x")
+    if on_gpu:
+        print(f"memory beyond the prefill's own: {times['beyond_prefill_mib']} MiB of {memory_mib} MiB allowed")
+    return {
+        "model": name,
+        "machine": machine,
+        "measured": True,
+        "device": str(measured.device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "context_tokens": context_tokens,
+        "steps": steps,
+        "max_age": max_age,
+        "k": k,
+        "memory_mib": memory_mib,
+        **times,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "versions": versions(),
+    }
+
+
+def beside_prefill(
+    model: PreTrainedModel, prompt: Prompt, *, k: int, max_age: int, memory_mib: int, repeats: int
+) -> dict[str, Any]:
+    """Medians of prefill and recording of the same tokens, alternating; and what recording takes of a GPU's memory."""
+    on_gpu = model.device.type == "cuda"
+    tokens = torch.as_tensor(prompt.tokens.astype("int64"), device=model.device)[None]
 
     def prefill() -> None:
         with torch.inference_mode():
-            measured(tokens, use_cache=True, logits_to_keep=1)
+            model(tokens, use_cache=True, logits_to_keep=1)
 
     def record() -> None:
-        record_trace(measured, prompt, Selection.unpooled(k), max_age=max_age, memory_mib=memory_mib)
+        record_trace(model, prompt, Selection.unpooled(k), max_age=max_age, memory_mib=memory_mib)
 
     def run(what: Callable[[], None]) -> tuple[float, int]:
         """Seconds, and on a GPU the most memory in use, in bytes."""
@@ -82,37 +113,17 @@ def main(
             torch.cuda.synchronize()
         return time.perf_counter() - began, torch.cuda.max_memory_allocated() if on_gpu else 0
 
-    machine = machine_name(measured.device)
-    print(f"{name}, {dtype} on {measured.device}, {torch.get_num_threads()} threads, {machine}")
-    print(f"{context_tokens} prompt tokens, {steps} steps, ages up to {max_age}, k = {k}; target: at most 2 x prefill")
     run(prefill)
     if on_gpu:
         run(record)
     pairs = [(run(prefill), run(record)) for _ in range(repeats)]
     prefill_s, record_s = (statistics.median(one[0] for one in runs) for runs in zip(*pairs, strict=True))
     prefill_bytes, record_bytes = (max(one[1] for one in runs) for runs in zip(*pairs, strict=True))
-    print(f"prefill {prefill_s:.2f} s, recording {record_s:.2f} s: {record_s / prefill_s:.2f} x")
-    beyond_mib = max(0, record_bytes - prefill_bytes) / 2**20
-    if on_gpu:
-        print(f"memory beyond the prefill's own: {beyond_mib:.0f} MiB of {memory_mib} MiB allowed")
     return {
-        "model": name,
-        "machine": machine,
-        "measured": True,
-        "device": str(measured.device),
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "context_tokens": context_tokens,
-        "steps": steps,
-        "max_age": max_age,
-        "k": k,
         "prefill_s": round(prefill_s, 3),
         "record_s": round(record_s, 3),
         "ratio": round(record_s / prefill_s, 3),
-        "memory_mib": memory_mib,
-        "beyond_prefill_mib": round(beyond_mib) if on_gpu else None,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "versions": versions(),
+        "beyond_prefill_mib": round(max(0, record_bytes - prefill_bytes) / 2**20) if on_gpu else None,
     }
 
 

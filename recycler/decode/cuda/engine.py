@@ -244,7 +244,7 @@ class CudaDecoding(Decoding):
                 self._selection,
                 self._needs,
                 module.self_attn.scaling,
-                self._machine.tile_tokens(sizes.head_dim, dtype),
+                self._machine,
                 by_keys=bool(by_keys[layer]),
                 chooses=bool(by_values[layer]),
             )

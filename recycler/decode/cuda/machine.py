@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from recycler.model.decoder_parts import NotCovered
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -14,6 +16,8 @@ class Machine:
     Attributes:
         n_programs: Programs of a kernel that shares out its work: as many as run at once.
         tile_bytes: Keys of a tile of attention, in bytes; as many again are values.
+        walk_warps: Warps of a program of the attention, a power of 2.
+        walk_stages: Tiles of which it has copies under way or in use.
         chunk_tokens: Tokens of a chunk in the kernels that choose sets, a power of 2.
         captures: Whether steps are captured in a CUDA graph.
         compiles: Whether the torch parts of a layer are compiled.
@@ -21,20 +25,31 @@ class Machine:
 
     n_programs: int
     tile_bytes: int = 16384
+    walk_warps: int = 4
+    walk_stages: int = 3
     chunk_tokens: int = 2048
     captures: bool = True
     compiles: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("n_programs", "tile_bytes", "chunk_tokens"):
+        for name in ("n_programs", "tile_bytes", "walk_warps", "walk_stages", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.chunk_tokens & (self.chunk_tokens - 1):
-            raise ValueError(f"chunk_tokens must be a power of 2, not {self.chunk_tokens}.")
+        for name in ("walk_warps", "chunk_tokens"):
+            if getattr(self, name) & (getattr(self, name) - 1):
+                raise ValueError(f"{name} must be a power of 2, not {getattr(self, name)}.")
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
-        """Of a GPU: three stages of tiles let two programs of `walk` share a multiprocessor of 227 KiB."""
+        """Of a GPU: three stages of tiles let two programs of `walk` share a multiprocessor of 227 KiB.
+
+        Raises:
+            NotCovered: If it is none of NVIDIA's.
+        """
+        if torch.version.hip is not None:
+            raise NotCovered(
+                "it has run on NVIDIA's GPUs only, and this is torch for ROCm, which calls its devices cuda"
+            )
         return cls(2 * torch.cuda.get_device_properties(device).multi_processor_count)
 
     def tile_tokens(self, head_dim: int, dtype: torch.dtype) -> int:

@@ -33,6 +33,7 @@ def score(
     cached,
     weights,
     scores,
+    unpooled,
     counts,
     n_units,
     n_prompt,
@@ -45,17 +46,23 @@ def score(
     WINDOW: tl.constexpr,
     BACKWARD: tl.constexpr,
     FORWARD: tl.constexpr,
+    EDGE: tl.constexpr,
     MEAN: tl.constexpr,
 ):
     """Scores of all tokens, as `recycler.sets.scores.token_scores` has them, and how often their high bits occur.
 
     Counted are tokens that are neither sinks nor in the window.
 
+    A token's attention is computed once, and pooled from memory: by the program that has its chunk, and at the chunk's
+    ends by the neighbour too, which writes the same bits.
+
     Args:
         modes: int8 `(units,)`.
         mode: That of the units to be treated.
         scores: Of `Search`: gets the scores.
+        unpooled: float32 `(units, places)`: gets the attention that they are pooled from, where they are.
         counts: Of `Search`: gets the counts.
+        EDGE: A power of 2, from BACKWARD and FORWARD on.
     """
     end = n_prompt + tl.load(cached.n_own) + 1
     order = units_in(modes, mode, n_units, UNITS)
@@ -65,11 +72,21 @@ def score(
         first = tl.load(cached.start + unit // KV_HEADS)
         place = (item % n_chunks) * CHUNK + tl.arange(0, CHUNK)
         exists = (place >= first) & (place < end)
-        pooled = tl.zeros((CHUNK,), tl.float32)
-        for shift in range(-FORWARD, BACKWARD + 1):
-            near = place + shift
-            there = exists & (near >= first) & (near < end)
-            pooled = tl.maximum(pooled, _group_scores(weights, unit, near, there, places, GROUP, MEAN))
+        pooled = _group_scores(weights, unit, place, exists, places, GROUP, MEAN)
+        if BACKWARD + FORWARD > 0:
+            mine = unpooled + unit.to(tl.int64) * places
+            tl.store(mine + place, pooled, mask=exists)
+            # EDGE places on either side of the chunk, in one go.
+            at = tl.arange(0, 2 * EDGE)
+            edge = (item % n_chunks) * CHUNK + tl.where(at < EDGE, at - EDGE, CHUNK + at - EDGE)
+            beside = (edge >= first) & (edge < end)
+            tl.store(mine + edge, _group_scores(weights, unit, edge, beside, places, GROUP, MEAN), mask=beside)
+            # All threads have written before one reads.
+            tl.debug_barrier()
+            for shift in range(-FORWARD, BACKWARD + 1):
+                near = place + shift
+                there = exists & (near >= first) & (near < end)
+                pooled = tl.maximum(pooled, tl.load(mine + near, mask=there, other=0))
         tl.store(scores + unit.to(tl.int64) * places + place, pooled, mask=exists)
         ranked = (place >= first + SINKS) & (place < end - WINDOW)
         found = tl.histogram(pooled.to(tl.int32, bitcast=True) >> 20, HIGH_BINS, mask=ranked)

@@ -12,6 +12,7 @@ from recycler.decode import modes
 from recycler.decode.cuda.arrays import Cache, Cached
 from recycler.decode.cuda.choose import finish, pick
 from recycler.decode.cuda.decisions import RowPrograms
+from recycler.decode.cuda.machine import Machine
 from recycler.decode.cuda.own_tokens import OwnTokens
 from recycler.decode.cuda.prepare import compare, prepare
 from recycler.decode.cuda.score import rank_anew, score
@@ -35,7 +36,7 @@ class UnitKernels:
         selection: How sets are chosen.
         needs: Measured signals that the policy reads.
         scaling: Factor on query x key.
-        tile_tokens: Tokens of a tile of attention.
+        machine: How kernels are launched.
         by_keys: Whether any unit of the layer refreshes by its keys alone.
         chooses: Whether new sets are wanted of units that run full.
     """
@@ -51,16 +52,17 @@ class UnitKernels:
         selection: Selection,
         needs: frozenset[str],
         scaling: float,
-        tile_tokens: int,
+        machine: Machine,
         by_keys: bool,
         chooses: bool,
     ) -> None:
         self._layer, self._sizes, self._state, self._scratch = layer, sizes, state, scratch
         self._selection, self._scaling = selection, scaling
-        self._tile, self._by_keys, self._chooses = tile_tokens, by_keys, chooses
+        self._machine, self._by_keys, self._chooses = machine, by_keys, chooses
         self._measures = bool(needs & {"refresh_mass", "refresh_overlap"})
         self._units_to = _power_of_2(sizes.units)
         key, value = prompt
+        self._tile = machine.tile_tokens(sizes.head_dim, key.dtype)
         self._cache = Cache(
             prompt_key=key,
             prompt_value=value,
@@ -226,8 +228,8 @@ class UnitKernels:
             ROWS=max(least_rows, _power_of_2(sizes.group)),
             KEEPS_SET_LOGITS=self._selection.score_kept is not None,
             **how,
-            num_warps=4,
-            num_stages=3,
+            num_warps=self._machine.walk_warps,
+            num_stages=self._machine.walk_stages,
         )
         merge[(sizes.units, sizes.group)](
             self._cached,
@@ -254,6 +256,8 @@ class UnitKernels:
             self._cached,
             scratch.weights,
             scratch.search.scores,
+            # Until `pick` lists candidates there.
+            scratch.search.picked.view(torch.float32),
             scratch.search.counts,
             sizes.units,
             sizes.n_prompt,
@@ -262,6 +266,7 @@ class UnitKernels:
             **self._heads,
             BACKWARD=selection.pool_backward,
             FORWARD=selection.pool_forward,
+            EDGE=_power_of_2(max(1, selection.pool_backward, selection.pool_forward)),
             MEAN=selection.group == GroupPooling.MEAN,
             **how,
         )

@@ -78,14 +78,16 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
         n_picked=zeros(units, 2, chunks),
         marks=zeros(units, places),
     )
+    # What was not written there would win.
+    unpooled = torch.full((units, places), 1e30, device=device)
     mass, overlap = zeros(units, dtype=torch.float64), zeros(units, dtype=torch.float64)
     selection = case.selection
     how = {"CHUNK": CHUNK, "SINKS": selection.sinks, "WINDOW": selection.window}
     mode, units_to = modes.FULL, 1 << (units - 1).bit_length()
     score[(n_programs,)](
-        unit_modes, mode, cached, weights, search.scores, search.counts, units, n_prompt, places,
+        unit_modes, mode, cached, weights, search.scores, unpooled, search.counts, units, n_prompt, places,
         KV_HEADS=kv_heads, GROUP=group, UNITS=units_to, BACKWARD=selection.pool_backward,
-        FORWARD=selection.pool_forward, MEAN=selection.group == "mean", **how,
+        FORWARD=selection.pool_forward, EDGE=4, MEAN=selection.group == "mean", **how,
     )  # fmt: skip
     pick[(n_programs,)](
         unit_modes, mode, cached, sizes, search, units, n_prompt, places,

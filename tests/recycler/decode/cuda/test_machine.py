@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recycler.decode.cuda.machine import Machine
+from recycler.model.decoder_parts import NotCovered
 
 
 @pytest.mark.parametrize(
@@ -27,9 +28,18 @@ def test_a_tile_is_never_too_small_for_a_matrix_product() -> None:
     [
         ({"n_programs": 0}, "n_programs must be at least 1, not 0."),
         ({"n_programs": 1, "tile_bytes": -3}, "tile_bytes must be at least 1, not -3."),
+        ({"n_programs": 1, "walk_warps": 3}, "walk_warps must be a power of 2, not 3."),
         ({"n_programs": 1, "chunk_tokens": 100}, "chunk_tokens must be a power of 2, not 100."),
     ],
 )
 def test_a_machine_that_cannot_be_is_refused(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         Machine(**wrong)
+
+
+def test_torch_for_rocm_whose_devices_are_called_cuda_is_left_to_the_plain_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(NotCovered, match=r"^it has run on NVIDIA's GPUs only, and this is torch for ROCm"):
+        Machine.of(torch.device("cuda"))
