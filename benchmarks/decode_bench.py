@@ -29,6 +29,7 @@ class Case:
         static: Whether stock `generate` has a static cache.
         compiled: Whether transformers compiles its steps, which it does on a GPU where the cache is static.
         selection: How sets are chosen; None for the default one.
+        audit: Steps between audits; None for none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     static: bool = False
     compiled: bool = True
     selection: Selection | None = None
+    audit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Bench:
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None
-        return recycled(self._model, case.policy, case.selection or Selection(self._k))
+        return recycled(self._model, case.policy, case.selection or Selection(self._k), audit=case.audit)
 
     def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         repeats = -(-n_tokens // self._tokens.shape[1])

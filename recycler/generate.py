@@ -38,6 +38,10 @@ def main(
         int | None,
         typer.Option(min=1, help="Tokens of the recycled set, those of units in proportion; default: the policy's."),
     ] = None,
+    audit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure how far the text is from full attention, every so many tokens."),
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Keep to the plain path, without the fast engine.")] = False,
     explain_only: Annotated[
         bool, typer.Option("--explain", help="Say what would run and what it would read, and generate nothing.")
@@ -68,7 +72,7 @@ def main(
             streamer=streamer,
         )
 
-    with recycled(loaded, policy_file, fast=not plain) as session:
+    with recycled(loaded, policy_file, fast=not plain, audit=audit) as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()
     # Piped, the table is as wide as it needs to be; a terminal has its own width.
@@ -88,6 +92,7 @@ def main(
         "reasons": applied["reasons"],
         "horizon_steps": applied["horizon_steps"],
         "notes": applied["notes"],
+        "audit": applied["audit"],
         "written_by": applied["written_by"],
         "model": loaded.id,
         "policy": str(policy),

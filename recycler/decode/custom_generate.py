@@ -30,6 +30,7 @@ def custom_generate(
     policy: StepPolicy | PolicyFile | str | Path | None = None,
     selection: Selection | None = None,
     fast: bool = True,
+    audit: int | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """What to give to `model.generate(..., custom_generate=custom_generate, policy=...)`.
@@ -47,6 +48,7 @@ def custom_generate(
         policy: As in `recycled`; from the call of `generate`, like what follows.
         selection: As in `recycled`.
         fast: As in `recycled`.
+        audit: As in `recycled`.
         model_kwargs: What else the model's forward gets.
 
     Raises:
@@ -56,7 +58,7 @@ def custom_generate(
         raise ValueError("custom_generate decodes with a policy: give policy=... to generate, such as its file's path.")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("beam search cannot run recycled: use greedy search or sampling, with num_beams=1.")
-    with _told(recycled(model, policy, selection, fast=fast)):
+    with _told(recycled(model, policy, selection, fast=fast, audit=audit)):
         return model._sample(  # type: ignore[operator]
             input_ids,
             logits_processor=logits_processor,

@@ -36,6 +36,9 @@ class Receipt:
         longest_steps: Decode steps of the longest output.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
         notes: Sentences on how the model differs from the one that the policy was tuned on.
+        audited_kl: float32 `(n,)`: of the row-steps that were audited, the divergence of the next token's distribution
+            from full attention's, in nats.
+        audit_tokens_read: What audits read of the cache, in tokens per unit, summed over rows.
     """
 
     engine: str
@@ -51,6 +54,8 @@ class Receipt:
     longest_steps: int = 0
     horizon_steps: int | None = None
     notes: tuple[str, ...] = ()
+    audited_kl: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    audit_tokens_read: int = 0
 
     @property
     def beyond_horizon(self) -> str:
@@ -81,9 +86,21 @@ class Receipt:
 
     @property
     def read_share(self) -> float:
-        """KV bytes read as a share of what full attention reads at every step; NaN before the first decode step."""
+        """KV bytes read as a share of what full attention reads at every step; NaN before the first decode step.
+
+        Audits read too.
+        """
         dense = int(self.tokens_dense.sum())
-        return float(self.tokens_read.sum()) / dense if dense else float("nan")
+        read = float(self.tokens_read.sum()) + self.audit_tokens_read * self.tokens_read.size
+        return read / dense if dense else float("nan")
+
+    @property
+    def audit(self) -> dict[str, float] | None:
+        """What audits found: `row_steps`, and `kl_mean`, `kl_p95` in nats; None if there were none."""
+        if not self.audited_kl.size:
+            return None
+        kl = self.audited_kl.astype(np.float64)
+        return {"row_steps": kl.size, "kl_mean": float(kl.mean()), "kl_p95": float(np.quantile(kl, 0.95))}
 
     @property
     def sentence(self) -> str:
@@ -110,6 +127,7 @@ class Receipt:
             "longest_steps": self.longest_steps,
             "horizon_steps": self.horizon_steps,
             "notes": list(self.notes),
+            "audit": self.audit,
             "written_by": written_by(),
         }
 
@@ -121,6 +139,11 @@ class Receipt:
             console.print(
                 f"  {self.keys_only_share:.1%} of unit-steps refreshed their sets by keys alone, each counted as half "
                 "a full one"
+            )
+        if self.audit is not None:
+            console.print(
+                f"  audited: {self.audit['row_steps']} of {self.row_steps} steps of rows, KL to full attention "
+                f"{self.audit['kl_mean']:.3g} nats in the mean, {self.audit['kl_p95']:.3g} at the 95th percentile"
             )
         if self.why_plain:
             console.print(f"  the plain path was taken because {self.why_plain}")
@@ -155,6 +178,8 @@ class Tally:
         self._full_steps, self._keys_only_steps, self._tokens_dense = np.zeros((3, *units), dtype=np.int64)
         self._tokens_read = np.zeros(units)
         self._reasons: dict[str, np.ndarray] = {}
+        self._audited_kl: list[np.ndarray] = []
+        self._audit_tokens_read = 0
 
     @property
     def n_steps(self) -> int:
@@ -185,6 +210,16 @@ class Tally:
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled.sum(0)
 
+    def add_audit(self, kl: np.ndarray, tokens_read: int) -> None:
+        """Add an audit.
+
+        Args:
+            kl: `(rows, steps)`, in nats.
+            tokens_read: Tokens of the cache that a unit read for it, summed over rows.
+        """
+        self._audited_kl.append(kl.ravel())
+        self._audit_tokens_read += tokens_read
+
     def add(self, receipt: Receipt) -> None:
         """Add all that a receipt tells, but for why."""
         if not receipt.n_steps:
@@ -198,6 +233,7 @@ class Tally:
         self._keys_only_steps += receipt.keys_only_steps
         self._tokens_read += receipt.tokens_read
         self._tokens_dense += receipt.tokens_dense
+        self.add_audit(receipt.audited_kl, receipt.audit_tokens_read)
         for reason, overruled in receipt.reasons.items():
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled
@@ -218,4 +254,6 @@ class Tally:
             longest_steps=self._longest_steps,
             horizon_steps=horizon_steps,
             notes=notes,
+            audited_kl=np.concatenate([np.zeros(0, dtype=np.float32), *self._audited_kl]),
+            audit_tokens_read=self._audit_tokens_read,
         )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,14 +16,16 @@ from transformers import PreTrainedModel
 from policies import PolicyFile, Selection, StepPolicy
 from recycler.decode import engines
 from recycler.decode.asked import Asked, model_of
+from recycler.decode.audit import Auditor
 from recycler.decode.cache_watch import CACHE_CHANGED
 from recycler.decode.engine import Engine
 from recycler.decode.engine_run import EngineRun
 from recycler.decode.forward_call import ForwardCall
 from recycler.decode.last_prompt import LastPrompt
 from recycler.decode.plain.run import PlainRun
-from recycler.decode.receipt import Receipt, Tally
+from recycler.decode.receipt import Receipt
 from recycler.decode.token_ids import check_tokens, n_vocabulary
+from recycler.decode.turns import Turns
 from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.model_watch import ModelWatch
@@ -45,8 +45,6 @@ MODEL_CHANGED = (
     "the model changed after its prompt was read: a module, a weight or a hook of it is another one, and a decode step "
     "cannot leave the engine; change it before the prompt, or use recycled(..., fast=False)."
 )
-# Turns of a session whose receipts are kept: a session may live as long as a server.
-_MOST_TURNS = 100
 
 
 @contextmanager
@@ -57,6 +55,7 @@ def recycled(
     *,
     fast: bool = True,
     horizon_steps: int | None = None,
+    audit: int | None = None,
 ) -> Iterator[Session]:
     """Decode with recycled attention inside the `with`.
 
@@ -82,6 +81,9 @@ def recycled(
         fast: False keeps to the plain path.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None for what the policy file says, if
             there is one. An output of more than twice as many warns, once, and the receipt says so.
+        audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
+            The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
+            and sets and schedule begin anew, as after a prompt. What is left at the end of an output is not audited.
 
     Yields:
         The session; its `receipt()` tells what was done so far.
@@ -95,7 +97,7 @@ def recycled(
     asked = Asked.of(policy, selection, horizon_steps, model)
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)
-    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes)
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes, audit)
     if fast:
         try:
             session.use(engines.engine_for(model))
@@ -117,6 +119,7 @@ class Session:
         selection: How sets are chosen; likewise.
         horizon_steps: As in `recycled`.
         notes: What receipts say of the model.
+        audit: As in `recycled`.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class Session:
         selection: Selection,
         horizon_steps: int | None = None,
         notes: tuple[str, ...] = (),
+        audit: int | None = None,
     ) -> None:
         shape = model_shape(model)
         self._model = model
@@ -134,18 +138,15 @@ class Session:
         # A text of twice a model's positions is none that it can read.
         self._prompt = LastPrompt(shape, selection.within(2 * max_positions(model)))
         self._n_vocabulary = n_vocabulary(model)
-        self._horizon_steps, self._notes = horizon_steps, notes
-        self._warned = False
+        self._auditor = None if audit is None else Auditor(audit)
+        self._audits = self._warned = False
         self._generating = threading.RLock()
         # Whether the model was called; read several tokens that `generate` did not call prefill; took a step, or was
         # refused one.
         self._was_called = self._has_read = self._has_stepped = False
-        self._units = shape.units
-        self._tally = Tally(shape.units)
-        self._turns: deque[Receipt] = deque(maxlen=_MOST_TURNS)
+        self._turns = Turns(shape.units, horizon_steps, notes)
         self._engine: Engine | None = None
         self._watch: ModelWatch | None = None
-        self._why_plain = ""
         self._run: EngineRun | PlainRun | None = None
         # Ids that the model's forward is running on, `(rows, tokens)`.
         self._fed: Tensor | None = None
@@ -157,7 +158,7 @@ class Session:
 
     def stay_plain(self, reason: str) -> None:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
-        self._why_plain = reason
+        self._turns.why_plain = reason
 
     def applied(self) -> AbstractContextManager[None]:
         """Run this session's functions in the place of the model's, in this thread or task."""
@@ -172,7 +173,7 @@ class Session:
                 try:
                     return self._model.generate(*args, **kwargs)  # type: ignore[operator]
                 finally:
-                    self._end_run()
+                    self._end_turn()
 
     def forward(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The model's forward in this session, given its own."""
@@ -182,19 +183,28 @@ class Session:
             self._was_called = True
             check_tokens(call.known_tokens, self._n_vocabulary)
             if self.in_prefill or not call.is_one_token or not self._prompt.is_read:
-                self._end_run()
+                self._end_turn()
                 read = self._plainly(call, stock, args, kwargs)
                 self._prompt.check_read()
                 self._has_read |= not (self.in_prefill or call.is_one_token)
                 return read
             self._has_stepped = True
+            if self._auditor is not None:
+                self._auditor.check(call)
             if self._run is None:
                 self._run = self._begin_run(call)
             if isinstance(self._run, EngineRun):
                 if self._watch is not None and self._watch.has_changed:
                     raise ValueError(MODEL_CHANGED)
-                return self._run.step(call)
-            return self._plainly(call, stock, args, kwargs)
+                stepped = self._run.step(call)
+            else:
+                stepped = self._plainly(call, stock, args, kwargs)
+            if self._auditor is not None:
+                assert stepped.logits is not None
+                self._auditor.note(call, stepped.logits)
+                if self._auditor.is_due:
+                    self._audit(self._auditor, stock)
+            return stepped
 
         return forward
 
@@ -232,7 +242,8 @@ class Session:
             refuse_full_window(layer, end, kwargs.get("sliding_window"))
             keys, values = key[:, :, :end], value[:, :, :end]
             if self.in_prefill or query.shape[2] > 1 or not self._prompt.is_read:
-                self._end_run()
+                if not self._audits:
+                    self._end_turn()
                 self._prompt.read(layer, query, keys, visible, scoring)
                 return stock(module, query, key, value, mask, **kwargs)
             # Whoever calls inner modules of the model comes here without a call of its forward.
@@ -251,22 +262,15 @@ class Session:
 
     def receipt(self) -> Receipt:
         """What was done since the `with` began."""
-        tally = copy.deepcopy(self._tally)
-        if self._run is not None:
-            self._run.add_to(tally)
-        return self._receipt_of(tally)
+        return self._turns.receipt(self._run)
 
     def turns(self) -> tuple[Receipt, ...]:
         """A receipt for each output, what was decoded after one prompt or one more turn of it: the last 100 of them."""
-        current = Tally(self._units)
-        if self._run is not None:
-            self._run.add_to(current)
-        unfinished = [self._receipt_of(current)] if current.n_steps else []
-        return (*self._turns, *unfinished)[-_MOST_TURNS:]
+        return self._turns.each(self._run)
 
     def finish(self) -> None:
         """End decoding: an engine's memory is given back, and what it still has to say of the padding is said."""
-        self._end_run()
+        self._end_turn()
         if not (self._was_called or self._has_stepped):
             warnings.warn(NOT_CALLED, stacklevel=3)
         elif self._has_read and not self._has_stepped:
@@ -281,29 +285,36 @@ class Session:
                 self._prompt.check(call.arguments.get("past_key_values"))
                 return EngineRun(self._engine, call, self._policy, self._prompt.first_sets())
             except NotCovered as reason:
-                self._why_plain = str(reason)
+                self._turns.why_plain = str(reason)
         return self._plain_run()
 
     def _plain_run(self) -> PlainRun:
         return PlainRun(self._prompt.first_sets(), self._policy, self._prompt.watches)
 
+    def _audit(self, auditor: Auditor, stock: Callable[..., Any]) -> None:
+        """Repeat the last steps as if they were a prompt."""
+        self._end_run()
+        # An audit of one step is no step.
+        self.in_prefill = self._audits = True
+        try:
+            self._turns.add_audit(*auditor.run(stock))
+        finally:
+            self.in_prefill = self._audits = False
+
     def _end_run(self) -> None:
         run, self._run = self._run, None
-        if run is None:
-            return
-        turn = Tally(self._units)
-        run.add_to(turn)
-        if turn.n_steps:
-            receipt = self._receipt_of(turn)
-            self._tally.add(receipt)
-            self._turns.append(receipt)
-        self._warn_beyond_horizon()
+        if run is not None:
+            self._turns.add(run)
 
-    def _receipt_of(self, tally: Tally) -> Receipt:
-        return tally.receipt(self._why_plain, self._horizon_steps, self._notes)
+    def _end_turn(self) -> None:
+        self._end_run()
+        if self._auditor is not None:
+            self._auditor.forget()
+        if self._turns.end():
+            self._warn_beyond_horizon()
 
     def _warn_beyond_horizon(self) -> None:
-        beyond = "" if self._warned or self._horizon_steps is None else self.receipt().beyond_horizon
+        beyond = "" if self._warned else self._turns.beyond_horizon
         if beyond:
             self._warned = True
             warnings.warn(beyond, stacklevel=2)

@@ -102,6 +102,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
         "reasons": receipt["reasons"],
         "horizon_steps": None,
         "notes": [],
+        "audit": None,
         "written_by": receipt["written_by"],
         "model": loaded.id,
         "policy": str(path),
@@ -109,6 +110,17 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
     assert 0 < values["full_share"] <= 0.3
     assert values["read_share"] < 0.6
     assert values["reasons"]["budget"] > 0
+
+
+def test_with_audits_the_receipt_says_how_far_from_full_attention_the_text_was(
+    run: Run, write_policy: WritePolicy
+) -> None:
+    code, out, err = run("--policy", write_policy(), "--prompt", TEXT, "--max-new-tokens", "30", "--audit", "8")
+    assert (code, err) == (0, "")
+    audit = result(out)["audit"]
+    assert audit["row_steps"] == 24
+    assert 0 < audit["kl_mean"] <= audit["kl_p95"]
+    assert "\n  audited: 24 of 29 steps of rows, KL to full attention " in out
 
 
 def test_the_same_command_gives_the_same_output(run: Run, write_policy: WritePolicy) -> None:

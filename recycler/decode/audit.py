@@ -1,0 +1,135 @@
+"""How far decoding is from full attention, measured: a full forward over the last tokens, every so many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from recycler.decode.cache import KvLayer
+from recycler.decode.forward_call import ForwardCall
+
+
+class Audited(NamedTuple):
+    """What an audit found.
+
+    Attributes:
+        kl: float32 `(rows, steps)`: Kullback-Leibler divergence of the next token's distribution from that of full
+            attention over the same text, in nats, at least 0.
+        tokens_read: Tokens of the cache that a unit read for it, summed over rows; each once, for all of its queries.
+    """
+
+    kl: np.ndarray
+    tokens_read: int
+
+
+class Auditor:
+    """Keeps the last steps, and repeats them with full attention.
+
+    The keys and values of their tokens become those of full attention. What was decoded before has been audited, so
+    every audit is of the whole text.
+
+    Args:
+        every_steps: Steps from one audit to the next, at least 1.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
+
+    def __init__(self, every_steps: int) -> None:
+        if every_steps < 1:
+            raise ValueError(f"audit must be at least 1 step, or None for no audits, not {every_steps}.")
+        self._every_steps = every_steps
+        self._tokens: list[Tensor] = []
+        self._places: list[Tensor] = []
+        self._logits: list[Tensor] = []
+        self._last: ForwardCall | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether as many steps were taken as an audit is of."""
+        return len(self._tokens) == self._every_steps
+
+    def check(self, call: ForwardCall) -> None:
+        """Refuse what cannot be repeated.
+
+        Raises:
+            ValueError: If tokens cannot be taken back from the cache, or the call brings none.
+        """
+        cache = call.arguments.get("past_key_values")
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"an audit takes tokens back from the cache, which a {type(cache).__name__} does not allow."
+            )
+        for layer in cache.layers:
+            if type(layer) not in (DynamicLayer, KvLayer):
+                raise ValueError(
+                    f"an audit takes tokens back from the cache, and a {type(layer).__name__} has forgotten what was "
+                    "before them."
+                )
+        if call.known_tokens is None:
+            raise ValueError("an audit repeats steps by their token ids, and the call passes embeddings.")
+        if call.arguments.get("return_dict") is False:
+            raise ValueError("an audit reads the logits by name, and the call passes return_dict=False.")
+
+    def note(self, call: ForwardCall, logits: Tensor) -> None:
+        """Keep a step.
+
+        Args:
+            call: The call of the forward.
+            logits: `(rows, 1, vocabulary)`, which it returned.
+        """
+        self._tokens.append(call.tokens)
+        places = call.arguments.get("position_ids")
+        if places is not None:
+            self._places.append(places)
+        self._logits.append(logits[:, -1])
+        self._last = call
+
+    def forget(self) -> None:
+        """Forget what was not audited."""
+        self._tokens, self._places, self._logits, self._last = [], [], [], None
+
+    def run(self, forward: Callable[..., Any]) -> Audited:
+        """Repeat what was kept, and forget it.
+
+        Args:
+            forward: The model's own, with full attention.
+        """
+        assert self._last is not None
+        cache, mask = (self._last.arguments.get(name) for name in ("past_key_values", "attention_mask"))
+        tokens, found, n_steps = torch.cat(self._tokens, 1), self._logits, len(self._tokens)
+        # Positions that were left to the model are left to it again.
+        places = {"position_ids": torch.cat(self._places, 1)} if len(self._places) == n_steps else {}
+        self.forget()
+        for layer in cache.layers:  # type: ignore[union-attr]
+            take_back(layer, n_steps)
+        with torch.no_grad():
+            exact = forward(
+                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **places
+            ).logits
+        kl = torch.stack([divergence(exact[:, step], one) for step, one in enumerate(found)], 1)
+        held = cache.get_seq_length() * len(tokens)  # type: ignore[union-attr]
+        padding = 0 if mask is None else int((mask == 0).sum())
+        return Audited(kl.float().cpu().numpy(), held - padding)
+
+
+def take_back(layer: Any, n_tokens: int) -> None:
+    """Take the last tokens out of a layer of a cache, without copying the rest where it grows in place."""
+    if isinstance(layer, KvLayer) and all(part.n_own >= n_tokens for part in layer.parts):
+        for part in layer.parts:
+            part.n_own -= n_tokens
+    else:
+        layer.crop(-n_tokens)
+
+
+def divergence(exact: Tensor, other: Tensor) -> Tensor:
+    """KL(exact || other) of logits `(rows, vocabulary)`, in nats, `(rows,)`, at least 0; in float32 or wider."""
+    wide = torch.promote_types(exact.dtype, torch.float32)
+    exact, other = (logits.to(wide).log_softmax(-1) for logits in (exact, other.to(exact.device)))
+    return (exact.exp() * (exact - other)).sum(-1).clamp(min=0)
