@@ -2,7 +2,8 @@
 
 A set follows from the step that chose it and from the attention of full attention since, so each is aged as the decoder
 ages one: a token arrives, one leaves, and where the selection asks for it the step's attention over the set ranks the
-set anew. On a CPU compiled code takes one set after another, elsewhere all sets of a layer grow older together.
+set anew. On a CPU compiled code takes one set after another, on a GPU a kernel takes each; where neither is to be had,
+all sets of a layer grow older together.
 
 Shapes: `heads` are the KV heads of a layer, `rows` consecutive query positions, of which row i sits at place
 `first + i` of the cache. Row i is also the source of the set chosen at row i; row 0 is the prompt's last token.
@@ -23,6 +24,9 @@ from recycler.record.ageing_kernel import age_each
 from recycler.sets.recycled_set import RecycledSet
 from recycler.sets.scores import group_scores
 from traces.ages import last_recorded
+
+# A kernel has a set in registers.
+_MOST_SLOTS_OF_A_KERNEL = 8192
 
 
 class AgedSets(NamedTuple):
@@ -54,6 +58,13 @@ def age_sets(
     """
     if probabilities.device.type == "cpu":
         return _age_one_by_one(chosen, probabilities, first, ages, apart)
+    if probabilities.device.type == "cuda" and chosen.positions.shape[-1] <= _MOST_SLOTS_OF_A_KERNEL:
+        try:
+            from recycler.record.ageing_on_gpu import age_in_one_kernel
+        except ImportError:
+            pass
+        else:
+            return AgedSets(*age_in_one_kernel(chosen, probabilities, first, ages))
     return age_together(chosen, probabilities, first, ages)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from policies import Selection
 from recycler.record.aged_sets import AgedSets, age_sets, age_together
+from recycler.record.ageing_on_gpu import age_in_one_kernel
 from recycler.sets.recycled_set import RecycledSet, select
 from recycler.sets.scores import token_scores
 
@@ -103,6 +104,18 @@ def test_sets_of_different_sizes_age_as_each_does_alone(
         expected = age(chosen_sets(alone, first, of_unit), alone, first, ages)
         for mine, its in zip(found, expected, strict=True):
             torch.testing.assert_close(mine[head : head + 1], its, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@given(situation=situations())
+@settings(max_examples=25, deadline=None)
+def test_on_a_gpu_one_kernel_ages_as_all_sets_do_together(situation: Situation) -> None:
+    weights, selection, first, ages = situation
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = chosen_sets(weights.to(device), first, selection)
+    found = age_in_one_kernel(chosen, weights.to(device), first, ages)
+    expected = age_together(chosen_sets(weights, first, selection), weights, first, ages)
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.cpu(), its, rtol=0, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("age", WAYS)

@@ -28,6 +28,9 @@ from recycler.decode import engines
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.session import recycled
+from recycler.record.ageing_on_gpu import age_in_one_kernel
+from recycler.sets.recycled_set import select
+from recycler.sets.scores import token_scores
 
 LOGISTIC = LearnedLogistic(
     ("sqrt_age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.2, 1.0, 0.1, 1.0, 0.5), -1.8
@@ -68,6 +71,13 @@ def decode(policy: StepPolicy, selection: Selection, dtype: torch.dtype, rows: i
         model(tokens[:, :1], past_key_values=cache, use_cache=True)
 
 
+def age(selection: Selection) -> None:
+    """Sets of a layer in that shape, as a recording ages them."""
+    weights = torch.rand(8, 4, 3, 600).softmax(-1)
+    chosen = select(token_scores(weights.transpose(1, 2), selection), selection, 0, 598 + torch.arange(3)[:, None])
+    age_in_one_kernel(chosen, weights, 597, (1, 2))
+
+
 def main() -> None:
     driver.set_active(Hopper())
     stock, compiled = JITFunction.run, {}
@@ -82,6 +92,8 @@ def main() -> None:
     decode(BudgetConstrained(LOGISTIC, 0.1), Selection.unpooled(256), torch.bfloat16, 1)
     decode(RefreshKeys(FixedStride(10)), Selection(256), torch.float32, 2)
     decode(CosineThreshold(0.5, 2.5), Selection(256, ranking="accumulated"), torch.float16, 2)
+    age(Selection(256))
+    age(Selection(256, ranking="decayed"))
     for name, kernel in compiled.values():
         assembly = kernel.asm
         told = {
