@@ -42,6 +42,11 @@ def main(
         int | None,
         typer.Option(min=1, help="Measure how far the text is from full attention, every so many tokens."),
     ] = None,
+    govern_kl: Annotated[
+        float | None,
+        typer.Option(help="Hold this KL to full attention, in nats, by audits that steer the policy's budget."),
+    ] = None,
+    most: Annotated[float | None, typer.Option(help="Largest budget that --govern-kl may use.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Keep to the plain path, without the fast engine.")] = False,
     explain_only: Annotated[
         bool, typer.Option("--explain", help="Say what would run and what it would read, and generate nothing.")
@@ -72,7 +77,7 @@ def main(
             streamer=streamer,
         )
 
-    with recycled(loaded, policy_file, fast=not plain, audit=audit) as session:
+    with recycled(loaded, policy_file, fast=not plain, audit=audit, govern_kl=govern_kl, most=most) as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()
     # Piped, the table is as wide as it needs to be; a terminal has its own width.
@@ -93,6 +98,7 @@ def main(
         "horizon_steps": applied["horizon_steps"],
         "notes": applied["notes"],
         "audit": applied["audit"],
+        "governed": applied["governed"],
         "written_by": applied["written_by"],
         "model": loaded.id,
         "policy": str(policy),

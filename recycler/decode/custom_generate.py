@@ -31,6 +31,8 @@ def custom_generate(
     selection: Selection | None = None,
     fast: bool = True,
     audit: int | None = None,
+    govern_kl: float | None = None,
+    most: float | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """What to give to `model.generate(..., custom_generate=custom_generate, policy=...)`.
@@ -49,6 +51,8 @@ def custom_generate(
         selection: As in `recycled`.
         fast: As in `recycled`.
         audit: As in `recycled`.
+        govern_kl: As in `recycled`.
+        most: As in `recycled`.
         model_kwargs: What else the model's forward gets.
 
     Raises:
@@ -58,7 +62,8 @@ def custom_generate(
         raise ValueError("custom_generate decodes with a policy: give policy=... to generate, such as its file's path.")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("beam search cannot run recycled: use greedy search or sampling, with num_beams=1.")
-    with _told(recycled(model, policy, selection, fast=fast, audit=audit)):
+    applied = recycled(model, policy, selection, fast=fast, audit=audit, govern_kl=govern_kl, most=most)
+    with _told(applied):
         return model._sample(  # type: ignore[operator]
             input_ids,
             logits_processor=logits_processor,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from policies import written_by
 from recycler.decode.counts import Totals
+from recycler.decode.governor import GovernedWindow
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Receipt:
         audited_kl: float32 `(n,)`: of the row-steps that were audited, the divergence of the next token's distribution
             from full attention's, in nats.
         audit_tokens_read: What audits read of the cache, in tokens per unit, summed over rows.
+        governed: Budget and divergence between two audits each, where `govern_kl` steered the budget.
     """
 
     engine: str
@@ -56,6 +58,7 @@ class Receipt:
     notes: tuple[str, ...] = ()
     audited_kl: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     audit_tokens_read: int = 0
+    governed: tuple[GovernedWindow, ...] = ()
 
     @property
     def beyond_horizon(self) -> str:
@@ -128,6 +131,7 @@ class Receipt:
             "horizon_steps": self.horizon_steps,
             "notes": list(self.notes),
             "audit": self.audit,
+            "governed": [list(window) for window in self.governed] or None,
             "written_by": written_by(),
         }
 
@@ -145,6 +149,9 @@ class Receipt:
                 f"  audited: {self.audit['row_steps']} of {self.row_steps} steps of rows, KL to full attention "
                 f"{self.audit['kl_mean']:.3g} nats in the mean, {self.audit['kl_p95']:.3g} at the 95th percentile"
             )
+        if self.governed:
+            budgets = " ".join(f"{100 * window.budget:.2g}" for window in self.governed)
+            console.print(f"  governed: budgets between audits, in percent: {budgets}")
         if self.why_plain:
             console.print(f"  the plain path was taken because {self.why_plain}")
         for note in (*self.notes, self.beyond_horizon):
@@ -180,6 +187,7 @@ class Tally:
         self._reasons: dict[str, np.ndarray] = {}
         self._audited_kl: list[np.ndarray] = []
         self._audit_tokens_read = 0
+        self._governed: tuple[GovernedWindow, ...] = ()
 
     @property
     def n_steps(self) -> int:
@@ -210,15 +218,17 @@ class Tally:
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled.sum(0)
 
-    def add_audit(self, kl: np.ndarray, tokens_read: int) -> None:
-        """Add an audit.
+    def add_audit(self, kl: np.ndarray, tokens_read: int, governed: tuple[GovernedWindow, ...] = ()) -> None:
+        """Add an audit, or what several have found.
 
         Args:
             kl: `(rows, steps)`, in nats.
             tokens_read: Tokens of the cache that a unit read for it, summed over rows.
+            governed: What was steered by it.
         """
         self._audited_kl.append(kl.ravel())
         self._audit_tokens_read += tokens_read
+        self._governed += governed
 
     def add(self, receipt: Receipt) -> None:
         """Add all that a receipt tells, but for why."""
@@ -233,7 +243,7 @@ class Tally:
         self._keys_only_steps += receipt.keys_only_steps
         self._tokens_read += receipt.tokens_read
         self._tokens_dense += receipt.tokens_dense
-        self.add_audit(receipt.audited_kl, receipt.audit_tokens_read)
+        self.add_audit(receipt.audited_kl, receipt.audit_tokens_read, receipt.governed)
         for reason, overruled in receipt.reasons.items():
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled
@@ -256,4 +266,5 @@ class Tally:
             notes=notes,
             audited_kl=np.concatenate([np.zeros(0, dtype=np.float32), *self._audited_kl]),
             audit_tokens_read=self._audit_tokens_read,
+            governed=self._governed,
         )

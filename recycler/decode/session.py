@@ -21,6 +21,7 @@ from recycler.decode.cache_watch import CACHE_CHANGED
 from recycler.decode.engine import Engine
 from recycler.decode.engine_run import EngineRun
 from recycler.decode.forward_call import ForwardCall
+from recycler.decode.governor import Governor
 from recycler.decode.last_prompt import LastPrompt
 from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt
@@ -46,6 +47,9 @@ MODEL_CHANGED = (
     "cannot leave the engine; change it before the prompt, or use recycled(..., fast=False)."
 )
 
+# Steps between audits where they only serve to govern.
+_GOVERNED_STEPS = 64
+
 
 @contextmanager
 def recycled(
@@ -56,6 +60,8 @@ def recycled(
     fast: bool = True,
     horizon_steps: int | None = None,
     audit: int | None = None,
+    govern_kl: float | None = None,
+    most: float | None = None,
 ) -> Iterator[Session]:
     """Decode with recycled attention inside the `with`.
 
@@ -84,6 +90,10 @@ def recycled(
         audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
             The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
             and sets and schedule begin anew, as after a prompt. What is left at the end of an output is not audited.
+        govern_kl: Limit of the divergence from full attention, in nats, mean over an output, that audits hold by
+            raising and lowering the policy's budget (`Governor`); they are every 64 steps then, unless `audit` says
+            otherwise. None for the policy's budget as it is.
+        most: With `govern_kl`, the largest budget; None for the policy's own.
 
     Yields:
         The session; its `receipt()` tells what was done so far.
@@ -97,7 +107,10 @@ def recycled(
     asked = Asked.of(policy, selection, horizon_steps, model)
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)
-    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes, audit)
+    governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
+    if governor is not None and audit is None:
+        audit = _GOVERNED_STEPS
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes, audit, governor)
     if fast:
         try:
             session.use(engines.engine_for(model))
@@ -120,6 +133,7 @@ class Session:
         horizon_steps: As in `recycled`.
         notes: What receipts say of the model.
         audit: As in `recycled`.
+        governor: Who decides how much the policy may, between audits; None for the policy alone.
     """
 
     def __init__(
@@ -130,11 +144,12 @@ class Session:
         horizon_steps: int | None = None,
         notes: tuple[str, ...] = (),
         audit: int | None = None,
+        governor: Governor | None = None,
     ) -> None:
         shape = model_shape(model)
         self._model = model
         self._layers = recycled_layers(model)
-        self._policy = policy
+        self._policy, self._governor = policy, governor
         # A text of twice a model's positions is none that it can read.
         self._prompt = LastPrompt(shape, selection.within(2 * max_positions(model)))
         self._n_vocabulary = n_vocabulary(model)
@@ -283,13 +298,17 @@ class Session:
                 if self._watch is not None and self._watch.has_changed:
                     self.use(engines.engine_for(self._model))
                 self._prompt.check(call.arguments.get("past_key_values"))
-                return EngineRun(self._engine, call, self._policy, self._prompt.first_sets())
+                return EngineRun(self._engine, call, self._deciding, self._prompt.first_sets())
             except NotCovered as reason:
                 self._turns.why_plain = str(reason)
         return self._plain_run()
 
     def _plain_run(self) -> PlainRun:
-        return PlainRun(self._prompt.first_sets(), self._policy, self._prompt.watches)
+        return PlainRun(self._prompt.first_sets(), self._deciding, self._prompt.watches)
+
+    @property
+    def _deciding(self) -> StepPolicy:
+        return self._policy if self._governor is None else self._governor.policy
 
     def _audit(self, auditor: Auditor, stock: Callable[..., Any]) -> None:
         """Repeat the last steps as if they were a prompt."""
@@ -297,9 +316,11 @@ class Session:
         # An audit of one step is no step.
         self.in_prefill = self._audits = True
         try:
-            self._turns.add_audit(*auditor.run(stock))
+            audited = auditor.run(stock)
         finally:
             self.in_prefill = self._audits = False
+        window = None if self._governor is None else self._governor.learn(audited.kl)
+        self._turns.add_audit(audited.kl, audited.tokens_read, window)
 
     def _end_run(self) -> None:
         run, self._run = self._run, None
@@ -311,6 +332,8 @@ class Session:
         if self._auditor is not None:
             self._auditor.forget()
         if self._turns.end():
+            if self._governor is not None:
+                self._governor.begin()
             self._warn_beyond_horizon()
 
     def _warn_beyond_horizon(self) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from recycler.decode.governor import GovernedWindow
 from recycler.decode.receipt import Receipt, Tally
 
 # Turns whose receipts are kept: a session may live as long as a server.
@@ -46,9 +47,9 @@ class Turns:
         """Add a run that has ended to the turn."""
         run.add_to(self._turn)
 
-    def add_audit(self, kl: np.ndarray, tokens_read: int) -> None:
+    def add_audit(self, kl: np.ndarray, tokens_read: int, window: GovernedWindow | None) -> None:
         """Add an audit to the turn, as `Tally.add_audit`."""
-        self._turn.add_audit(kl, tokens_read)
+        self._turn.add_audit(kl, tokens_read, () if window is None else (window,))
 
     def end(self) -> bool:
         """End the turn, if there were steps in it; whether there were."""

@@ -103,6 +103,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
         "horizon_steps": None,
         "notes": [],
         "audit": None,
+        "governed": None,
         "written_by": receipt["written_by"],
         "model": loaded.id,
         "policy": str(path),
