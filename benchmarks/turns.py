@@ -21,7 +21,7 @@ from machine import machine_name
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import FixedStride, PolicyFile, Selection, StepPolicy
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.model.loading import load_model
 from recycler.prompts import KINDS, default_prompts
 from traces.reporting import picture_style as style

@@ -4,8 +4,9 @@ from recycler.decode.custom_generate import custom_generate
 from recycler.decode.explain import Explanation, explain
 from recycler.decode.per_row import PerRow
 from recycler.decode.receipt import Receipt
+from recycler.decode.recycled import recycled
 from recycler.decode.score import Scored, score, score_each
-from recycler.decode.session import Session, recycled
+from recycler.decode.session import Session
 from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore, run_closed_loop
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import model_shape

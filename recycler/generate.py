@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from policies import PolicyFile, written_by
 from recycler.decode.explain import explain
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.model.generation import Generation, generate_tokens
 from recycler.model.loading import LoadedModel, load_model
 from recycler.prompts.texts import leading_tokens, text_tokens

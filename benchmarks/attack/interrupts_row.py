@@ -17,7 +17,7 @@ import recycler
 from benchmarks.attack.row import Row
 from benchmarks.attack.tiny import tiny_model
 from policies import FixedStride, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.model.attention_hook import owner_here
 
 _NOTHING = opcode.opmap["NOP"]

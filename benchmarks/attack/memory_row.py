@@ -13,7 +13,7 @@ import torch
 from benchmarks.attack.row import Row
 from benchmarks.attack.tiny import tiny_model
 from policies import CosineThreshold, FixedStride, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 _ALLOWED_BYTES = 2**20
 # Allocators and caches of the libraries fill up first.

@@ -12,7 +12,7 @@ import torch
 from benchmarks.attack.row import Row
 from benchmarks.attack.tiny import tiny_model
 from policies import BudgetConstrained, CosineThreshold, FixedStride, Ranking, RefreshKeys, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 _POLICIES = (FixedStride(3), BudgetConstrained(CosineThreshold(0.8), 0.4, 1), RefreshKeys(FixedStride(2)))
 _SELECTIONS = (Selection(20, 2, 8), Selection(20, 2, 8, 0, 0, ranking=Ranking.DECAYED, prompt_queries=8))

@@ -29,7 +29,7 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.model.shape import model_shape
 
 _TABLE = ((2.0, 3.5), (10.0, 5.0))

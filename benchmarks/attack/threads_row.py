@@ -14,7 +14,7 @@ import torch
 from benchmarks.attack.row import Row
 from benchmarks.attack.tiny import tiny_model
 from policies import AlwaysFull, CosineThreshold, FixedStride, NeverFull, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 _N_THREADS = 8
 _HOW = (None, AlwaysFull(), NeverFull(), FixedStride(3), CosineThreshold(0.8, 2))

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.utils.hub import cached_file
 
 from policies import PolicyFile, Selection, StepPolicy
-from recycler.decode.session import Session, recycled
+from recycler.decode.recycled import recycled
+from recycler.decode.session import Session
 from recycler.model.attention_hook import owner_here, refuse_batches
 
 _LOGGER = logging.getLogger("recycler")

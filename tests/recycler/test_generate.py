@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from policies import AlwaysFull, BudgetConstrained, FixedStride, MaxAge, ModelShape, PolicyFile, Selection, StepPolicy
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.generate import main
 from recycler.model.generation import generate_tokens
 from recycler.model.loading import LoadedModel, load_model

@@ -24,8 +24,9 @@ from recycler.decode.engine import Engine
 from recycler.decode.per_row import PerRow
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.receipt import Receipt
+from recycler.decode.recycled import recycled
 from recycler.decode.rows import Rows, decode_rows
-from recycler.decode.session import Session, recycled
+from recycler.decode.session import Session
 from recycler.model.attention_hook import attention_replaced
 
 HAS_GPU = torch.cuda.is_available()

@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from policies import AlwaysFull, BudgetConstrained, FixedStride, NeverFull, Selection
 from recycler.decode.audit import divergence
 from recycler.decode.receipt import Receipt
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 Make = Callable[..., Any]
 SELECTION = Selection(12, sinks=2, window=4, pool_forward=2)

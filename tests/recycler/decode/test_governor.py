@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from policies import AlwaysFull, BudgetConstrained, CosineThreshold, FixedStride, Selection
 from recycler.decode.governor import Governor
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 Make = Callable[..., Any]
 SELECTION = Selection(12, sinks=2, window=4, pool_forward=2)

@@ -16,7 +16,7 @@ from policies import (
     Selection,
 )
 from recycler.decode.per_row import PerRow
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 SELECTION = Selection(8, sinks=2, window=3)
 ROWS = (

@@ -24,7 +24,7 @@ from policies import (
     written_by,
 )
 from recycler.decode.receipt import Receipt
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 SELECTION = Selection(8, sinks=2, window=3)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import CosineThreshold, FixedStride, NeverFull, Selection, StepPolicy
-from recycler.decode.session import Session, recycled
+from recycler.decode.recycled import recycled
+from recycler.decode.session import Session
 
 SELECTION = Selection(12, sinks=2, window=4)
 POLICIES: tuple[StepPolicy | None, ...] = (

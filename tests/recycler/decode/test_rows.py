@@ -21,8 +21,8 @@ from policies import (
 from recycler.decode.plain.attention import MaskedSets, UnitAttention
 from recycler.decode.plain.decoding import PlainDecoding
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
+from recycler.decode.recycled import recycled
 from recycler.decode.rows import Rows, RowsStep, decode_rows
-from recycler.decode.session import recycled
 from recycler.sets.recycled_set import RecycledSet
 
 N_PROMPT, N_STEPS = 18, 20

@@ -21,7 +21,7 @@ from policies import (
     StepPolicy,
     StepSignals,
 )
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 N_NEW = 16

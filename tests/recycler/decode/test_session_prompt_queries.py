@@ -15,8 +15,8 @@ from policies import FixedStride, NeverFull, Selection
 from recycler.decode import last_prompt as module
 from recycler.decode.first_sets import LayerFirstSets, first_sets_of_layer
 from recycler.decode.read_prompt import read_prompt
+from recycler.decode.recycled import recycled
 from recycler.decode.rows import decode_rows
-from recycler.decode.session import recycled
 
 N_PROMPT, N_NEW = 20, 12
 # Row by row: to the left of its prompt.

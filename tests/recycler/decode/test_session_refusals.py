@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from policies import CosineThreshold, FixedStride, NeverFull, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 SELECTION = Selection(8, sinks=2, window=3)
 CACHE_CHANGED = r"^the KV cache changed between two decode steps .*; use greedy search or sampling\.$"

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import AlwaysFull, FixedStride, LearnedLogistic, NeverFull, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 SELECTION = Selection(12, sinks=2, window=4, pool_backward=1, pool_forward=2)
 LOGISTIC = LearnedLogistic(("age", "query_drift", "refresh_loss", "refresh_churn"), (0.3, 1.0, 1.0, 0.5), -1.8)

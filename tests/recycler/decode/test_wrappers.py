@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, pipeline
 
 from policies import FixedStride, NeverFull, Selection
 from recycler.decode.asked import model_of
-from recycler.decode.session import MODEL_CHANGED, recycled
+from recycler.decode.recycled import recycled
+from recycler.decode.session import MODEL_CHANGED
 
 # What PEFT 0.21 says of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings(

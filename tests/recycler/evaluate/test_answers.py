@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from policies import FixedStride, NeverFull, RefreshKeys, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.evaluate import Method, Outcome, Scheduled
 from recycler.evaluate.answers import measure
 from recycler.evaluate.baselines import fresh_top_k

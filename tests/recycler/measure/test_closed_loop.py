@@ -25,7 +25,7 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.measure.closed_loop import ClosedLoop, run_closed_loop, run_closed_loops
 
 N_PROMPT, N_STEPS = 18, 16

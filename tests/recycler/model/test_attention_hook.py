@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from policies import FixedStride, Selection
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.model.attention_hook import attention_replaced
 
 SELECTION = Selection(8, sinks=2, window=3)

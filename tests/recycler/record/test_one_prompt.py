@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from policies import AlwaysFull, FixedStride, Selection, StepPolicy
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.prompts import Prompt
 from recycler.record.one_prompt import record_trace
 from traces import Trace

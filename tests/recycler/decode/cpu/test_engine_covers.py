@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from policies import FixedStride, Selection
 from recycler.decode.receipt import Receipt
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.model.loading import load_model
 
 Make = Callable[..., Any]

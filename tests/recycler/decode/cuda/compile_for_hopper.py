@@ -27,7 +27,7 @@ from policies import (
 from recycler.decode import engines
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.record.ageing_on_gpu import age_in_one_kernel
 from recycler.sets.recycled_set import select
 from recycler.sets.scores import token_scores

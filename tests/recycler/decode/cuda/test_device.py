@@ -31,7 +31,7 @@ from recycler import Prompt, record_trace
 from recycler.decode.cuda import engine
 from recycler.decode.engine_run import EngineRun
 from recycler.decode.receipt import Receipt
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.measure.closed_loop import run_closed_loop
 from recycler.model import decoder_parts
 

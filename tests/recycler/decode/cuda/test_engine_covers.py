@@ -12,7 +12,7 @@ from policies import FixedStride, Selection
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.engines import engine_for
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 from recycler.model.decoder_parts import NotCovered
 
 Make = Callable[..., Any]

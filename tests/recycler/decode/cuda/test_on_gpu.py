@@ -23,7 +23,7 @@ from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.engine_run import EngineRun
 from recycler.decode.receipt import Receipt
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ import torch
 from policies import BudgetConstrained, CosineThreshold, FixedStride, Selection
 from recycler.decode.cuda import engine
 from recycler.decode.cuda.unit_kernels import UnitKernels
-from recycler.decode.session import recycled
+from recycler.decode.recycled import recycled
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has streams of its own")
 

@@ -1,0 +1,91 @@
+"""`with recycled(model, policy, selection):` around any `generate` that takes one token per step and row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from policies import PolicyFile, Selection, StepPolicy
+from recycler.decode import engines
+from recycler.decode.asked import Asked, model_of
+from recycler.decode.governor import Governor
+from recycler.decode.session import Session
+from recycler.model.decoder_parts import NotCovered
+
+# Steps between audits where they only serve to govern.
+_GOVERNED_STEPS = 64
+
+
+@contextmanager
+def recycled(
+    target: Any,
+    policy: StepPolicy | PolicyFile | str | Path,
+    selection: Selection | None = None,
+    *,
+    fast: bool = True,
+    horizon_steps: int | None = None,
+    audit: int | None = None,
+    govern_kl: float | None = None,
+    most: float | None = None,
+) -> Iterator[Session]:
+    """Decode with recycled attention inside the `with`.
+
+    Stock `generate`, greedy or sampling, and calls of the model itself work unchanged. A forward of several tokens,
+    or one that `generate` calls prefill, runs full and starts the schedule anew; every other forward is a decode step.
+    So in a conversation over one growing cache every turn chooses sets and opens accounts of its own, whatever was
+    cropped or rewritten before it, and what a turn saves the next one cannot spend.
+    Decode steps run on the engine for the model's device where there is one that covers them, and else on the plain
+    path; the receipt says which, and why. The model is as it was afterwards, also after an exception.
+
+    What is recycled is what this thread or task calls, and tasks that begin inside: other threads have the stock model
+    meanwhile, and may recycle it with policies of their own. `session.generate` is the session's from any thread,
+    inside the `with` and after it. A `with` in which nothing was recycled warns and says what may be the reason.
+
+    Args:
+        target: A causal language model with `sdpa` or `eager` attention, or what is around one: a pipeline, a
+            `LoadedModel`, what torch.compile made, a PEFT model with adapters in its layers. Calls of either are
+            recycled.
+        policy: Who decides which units run full: a policy, or a policy file or its path, which also say how sets are
+            chosen and for how long outputs the policy was tuned. A file that was tuned on other weights of this
+            shape is applied, with a warning and a note in the receipt.
+        selection: How sets are chosen; None for as the policy file has it.
+        fast: False keeps to the plain path.
+        horizon_steps: Decode steps of the outputs that the policy was tuned on; None for what the policy file says, if
+            there is one. An output of more than twice as many warns, once, and the receipt says so.
+        audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
+            The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
+            and sets and schedule begin anew, as after a prompt. What is left at the end of an output is not audited.
+        govern_kl: Limit of the divergence from full attention, in nats, mean over an output, that audits hold by
+            raising and lowering the policy's budget (`Governor`); they are every 64 steps then, unless `audit` says
+            otherwise. None for the policy's budget as it is.
+        most: With `govern_kl`, the largest budget; None for the policy's own.
+
+    Yields:
+        The session; its `receipt()` tells what was done so far.
+
+    Raises:
+        ValueError: If the target is no model, a policy file cannot be read, a bare policy comes without a selection,
+            something is for another model shape, or the model cannot be recycled; during decoding, if the cache changes
+            in a way that sets cannot follow.
+    """
+    model = model_of(target)
+    asked = Asked.of(policy, selection, horizon_steps, model)
+    for note in asked.notes:
+        warnings.warn(note, stacklevel=3)
+    governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
+    if governor is not None and audit is None:
+        audit = _GOVERNED_STEPS
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes, audit, governor)
+    if fast:
+        try:
+            session.use(engines.engine_for(model))
+        except NotCovered as reason:
+            session.stay_plain(str(reason))
+    else:
+        session.stay_plain("fast is False")
+    with session.applied():
+        yield session
+        session.finish()
