@@ -65,8 +65,10 @@ def main(
     if not rehearses and (nothing := not_measured("cuda")) is not None:
         return nothing
     device = torch.device("cpu" if rehearses else "cuda")
-    results = json.loads(out.read_text()) if out.exists() else {}
-    results |= {"machine": machine_name(device), "rehearsed": rehearses, "versions": versions()}
+    run = {"machine": machine_name(device), "rehearsed": rehearses, "versions": versions()}
+    results = json.loads(out.read_text()) if out.exists() else run
+    if other := [name for name in run if results.get(name) != run[name]]:
+        raise ValueError(f"{out} is of another run ({', '.join(other)} differ): give another --out.")
     done: dict[str, Any] = results.setdefault("stages", {})
     failed, left_out = [], []
     with _in_interpreter() if rehearses else nullcontext():

@@ -30,7 +30,7 @@ from recycler.decode.cuda.engine import CudaEngine
 
 _BUDGET = BudgetConstrained(CosineThreshold(0.99), 0.2)
 _LOGISTIC = LearnedLogistic(
-    ("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.1, 3.0, 0.2, 1.0, 0.5), -1.5
+    ("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.1, 3.0, 0.2, 1.0, 0.5), -6.0
 )
 _POLICIES = (FixedStride(4), _BUDGET, _LOGISTIC, RefreshKeys(_BUDGET))
 

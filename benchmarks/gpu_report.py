@@ -57,6 +57,8 @@ def _stage(name: str, found: Any) -> Iterator[str]:
             f"{found['prefill_s']:.2f} s of prefill, **{found['ratio']:.1f} times** it, with "
             f"{found['beyond_prefill_mib']:,} MiB more."
         )
+    elif name == "walk":
+        yield from _launches(found)
     else:
         yield from _calls(found)
 
@@ -115,9 +117,20 @@ def _kernels(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _calls(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from ("| one layer's attention, 32 heads on 8 | rows x context | us | GB/s |", "|---|---|---:|---:|")
     for row in (row for row in found if "batch" in row):
-        took = f"{row['us']:.1f} | {row['gb_per_s']:,.0f}" if "us" in row else "does not run |"
-        yield f"| torch, {row['call']} | {row['batch']} x {row['context_tokens']:,} | {took} |"
-    yield from ("", "flash-attn was not installed there; torch carries its kernel.")
+        took = f"{row['us']:.1f} | {row.get('gb_per_s', float('nan')):,.0f}" if "us" in row else "does not run |"
+        yield f"| {row['call']} | {row['batch']} x {row['context_tokens']:,} | {took} |"
+    if any(row["call"].startswith("flash_attn") and "error" in row for row in found):
+        yield from ("", "flash-attn was not installed there; torch carries its kernel.")
+
+
+def _launches(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "Ways to launch `walk`, microseconds of a call:"
+    yield ""
+    names = list(dict.fromkeys(name for row in found for name in row))
+    yield f"| {' | '.join(names)} |"
+    yield "|" + "---:|" * len(names)
+    for row in found:
+        yield f"| {' | '.join(str(row.get(name, '')) for name in names)} |"
 
 
 def _versions(run: Mapping[str, Any]) -> str:

@@ -12,7 +12,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from recycler.decode.cache import KvLayer
+from recycler.decode.cache_watch import CACHE_CHANGED
 from recycler.decode.forward_call import ForwardCall
+from recycler.model.decoder_parts import NotCovered
 
 
 class Audited(NamedTuple):
@@ -38,17 +40,18 @@ class Auditor:
         every_steps: Steps from one audit to the next, at least 1.
 
     Raises:
-        ValueError: If it is below 1.
+        ValueError: If it is no whole number from 1 on.
     """
 
     def __init__(self, every_steps: int) -> None:
-        if every_steps < 1:
+        if not isinstance(every_steps, int) or every_steps < 1:
             raise ValueError(f"audit must be at least 1 step, or None for no audits, not {every_steps}.")
         self._every_steps = every_steps
         self._tokens: list[Tensor] = []
         self._places: list[Tensor] = []
         self._logits: list[Tensor] = []
         self._last: ForwardCall | None = None
+        self._cache_tokens = 0
 
     @property
     def is_due(self) -> bool:
@@ -59,7 +62,8 @@ class Auditor:
         """Refuse what cannot be repeated.
 
         Raises:
-            ValueError: If tokens cannot be taken back from the cache, or the call brings none.
+            ValueError: If tokens cannot be taken back from the cache, the cache did anything but grow by the steps that
+                were kept, or the call has arguments that an audit would leave out.
         """
         cache = call.arguments.get("past_key_values")
         if not isinstance(cache, DynamicCache):
@@ -72,10 +76,16 @@ class Auditor:
                     f"an audit takes tokens back from the cache, and a {type(layer).__name__} has forgotten what was "
                     "before them."
                 )
-        if call.known_tokens is None:
-            raise ValueError("an audit repeats steps by their token ids, and the call passes embeddings.")
-        if call.arguments.get("return_dict") is False:
-            raise ValueError("an audit reads the logits by name, and the call passes return_dict=False.")
+        try:
+            call.check()
+        except NotCovered as reason:
+            raise ValueError(f"an audit cannot repeat this step: {reason}.") from reason
+        if self._last is None:
+            return
+        if cache is not self._last.arguments["past_key_values"] or cache.get_seq_length() != self._cache_tokens:
+            raise ValueError(CACHE_CHANGED)
+        if (call.arguments.get("position_ids") is None) != (not self._places):
+            raise ValueError("an audit repeats steps that all come with position_ids, or all without.")
 
     def note(self, call: ForwardCall, logits: Tensor) -> None:
         """Keep a step.
@@ -84,12 +94,13 @@ class Auditor:
             call: The call of the forward.
             logits: `(rows, 1, vocabulary)`, which it returned.
         """
-        self._tokens.append(call.tokens)
+        # Copies: a caller may use one buffer for all steps, and change logits where they are.
+        self._tokens.append(call.tokens.clone())
         places = call.arguments.get("position_ids")
         if places is not None:
-            self._places.append(places)
-        self._logits.append(logits[:, -1])
-        self._last = call
+            self._places.append(places.clone())
+        self._logits.append(logits[:, -1].detach().clone())
+        self._last, self._cache_tokens = call, call.arguments["past_key_values"].get_seq_length()
 
     def forget(self) -> None:
         """Forget what was not audited."""
@@ -105,7 +116,7 @@ class Auditor:
         cache, mask = (self._last.arguments.get(name) for name in ("past_key_values", "attention_mask"))
         tokens, found, n_steps = torch.cat(self._tokens, 1), self._logits, len(self._tokens)
         # Positions that were left to the model are left to it again.
-        places = {"position_ids": torch.cat(self._places, 1)} if len(self._places) == n_steps else {}
+        places = {"position_ids": torch.cat(self._places, -1)} if self._places else {}
         self.forget()
         for layer in cache.layers:  # type: ignore[union-attr]
             take_back(layer, n_steps)
@@ -113,7 +124,7 @@ class Auditor:
             exact = forward(
                 input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **places
             ).logits
-        kl = torch.stack([divergence(exact[:, step], one) for step, one in enumerate(found)], 1)
+            kl = torch.stack([divergence(exact[:, step], one) for step, one in enumerate(found)], 1)
         held = cache.get_seq_length() * len(tokens)  # type: ignore[union-attr]
         padding = 0 if mask is None else int((mask == 0).sum())
         return Audited(kl.float().cpu().numpy(), held - padding)
@@ -129,7 +140,11 @@ def take_back(layer: Any, n_tokens: int) -> None:
 
 
 def divergence(exact: Tensor, other: Tensor) -> Tensor:
-    """KL(exact || other) of logits `(rows, vocabulary)`, in nats, `(rows,)`, at least 0; in float32 or wider."""
+    """KL(exact || other) of logits `(rows, vocabulary)`, in nats, `(rows,)`, at least 0; in float32 or wider.
+
+    NaN where either has one; tokens that are impossible under `exact` count nothing.
+    """
     wide = torch.promote_types(exact.dtype, torch.float32)
     exact, other = (logits.to(wide).log_softmax(-1) for logits in (exact, other.to(exact.device)))
-    return (exact.exp() * (exact - other)).sum(-1).clamp(min=0)
+    terms = exact.exp() * (exact - other)
+    return terms.masked_fill(exact == -torch.inf, 0).sum(-1).clamp(min=0)

@@ -23,7 +23,7 @@ class GovernedWindow(NamedTuple):
 
     Attributes:
         budget: Share of unit-steps that could run full, in [0, 1]; 1 where full attention had to help out.
-        kl: What the audit found, mean over rows and steps, in nats.
+        kl: What the audit found, mean over rows and steps, in nats; NaN if nothing of it is finite.
     """
 
     budget: float
@@ -79,12 +79,15 @@ class Governor:
         """Take in an audit of the steps that `policy` decided.
 
         Args:
-            kl: Of all rows and steps, in nats.
+            kl: Of all rows and steps, in nats; what is not finite, as of a row whose numbers are not, has no say.
         """
-        policy, found = self.policy, float(kl.mean(dtype=np.float64))
+        policy, known = self.policy, kl[np.isfinite(kl)]
         budget = policy.mean_budget if isinstance(policy, BudgetConstrained) else 1.0
-        self._kl_sum += found * kl.size
-        self._n += kl.size
+        if not known.size:
+            return GovernedWindow(budget, float("nan"))
+        found = float(known.mean(dtype=np.float64))
+        self._kl_sum += found * known.size
+        self._n += known.size
         # What full attention adds says nothing of the budget.
         if not self._helps_out:
             error = min(max(found / self._limit_kl - 1, _LEAST_ERROR), _MOST_ERROR)

@@ -99,10 +99,10 @@ class Receipt:
 
     @property
     def audit(self) -> dict[str, float] | None:
-        """What audits found: `row_steps`, and `kl_mean`, `kl_p95` in nats; None if there were none."""
-        if not self.audited_kl.size:
+        """What audits found: `row_steps`, and `kl_mean`, `kl_p95` of those that are finite; None if none is."""
+        kl = self.audited_kl[np.isfinite(self.audited_kl)].astype(np.float64)
+        if not kl.size:
             return None
-        kl = self.audited_kl.astype(np.float64)
         return {"row_steps": kl.size, "kl_mean": float(kl.mean()), "kl_p95": float(np.quantile(kl, 0.95))}
 
     @property
@@ -131,7 +131,8 @@ class Receipt:
             "horizon_steps": self.horizon_steps,
             "notes": list(self.notes),
             "audit": self.audit,
-            "governed": [list(window) for window in self.governed] or None,
+            "governed": [[window.budget, None if np.isnan(window.kl) else window.kl] for window in self.governed]
+            or None,
             "written_by": written_by(),
         }
 
@@ -226,7 +227,8 @@ class Tally:
             tokens_read: Tokens of the cache that a unit read for it, summed over rows.
             governed: What was steered by it.
         """
-        self._audited_kl.append(kl.ravel())
+        if kl.size:
+            self._audited_kl.append(kl.ravel())
         self._audit_tokens_read += tokens_read
         self._governed += governed
 

@@ -57,7 +57,9 @@ def recycled(
             there is one. An output of more than twice as many warns, once, and the receipt says so.
         audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
             The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
-            and sets and schedule begin anew, as after a prompt. What is left at the end of an output is not audited.
+            and sets and schedule begin anew, as after a prompt: accounts too, a policy's burst included. What is left
+            at the end of an output is not audited; rows that have ended are, as long as others go on. It keeps the
+            logits of so many steps, and computes as many.
         govern_kl: Limit of the divergence from full attention, in nats, mean over an output, that audits hold by
             raising and lowering the policy's budget (`Governor`); they are every 64 steps then, unless `audit` says
             otherwise. None for the policy's budget as it is.
@@ -75,6 +77,10 @@ def recycled(
     asked = Asked.of(policy, selection, horizon_steps, model)
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)
+    if most is not None and govern_kl is None:
+        raise ValueError(f"most={most} is the largest budget of govern_kl, which is not given.")
+    if (audit is not None or govern_kl is not None) and getattr(model.config, "return_dict", True) is False:
+        raise ValueError("an audit reads the model's logits by name, and its config has return_dict=False.")
     governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
     if governor is not None and audit is None:
         audit = _GOVERNED_STEPS

@@ -40,6 +40,10 @@ NOTHING_RECYCLED = (
     "attention, as those of use_cache=False, of prompt lookup and of scoring a text are. Recycled steps bring one "
     "token per row, with a cache."
 )
+SPOILED = (
+    "an audit was interrupted, and this KV cache holds neither the tokens before it nor those after it: read the text "
+    "again with another cache."
+)
 MODEL_CHANGED = (
     "the model changed after its prompt was read: a module, a weight or a hook of it is another one, and a decode step "
     "cannot leave the engine; change it before the prompt, or use recycled(..., fast=False)."
@@ -77,6 +81,8 @@ class Session:
         self._prompt = LastPrompt(shape, selection.within(2 * max_positions(model)))
         self._n_vocabulary = n_vocabulary(model)
         self._auditor = None if audit is None else Auditor(audit)
+        # A cache in the middle of which an audit was interrupted.
+        self._spoiled: Any = None
         self._audits = self._warned = False
         self._generating = threading.RLock()
         # Whether the model was called; read several tokens that `generate` did not call prefill; took a step, or was
@@ -120,6 +126,8 @@ class Session:
             call = ForwardCall(args, kwargs)
             self._was_called = True
             check_tokens(call.known_tokens, self._n_vocabulary)
+            if self._spoiled is not None and call.arguments.get("past_key_values") is self._spoiled:
+                raise ValueError(SPOILED)
             if self.in_prefill or not call.is_one_token or not self._prompt.is_read:
                 self._end_turn()
                 read = self._plainly(call, stock, args, kwargs)
@@ -141,7 +149,7 @@ class Session:
                 assert stepped.logits is not None
                 self._auditor.note(call, stepped.logits)
                 if self._auditor.is_due:
-                    self._audit(self._auditor, stock)
+                    self._audit(self._auditor, stock, call.arguments["past_key_values"])
             return stepped
 
         return forward
@@ -233,15 +241,17 @@ class Session:
     def _deciding(self) -> StepPolicy:
         return self._policy if self._governor is None else self._governor.policy
 
-    def _audit(self, auditor: Auditor, stock: Callable[..., Any]) -> None:
+    def _audit(self, auditor: Auditor, stock: Callable[..., Any], cache: Any) -> None:
         """Repeat the last steps as if they were a prompt."""
         self._end_run()
+        self._spoiled = cache
         # An audit of one step is no step.
         self.in_prefill = self._audits = True
         try:
             audited = auditor.run(stock)
         finally:
             self.in_prefill = self._audits = False
+        self._spoiled = None
         window = None if self._governor is None else self._governor.learn(audited.kl)
         self._turns.add_audit(audited.kl, audited.tokens_read, window)
 

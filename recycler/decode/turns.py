@@ -74,8 +74,8 @@ class Turns:
 
     @property
     def beyond_horizon(self) -> str:
-        """As of a receipt of the turns that have ended."""
-        return "" if self._horizon_steps is None else self._receipt_of(self._all).beyond_horizon
+        """As of a receipt of the last turn that has ended."""
+        return self._ended[-1].beyond_horizon if self._ended else ""
 
     def _current(self, run: Run | None) -> Receipt:
         turn = copy.deepcopy(self._turn)

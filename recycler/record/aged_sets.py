@@ -58,7 +58,9 @@ def age_sets(
     """
     if probabilities.device.type == "cpu":
         return _age_one_by_one(chosen, probabilities, first, ages, apart)
-    if probabilities.device.type == "cuda" and chosen.positions.shape[-1] <= _MOST_SLOTS_OF_A_KERNEL:
+    fits = chosen.positions.shape[-1] <= _MOST_SLOTS_OF_A_KERNEL
+    # torch for ROCm calls its devices cuda.
+    if probabilities.device.type == "cuda" and torch.version.hip is None and fits:
         try:
             from recycler.record.ageing_on_gpu import age_in_one_kernel
         except ImportError:

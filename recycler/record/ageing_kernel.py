@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from policies.compiled import kernel
 from policies.compiled.kernel import digest_of, helper, stamped_kernel
 
-_SOURCES = digest_of([Path(__file__)])
+_SOURCES = digest_of([Path(__file__), Path(kernel.__file__)])
 # Sets that are aged side by side.
 _AT_ONCE = 32
 

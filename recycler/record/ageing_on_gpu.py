@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -115,33 +116,34 @@ def age_in_one_kernel(
     columns = np.where(np.isin(np.arange(ages[-1] + 1), ages), columns, -1 - columns)
     sizes = torch.full((1,), k) if chosen.sizes is None else chosen.sizes.reshape(-1)
     kept = selection.score_kept
-    _age[(heads, rows)](
-        chosen.positions.to(torch.int32).contiguous(),
-        chosen.scores.contiguous(),
-        sizes.to(device, torch.int32).expand(heads).contiguous(),
-        probabilities.contiguous(),
-        chosen.holds(tokens).contiguous().view(torch.int8),
-        chosen.filled.sum(-1).to(torch.int32).contiguous(),
-        torch.tensor(columns, dtype=torch.int32, device=device),
-        recovered_mass,
-        overlap,
-        rows,
-        tokens,
-        first,
-        ages[-1],
-        len(ages),
-        torch.finfo(probabilities.dtype).tiny,
-        K=k,
-        SLOTS=triton.next_power_of_2(k),
-        GROUP=group,
-        SINKS=selection.sinks,
-        WINDOW=selection.window,
-        RANKS_ANEW=kept is not None,
-        SCORE_KEPT=0.0 if kept is None else kept,
-        NEWCOMER=float("inf") if kept is None else 0.0,
-        MEAN=selection.group == GroupPooling.MEAN,
-        num_warps=8,
-        # As the other ways round.
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _age[(heads, rows)](
+            chosen.positions.to(torch.int32).contiguous(),
+            chosen.scores.contiguous(),
+            sizes.to(device, torch.int32).expand(heads).contiguous(),
+            probabilities.contiguous(),
+            chosen.holds(tokens).contiguous().view(torch.int8),
+            chosen.filled.sum(-1).to(torch.int32).contiguous(),
+            torch.tensor(columns, dtype=torch.int32, device=device),
+            recovered_mass,
+            overlap,
+            rows,
+            tokens,
+            first,
+            ages[-1],
+            len(ages),
+            torch.finfo(probabilities.dtype).tiny,
+            K=k,
+            SLOTS=triton.next_power_of_2(k),
+            GROUP=group,
+            SINKS=selection.sinks,
+            WINDOW=selection.window,
+            RANKS_ANEW=kept is not None,
+            SCORE_KEPT=0.0 if kept is None else kept,
+            NEWCOMER=float("inf") if kept is None else 0.0,
+            MEAN=selection.group == GroupPooling.MEAN,
+            num_warps=8,
+            # As the other ways round.
+            enable_fp_fusion=False,
+        )
     return recovered_mass, overlap

@@ -172,3 +172,111 @@ def test_calls_by_hand_are_audited_too(make_model: Make, make_tokens: Make) -> N
     found = np.concatenate([part.reshape(2, 3) for part in np.split(session.receipt().audited_kl, 2)], 1)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-9)
     assert cache.get_seq_length() == 26
+
+
+def test_a_caller_may_use_one_buffer_for_all_steps_and_change_logits_where_they_are(
+    make_model: Make, make_tokens: Make
+) -> None:
+    model, tokens = make_model(), make_tokens(26)
+
+    def run(in_place: bool) -> np.ndarray:
+        buffer, place = torch.empty((1, 1), dtype=torch.int64), torch.tensor([[19]])
+        with recycled(model, NeverFull(), SELECTION, audit=3) as session, torch.no_grad():
+            cache = model(tokens[:, :20], use_cache=True).past_key_values
+            for at in range(20, 26):
+                given, where = tokens[:, at : at + 1], torch.tensor([[at]])
+                if in_place:
+                    given, where = buffer.copy_(given), place.add_(1)
+                logits = model(given, position_ids=where, past_key_values=cache).logits
+                if in_place:
+                    logits.fill_(-torch.inf)
+        return session.receipt().audited_kl
+
+    np.testing.assert_array_equal(run(True), run(False))
+
+
+def test_steps_with_gradients_are_audited_too(make_model: Make, make_tokens: Make) -> None:
+    model, tokens = make_model(), make_tokens(23)
+    with recycled(model, NeverFull(), SELECTION, audit=3) as session:
+        cache = model(tokens[:, :20], use_cache=True).past_key_values
+        for at in range(20, 23):
+            model(tokens[:, at : at + 1], past_key_values=cache)
+    assert session.receipt().audited_kl.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 1, 21)}, "the attention mask is not one number per row and token"),
+        ({"output_attentions": True}, "the call passes output_attentions"),
+    ],
+    ids=["a mask of four dimensions", "another argument"],
+)
+def test_a_step_that_an_audit_cannot_repeat_is_refused(
+    make_model: Make, make_tokens: Make, more: dict[str, Any], reason: str
+) -> None:
+    model, tokens = make_model(), make_tokens(21)
+    with recycled(model, NeverFull(), SELECTION, audit=3), torch.no_grad():
+        cache = model(tokens[:, :20], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=f"^an audit cannot repeat this step: {reason}\\.$"):
+            model(tokens[:, 20:], past_key_values=cache, **more)
+
+
+def test_a_step_that_the_audit_did_not_see_is_noticed(make_model: Make, make_tokens: Make) -> None:
+    model, tokens = make_model(), make_tokens(24)
+    with recycled(model, NeverFull(), SELECTION, audit=3), torch.no_grad():
+        cache = model(tokens[:, :20], use_cache=True).past_key_values
+        model(tokens[:, 20:21], past_key_values=cache)
+
+        def go_on() -> None:
+            model.model(tokens[:, 21:22], past_key_values=cache)
+            model(tokens[:, 22:23], past_key_values=cache)
+
+        with pytest.raises(ValueError, match="KV cache"):
+            go_on()
+
+
+def test_a_cache_in_which_an_audit_was_interrupted_is_not_decoded_from(
+    make_model: Make, make_tokens: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = make_model(), make_tokens(24)
+    # In the middle of its forward: the first layer has its tokens again, the second has not.
+    second, calls = model.model.layers[1].self_attn, list[int]()
+    stock = second.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0].shape[1] if args else kwargs["hidden_states"].shape[1])
+        if calls[-1] == 3:
+            raise KeyboardInterrupt
+        return stock(*args, **kwargs)
+
+    with recycled(model, NeverFull(), SELECTION, audit=3), torch.no_grad():
+        cache = model(tokens[:, :20], use_cache=True).past_key_values
+        for at in (20, 21):
+            model(tokens[:, at : at + 1], past_key_values=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr("recycler.model.model_watch.ModelWatch.has_changed", False)
+            patch.setattr(second, "forward", forward)
+            with pytest.raises(KeyboardInterrupt):
+                model(tokens[:, 22:23], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"^an audit was interrupted, and this KV cache holds neither"):
+            model(tokens[:, 23:24], past_key_values=cache)
+        # Another text is no matter.
+        whole = model(tokens[:, :20], use_cache=True).past_key_values
+        model(tokens[:, 20:21], past_key_values=whole)
+
+
+def test_a_divergence_of_what_is_impossible_counts_nothing_and_of_nan_is_nan() -> None:
+    exact = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 1.0, 2.0]])
+    assert divergence(exact, exact).tolist() == [0, 0]
+    assert divergence(exact, torch.tensor([[0.0, 0.0, 5.0], [torch.nan, 1.0, 2.0]])).isnan().tolist() == [False, True]
+
+
+def test_turns_on_one_growing_cache_are_audited_one_by_one(make_model: Make, make_tokens: Make) -> None:
+    model, tokens, cache = make_model(), make_tokens(40), DynamicCache(config=make_model().config)
+    with recycled(model, NeverFull(), SELECTION, audit=4) as session:
+        text = model.generate(tokens[:, :20], past_key_values=cache, max_new_tokens=7, do_sample=False)
+        longer = torch.cat([text, tokens[:, 20:30]], 1)
+        model.generate(longer, past_key_values=cache, max_new_tokens=11, do_sample=False)
+    assert [turn.audited_kl.size for turn in session.turns()] == [4, 8]
+    assert [turn.n_steps for turn in session.turns()] == [6, 10]

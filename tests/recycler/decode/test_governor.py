@@ -92,6 +92,22 @@ def test_what_cannot_be_governed_is_refused(policy: Any, limit: float, most: flo
         Governor(policy, limit, most)
 
 
+def test_rows_that_are_not_finite_have_no_say() -> None:
+    governor, alone = Governor(POLICY, 0.05), Governor(POLICY, 0.05)
+    assert np.isnan(governor.learn(np.full((1, 4), np.nan)).kl)
+    found = governor.learn(np.array([[0.02] * 4, [np.nan] * 4, [np.inf] * 4]))
+    assert found == alone.learn(np.full((1, 4), 0.02))
+    assert governor.policy == alone.policy
+
+
+def test_a_largest_budget_without_a_limit_is_refused(make_model: Make) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^most=0.5 is the largest budget of govern_kl, which is not given\.$"),
+        recycled(make_model(), POLICY, SELECTION, most=0.5),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
 def test_receipts_show_the_course_and_every_output_begins_alike(
     make_model: Make, make_tokens: Make, fast: bool

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from policies import FixedStride, LearnedLogistic, RefreshKeys, Selection, StepPolicy
+from recycler.decode.receipt import Receipt
+from recycler.decode.recycled import recycled
 
 Make = Callable[..., Any]
 
@@ -61,3 +63,24 @@ def test_a_policy_that_is_no_program_is_called_on_the_host_and_it_says_so(
     runs, policy = runs_on("cuda"), asks_for_the_layer(reads_query)
     with pytest.warns(UserWarning, match=f"^the policy asks_for_the_layer is called on the host {when}, and the GPU"):
         runs.follow(runs.model(), policy, SELECTION, make_tokens(N_PROMPT + 1), N_PROMPT)
+
+
+def test_audits_find_what_those_of_the_plain_path_find(
+    make_model: Make, make_tokens: Make, on_engine: Make, device: torch.device
+) -> None:
+    model, tokens = make_model(head_dim=16, dtype=torch.float32).to(device), make_tokens(N_PROMPT, rows=2).to(device)
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    on_engine()
+
+    def run(fast: bool) -> tuple[list[list[int]], Receipt]:
+        with recycled(model, FixedStride(3), SELECTION, audit=4, fast=fast) as session:
+            found = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0)
+        return found.tolist(), session.receipt()
+
+    (found, receipt), (expected, plain) = run(True), run(False)
+    model.to("cpu")
+    assert (receipt.engine, plain.engine, found) == ("cuda", "plain", expected)
+    assert receipt.audited_kl.shape == (2 * 8,)
+    assert receipt.audited_kl.max() > 1e-4
+    np.testing.assert_allclose(receipt.audited_kl, plain.audited_kl, rtol=1e-2, atol=1e-6)
