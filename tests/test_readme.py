@@ -75,6 +75,39 @@ def test_what_the_readme_says_of_make_optimize_is_what_it_found() -> None:
         assert set(numbers) <= known, who
 
 
+def test_what_the_readme_says_of_speed_was_measured() -> None:
+    root = README.parent
+    file = "decode-cpu-float32-2-x-AMD-EPYC-family-25-model-1.json"
+    rows = json.loads((root / "benchmarks/results" / file).read_text(encoding="utf-8"))["rows"]
+    text = (
+        README.read_text(encoding="utf-8").partition("| | 2,000 tokens | 8,000 | 32,000 |")[2].partition("\n\nOn ")[0]
+    )
+    contexts = (2000, 8000, 32000)
+
+    def column(case: str, name: str) -> list[float]:
+        measured = {row["beside_context_tokens"]: row[name] for row in rows if row["case"] == case}
+        return [measured[context] for context in contexts]
+
+    for who, cases in {
+        r"\*\*engine, tuned policy\*\*": ["engine, tuned policy"],
+        "engine, stride 10": ["engine, stride 10"],
+        "engine, every unit full": ["engine, every unit full"],
+        "stock `generate` / with a static cache": ["generate", "generate, static cache"],
+    }.items():
+        (line,) = re.findall(rf"^\| {who} \|(.*)\|$", text, re.MULTILINE)
+        told = [re.findall(r"[\d.]+", cell) for cell in line.split("|")]
+        assert told == [
+            [f"{speed:.1f}" for speed in speeds]
+            for speeds in zip(*(column(case, "tokens_per_s") for case in cases), strict=True)
+        ], who
+    for name, sentence in (
+        ("vs_generate", r"So ([\d.]+), ([\d.]+) and ([\d.]+) times stock"),
+        ("vs_best_stock", r"\(([\d.]+), ([\d.]+) and ([\d.]+) times the better"),
+    ):
+        (told,) = re.findall(sentence, text)
+        assert list(told) == [f"{times:.1f}" for times in column("engine, tuned policy", name)]
+
+
 def test_every_path_that_the_readme_names_exists() -> None:
     text = README.read_text(encoding="utf-8")
     paths = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
