@@ -65,7 +65,8 @@ class LastPrompt:
             scoring: What becomes of query x key.
         """
         # A number where nothing is masked, as a chunk's mask of all tokens: it broadcasts, and is not looked at again.
-        self._start = 0 if visible is None or visible.all() else visible.to(torch.uint8).argmax(-1)[:, None, None]
+        visible = None if visible is None or visible.all() else visible
+        self._start = 0 if visible is None else visible.to(torch.uint8).argmax(-1)[:, None, None]
         self._end, votes = key.shape[2], None
         grouped = query.unflatten(1, (self._shape.kv_heads, -1))
         seen = None if visible is None else visible[:, None, None]

@@ -68,7 +68,9 @@ def _summed(query: Tensor, key: Tensor, visible: Tensor | None, scoring: Scoring
         first, n_some = end - n + begin, some.shape[3]
         n_seen = first + n_some
         places = torch.arange(first, n_seen, device=key.device)
-        logits = scoring.logits(some @ key[:, :, None, :n_seen].transpose(-1, -2))
+        # The group beside the queries: else keys would be copied for each of its heads.
+        products = some.flatten(2, 3) @ key[:, :, :n_seen].transpose(-1, -2)
+        logits = scoring.logits(products.unflatten(2, some.shape[2:4]))
         # What comes before the first of these queries is visible to all of them.
         logits[..., first:].masked_fill_(places > places[:, None], float("-inf"))
         weights = probabilities(logits, None if visible is None else visible[:, None, None, None, :n_seen])
