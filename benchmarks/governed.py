@@ -36,7 +36,7 @@ def main(
     most: Annotated[float, typer.Option(help="Largest governed budget.")] = 0.4,
     context_tokens: Annotated[int, typer.Option(help="Prompt tokens.", min=64)] = 1536,
     steps: Annotated[int, typer.Option(help="Decode steps, a multiple of 64.", min=64)] = 512,
-    first_index: Annotated[int, typer.Option(help="Of the prompts; make optimize takes the first ones.", min=0)] = 30,
+    first_index: Annotated[int, typer.Option(help="Of the prompts; make optimize takes the first ones.", min=0)] = 20,
     out: Annotated[Path, typer.Option(help="JSON with all figures.")] = _DOCS / "results/governed.json",
 ) -> dict[str, Any]:
     """Measure all ways along all texts."""

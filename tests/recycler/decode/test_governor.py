@@ -41,7 +41,7 @@ def test_a_budget_settles_where_the_divergence_is_the_limit() -> None:
 
 
 def test_an_easy_text_costs_less_than_the_policy_asks_for() -> None:
-    budgets = [budget for budget, _ in course(Governor(POLICY, 0.05), lambda _: 0.001, 12)]
+    budgets = [budget for budget, _ in course(Governor(POLICY, 0.05), lambda _: 0.001, 40)]
     assert budgets[0] == pytest.approx(0.2)
     assert budgets == sorted(budgets, reverse=True)
     assert budgets[-1] == pytest.approx(0.2 / 16)
@@ -52,23 +52,19 @@ def test_an_easy_text_costs_less_than_the_policy_asks_for() -> None:
     most=st.sampled_from([0.2, 0.5, 1.0]),
     kls=st.lists(st.floats(0, 0.5), min_size=1, max_size=60),
 )
-def test_full_attention_takes_over_where_the_budget_is_used_up_and_the_output_is_above_its_limit_and_only_there(
+def test_full_attention_takes_over_after_a_window_above_the_limit_until_the_output_is_within_it_and_only_then(
     limit: float, most: float, kls: list[float]
 ) -> None:
     governor, total = Governor(POLICY, limit, most), 0.0
     for n, kl in enumerate(kls, 1):
         policy = governor.policy
         helps_out = isinstance(policy, AlwaysFull)
-        budget = most if helps_out else policy.mean_budget
-        assert budget <= most * (1 + 1e-9)
+        assert helps_out or policy.mean_budget <= most * (1 + 1e-9)
         found = 0.0 if helps_out else kl
         total += found
         governor.learn(np.full((1, 4), found))
-        is_above, helps_next = total / n > limit, isinstance(governor.policy, AlwaysFull)
-        if not is_above:
-            assert not helps_next
-        elif helps_out or (budget >= most * (1 - 1e-9) and kl >= limit):
-            assert helps_next
+        is_above = total / n > limit
+        assert isinstance(governor.policy, AlwaysFull) == (is_above and (helps_out or kl > limit))
 
 
 def test_full_attention_helps_out_until_the_output_is_within_its_limit_again() -> None:
