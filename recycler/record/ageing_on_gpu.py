@@ -116,7 +116,7 @@ def age_in_one_kernel(
     columns = np.where(np.isin(np.arange(ages[-1] + 1), ages), columns, -1 - columns)
     sizes = torch.full((1,), k) if chosen.sizes is None else chosen.sizes.reshape(-1)
     kept = selection.score_kept
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
         _age[(heads, rows)](
             chosen.positions.to(torch.int32).contiguous(),
             chosen.scores.contiguous(),

@@ -87,7 +87,7 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
     score[(n_programs,)](
         unit_modes, mode, cached, weights, search.scores, unpooled, search.counts, units, n_prompt, places,
         KV_HEADS=kv_heads, GROUP=group, UNITS=units_to, BACKWARD=selection.pool_backward,
-        FORWARD=selection.pool_forward, EDGE=4, MEAN=selection.group == "mean", **how,
+        FORWARD=selection.pool_forward, EDGE=8, MEAN=selection.group == "mean", **how,
     )  # fmt: skip
     pick[(n_programs,)](
         unit_modes, mode, cached, sizes, search, units, n_prompt, places,

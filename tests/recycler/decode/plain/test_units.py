@@ -18,11 +18,11 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
-from recycler.decode import session
 from recycler.decode.plain.attention import GatheredSets
+from recycler.decode.recycled import recycled as recycled_on_engines
 from recycler.sets.recycled_set import RecycledSet
 
-recycled = partial(session.recycled, fast=False)
+recycled = partial(recycled_on_engines, fast=False)
 
 
 def decode(model: PreTrainedModel, tokens: Tensor, n_steps: int = 20) -> None:
