@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from decode_bench import Bench, Case, Timed, bookkeeping_share, read_gb_per_s, staggered
+from decode_bench import Bench, Case, Timed, Traffic, bookkeeping_share, read_gb_per_s, staggered
 from decode_picture import draw
 from decode_subject import USUAL, subject_of
 from decode_targets import on_h200
@@ -100,22 +100,18 @@ def main(
         Case(f"engine, {subject.policy_name}, never full", BudgetConstrained(subject.policy, 0.0), selection=own),
         Case("engine, never full", NeverFull()),
     ]
-    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in subject.model.parameters()}.values())
-    embedding, head = subject.model.get_input_embeddings().weight, subject.model.get_output_embeddings().weight
-    # Of a table that is not the head as well, a step reads a row per token.
-    unread = 0 if embedding is head else embedding.numel() * embedding.element_size()
-    gb_per_s = read_gb_per_s(where)
-    token_bytes = 2 * units.layers * units.kv_heads * units.head_dim * subject.model.dtype.itemsize
+    traffic, gb_per_s = Traffic.of(subject.model), read_gb_per_s(where)
+    weights, token_bytes = traffic.weight_bytes, traffic.token_bytes
     machine = machine_name(where)
     console.print(f"{subject.name}, {dtype} on {where}, {torch.get_num_threads()} threads, {machine}")
     console.print(
-        f"weights {(weights - unread) / 1e6:.0f} MB read per step, {token_bytes} bytes per token of cache, "
-        f"reading {gb_per_s:.1f} GB/s"
+        f"weights {(weights - traffic.unread_bytes) / 1e6:.0f} MB read per step, {token_bytes} bytes per token of "
+        f"cache, reading {gb_per_s:.1f} GB/s"
     )
     bench = Bench(subject.model, subject.tokens, k, steps)
 
     def floor_ms(n_tokens: float, batch: int) -> float:
-        return (weights - unread + batch * n_tokens * token_bytes) / gb_per_s / 1e6
+        return traffic.floor_ms(n_tokens, batch, gb_per_s)
 
     def fits(context: int, batch: int) -> bool:
         if kind == "cpu":

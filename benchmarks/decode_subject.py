@@ -71,15 +71,22 @@ class Subject:
     selection: Selection | None = None
 
 
+def cosine_under(budget: float) -> StepPolicy:
+    """Reads the query at every step and layer, and is held to its budget by its accounts alone.
+
+    Random weights turn queries away at random, so no threshold would do.
+    """
+    return BudgetConstrained(CosineThreshold(1.0), budget)
+
+
 def subject_of(model: str | None, shape: str | None, dtype: str, device: str | None, policy: Path | None) -> Subject:
     if shape is not None:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         made = random_model(shape, dtype, where)
         tokens = torch.randint(made.config.vocab_size, (1, _PROMPT_TOKENS), device=where)
-        # Reads the query at every step and layer, and is held to a tenth by its accounts alone: random weights turn
-        # queries away at random.
-        asks = BudgetConstrained(CosineThreshold(1.0), 0.1)
-        return Subject(f"random weights in the shape of {shape}", made, tokens, asks, "cosine under a budget")
+        return Subject(
+            f"random weights in the shape of {shape}", made, tokens, cosine_under(0.1), "cosine under a budget"
+        )
     loaded = load_model(model, dtype=dtype, device=device)
     prompt = default_prompts(
         loaded.tokenizer, n_per_kind=1, context_tokens=_PROMPT_TOKENS, n_steps=1, kinds=["technical"]

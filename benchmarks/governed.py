@@ -7,20 +7,17 @@ and with fixed budgets, so that the cheapest of these which holds the limit in h
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from machine import machine_name
 from tqdm import tqdm
 
 from policies import BudgetConstrained, PolicyFile
-from policies.per_unit import as_per_unit
 from recycler import Receipt, default_prompts, load_model, recycled
 from recycler.model.versions import versions
 from traces.reporting.command import run_command
@@ -46,7 +43,7 @@ def main(
     prompts = default_prompts(loaded.tokenizer, **sizes, first_index=first_index)
     ways: dict[str, dict[str, Any]] = {"the policy as it is": {}}
     ways |= {f"governed at {limit} nats": {"govern_kl": float(limit), "most": most} for limit in limits.split(",")}
-    policies = {f"{part} of its budget": _at(file.policy, float(part)) for part in fixed.split(",")}
+    policies = {f"{part} of its budget": file.policy.scaled(float(part)) for part in fixed.split(",")}
     found: dict[str, dict[str, Receipt]] = {name: {} for name in (*ways, *policies)}
     for prompt in tqdm(prompts, "prompts"):
         tokens = torch.as_tensor(prompt.tokens.astype("int64"))[None]
@@ -58,11 +55,6 @@ def main(
     for row in result["rows"]:
         print({name: value for name, value in row.items() if name != "budgets"}, flush=True)
     return {"out": str(out)}
-
-
-def _at(policy: BudgetConstrained, part: float) -> BudgetConstrained:
-    budget = np.minimum(np.asarray(policy.budget) * part, 1)
-    return dataclasses.replace(policy, budget=as_per_unit("budget", budget, 0, 1))
 
 
 def _along(

@@ -9,33 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode_bench import Bench, Case, Timed, read_gb_per_s
+from decode_bench import Bench, Case, Timed, Traffic, read_gb_per_s
+from decode_subject import cosine_under
 from record import beside_prefill
 from shapes import random_model
 
 from policies import (
     AlwaysFull,
-    BudgetConstrained,
-    CosineThreshold,
     FixedStride,
     NeverFull,
     Ranking,
     Selection,
-    StepPolicy,
 )
 from recycler.prompts import Prompt
 
 _PROMPT_TOKENS = 2048
 # Weights, a cache, what stock `generate` copies of it and what compilers keep.
 _CACHES_IN_MEMORY = 1.2
-
-
-def cosine_under(budget: float) -> StepPolicy:
-    """Reads the query at every step and layer, and is held to its budget by its accounts alone.
-
-    Random weights turn queries away at random, so no threshold would do.
-    """
-    return BudgetConstrained(CosineThreshold(1.0), budget)
 
 
 FULL, NEVER = Case("engine, every unit full", AlwaysFull()), Case("engine, never full", NeverFull())
@@ -114,16 +104,10 @@ class TimedModel:
         """What reading memory reaches."""
         return read_gb_per_s(self.device)
 
-    def floor_ms(self, n_tokens: float, batch: int) -> float:
-        """Time to read the weights, and of each row's cache so many tokens."""
-        weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in self.model.parameters()}.values())
-        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        # Of a table that is not the head as well, a step reads a row per token.
-        unread = 0 if embedding is head else embedding.numel() * embedding.element_size()
-        config = self.model.config
-        token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        token_bytes *= self.model.dtype.itemsize
-        return float((weights - unread + batch * n_tokens * token_bytes) / self.gb_per_s / 1e6)
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What a step reads."""
+        return Traffic.of(self.model)
 
     def rows(self, batch: int, context: int) -> list[dict[str, Any]]:
         """The engine and stock `generate` in turns; what does not fit in memory says so."""
@@ -186,7 +170,7 @@ class TimedModel:
             "full_share": round(float(runs[0].full_share), 4),
             "step_ms": round(step_ms, 3),
             "of_rounds_ms": [round(run.step_ms, 3) for run in runs],
-            "floor_ms": round(self.floor_ms(runs[0].tokens_read, batch), 3),
+            "floor_ms": round(self.traffic.floor_ms(runs[0].tokens_read, batch, self.gb_per_s), 3),
             "ideal_share": round(float(np.median(ideal)), 3) if runs[0].engine != "transformers" else None,
             "vs_best_stock": round(float(np.median([s / r.step_ms for s, r in zip(best_stock, runs, strict=True)])), 3)
             if best_stock

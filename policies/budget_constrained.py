@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -59,6 +59,11 @@ class BudgetConstrained(StepPolicy):
     def mean_budget(self) -> float:
         """Budget of all units together, in [0, 1]: what the full share may reach, keys-only refreshes counted half."""
         return float(np.mean(np.asarray(self.budget) * np.asarray(self.policy.full_cost)))
+
+    def scaled(self, factor: float) -> BudgetConstrained:
+        """The same with every budget times a factor, at most 1."""
+        budget = np.minimum(np.asarray(self.budget) * factor, 1)
+        return replace(self, budget=as_per_unit("budget", budget, 0, 1))
 
     def decide(self, signals: StepSignals) -> Array:
         wanted = self.policy.decide(signals)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,36 @@ def test_what_the_readme_says_of_speed_was_measured() -> None:
     ):
         (told,) = re.findall(sentence, text)
         assert list(told) == [f"{times:.1f}" for times in column("engine, tuned policy", name)]
+
+
+def test_what_the_readme_says_of_a_gpu_was_measured() -> None:
+    runs = json.loads((README.parent / "docs/results/gpu.json").read_text(encoding="utf-8"))
+    text = README.read_text(encoding="utf-8").partition("On an **H200**")[2]
+    columns = []
+    for name in ("beside stock, batch 1 x 131072", "beside stock, batch 8 x 65536"):
+        # The first run of a size is the one with most rounds.
+        rows = next(run["stages"][name] for run in runs if name in run["stages"])
+        columns.append({row["case"]: row for row in rows})
+    of_tenth, full = "engine, cosine under a budget of 0.1", "engine, every unit full"
+    stocks = ("generate", "generate, static cache, compiled")
+
+    def cells(line: str) -> list[list[str]]:
+        (found,) = re.findall(rf"^\| {line} \|(.*)\|$", text, re.MULTILINE)
+        return [re.findall(r"[\d.]+", cell) for cell in found.split("|")]
+
+    def told(column: dict[str, Any], floor_of: str, *cases: str) -> list[str]:
+        return [f"{column[case]['step_ms']:.1f}" for case in cases] + [f"{column[floor_of]['floor_ms']:.1f}"]
+
+    assert cells(r"\*\*engine, a tenth full\*\*") == [told(column, of_tenth, of_tenth) for column in columns]
+    assert cells("engine, every unit full") == [told(column, full, full) for column in columns]
+    assert cells("stock `generate`: growing cache / static and compiled") == [
+        told(column, full, *stocks) for column in columns
+    ]
+    (factors,) = re.findall(
+        r"So ([\d.]+) \(.*\) and ([\d.]+) times the best stock cache, .* ([\d.]+) and ([\d.]+)\.", text
+    )
+    expected = [column[case]["vs_best_stock"] for case in (of_tenth, full) for column in columns]
+    assert list(factors) == [f"{times:.1f}" for times in expected]
 
 
 def test_every_path_that_the_readme_names_exists() -> None:

@@ -15,6 +15,7 @@ from recycler.decode.cache import KvLayer
 from recycler.decode.cache_watch import CACHE_CHANGED
 from recycler.decode.forward_call import ForwardCall
 from recycler.model.decoder_parts import NotCovered
+from recycler.model.divergence import kl_divergence
 
 
 class Audited(NamedTuple):
@@ -70,17 +71,17 @@ class Auditor:
             raise ValueError(
                 f"an audit takes tokens back from the cache, which a {type(cache).__name__} does not allow."
             )
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, KvLayer):
-                raise ValueError(
-                    f"an audit takes tokens back from the cache, and a {type(layer).__name__} has forgotten what was "
-                    "before them."
-                )
         try:
             call.check()
         except NotCovered as reason:
             raise ValueError(f"an audit cannot repeat this step: {reason}.") from reason
         if self._last is None:
+            for layer in cache.layers:
+                if type(layer) not in (DynamicLayer, KvLayer):
+                    raise ValueError(
+                        f"an audit takes tokens back from the cache, and a {type(layer).__name__} has forgotten what "
+                        "was before them."
+                    )
             return
         if cache is not self._last.arguments["past_key_values"] or cache.get_seq_length() != self._cache_tokens:
             raise ValueError(CACHE_CHANGED)
@@ -124,7 +125,7 @@ class Auditor:
             exact = forward(
                 input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **places
             ).logits
-            kl = torch.stack([divergence(exact[:, step], one) for step, one in enumerate(found)], 1)
+            kl = torch.stack([_divergence(exact[:, step], one) for step, one in enumerate(found)], 1)
         held = cache.get_seq_length() * len(tokens)  # type: ignore[union-attr]
         padding = 0 if mask is None else int((mask == 0).sum())
         return Audited(kl.float().cpu().numpy(), held - padding)
@@ -139,12 +140,7 @@ def take_back(layer: Any, n_tokens: int) -> None:
         layer.crop(-n_tokens)
 
 
-def divergence(exact: Tensor, other: Tensor) -> Tensor:
-    """KL(exact || other) of logits `(rows, vocabulary)`, in nats, `(rows,)`, at least 0; in float32 or wider.
-
-    NaN where either has one; tokens that are impossible under `exact` count nothing.
-    """
+def _divergence(exact: Tensor, other: Tensor) -> Tensor:
+    """KL(exact || other) of logits `(rows, vocabulary)`, in nats, `(rows,)`, at least 0; in float32 or wider."""
     wide = torch.promote_types(exact.dtype, torch.float32)
-    exact, other = (logits.to(wide).log_softmax(-1) for logits in (exact, other.to(exact.device)))
-    terms = exact.exp() * (exact - other)
-    return terms.masked_fill(exact == -torch.inf, 0).sum(-1).clamp(min=0)
+    return kl_divergence(*(logits.to(wide).log_softmax(-1) for logits in (exact, other))).clamp(min=0)

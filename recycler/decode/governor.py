@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import NamedTuple
 
 import numpy as np
 
 from policies import AlwaysFull, BudgetConstrained, StepPolicy
-from policies.per_unit import as_per_unit
 
 # How strongly one window's error, in limits, moves the logarithm of the budget, up and down. Below what a text needs,
 # its divergence is ten times as large with a budget a fifth smaller, and the output never makes good for it.
@@ -71,10 +69,7 @@ class Governor:
     @property
     def policy(self) -> StepPolicy:
         """Who decides until the next audit."""
-        if self._helps_out:
-            return AlwaysFull()
-        budget = np.minimum(np.asarray(self._policy.budget) * self._factor, 1)
-        return dataclasses.replace(self._policy, budget=as_per_unit("budget", budget, 0, 1))
+        return AlwaysFull() if self._helps_out else self._policy.scaled(self._factor)
 
     def learn(self, kl: np.ndarray) -> GovernedWindow:
         """Take in an audit of the steps that `policy` decided.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -81,8 +82,8 @@ class Session:
         self._prompt = LastPrompt(shape, selection.within(2 * max_positions(model)))
         self._n_vocabulary = n_vocabulary(model)
         self._auditor = None if audit is None else Auditor(audit)
-        # A cache in the middle of which an audit was interrupted.
-        self._spoiled: Any = None
+        # To a cache in the middle of which an audit was interrupted.
+        self._spoiled: Callable[[], Any] = lambda: None
         self._audits = self._warned = False
         self._generating = threading.RLock()
         # Whether the model was called; read several tokens that `generate` did not call prefill; took a step, or was
@@ -126,7 +127,7 @@ class Session:
             call = ForwardCall(args, kwargs)
             self._was_called = True
             check_tokens(call.known_tokens, self._n_vocabulary)
-            if self._spoiled is not None and call.arguments.get("past_key_values") is self._spoiled:
+            if (spoiled := self._spoiled()) is not None and call.arguments.get("past_key_values") is spoiled:
                 raise ValueError(SPOILED)
             if self.in_prefill or not call.is_one_token or not self._prompt.is_read:
                 self._end_turn()
@@ -244,14 +245,15 @@ class Session:
     def _audit(self, auditor: Auditor, stock: Callable[..., Any], cache: Any) -> None:
         """Repeat the last steps as if they were a prompt."""
         self._end_run()
-        self._spoiled = cache
         # An audit of one step is no step.
         self.in_prefill = self._audits = True
         try:
             audited = auditor.run(stock)
+        except BaseException:
+            self._spoiled = weakref.ref(cache)
+            raise
         finally:
             self.in_prefill = self._audits = False
-        self._spoiled = None
         window = None if self._governor is None else self._governor.learn(audited.kl)
         self._turns.add_audit(audited.kl, audited.tokens_read, window)
 

@@ -20,6 +20,7 @@ from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.rows import Rows, decode_rows
 from recycler.decode.token_ids import check_tokens, n_vocabulary
 from recycler.measure.store import Store, digest_of_tokens
+from recycler.model.divergence import kl_divergence
 from recycler.model.loading import LoadedModel
 from recycler.model.shape import check_positions, model_shape
 from recycler.prompts import Prompt
@@ -76,7 +77,7 @@ def follow(rows: Rows, text: Tensor, full_log_p: Callable[[int, Tensor], Tensor]
             reference = full_log_p(step, log_p).reshape(-1, log_p.shape[-1])
             # `(rows / texts, texts, vocabulary)`: what is said of full attention is computed once for a text.
             by_text = log_p.unflatten(0, (-1, len(reference)))
-            kl[:, step] = (reference.exp() * (reference - by_text)).sum(-1).double().flatten().cpu().numpy()
+            kl[:, step] = kl_divergence(reference, by_text).double().flatten().cpu().numpy()
             predicted = log_p.argmax(-1)
             agrees = predicted.unflatten(0, (-1, len(reference))) == reference.argmax(-1)
             agreement[:, step] = agrees.flatten().cpu().numpy()

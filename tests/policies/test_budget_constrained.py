@@ -157,3 +157,9 @@ class TestGuarantee:
             may = [min(n, math.floor(bound / SLACK)) for bound in exact_bounds(policy, n).ravel()]
             assert (n_full.ravel() >= may).all()
             assert (n_full.ravel() <= n).all()
+
+
+def test_scaled_budgets_are_shares_still() -> None:
+    policy = BudgetConstrained(FixedStride(2), ((0.1, 0.6), (0.2, 1.0)), burst=1)
+    assert policy.scaled(2) == BudgetConstrained(FixedStride(2), ((0.2, 1.0), (0.4, 1.0)), burst=1)
+    assert BudgetConstrained(FixedStride(2), 0.4).scaled(0.5).budget == 0.2
