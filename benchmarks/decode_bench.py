@@ -15,6 +15,7 @@ from torch.profiler import profile
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from policies import FixedStride, Selection, StepPolicy
+from policies.stops import StopRule
 from recycler import Receipt, Session, model_shape, recycled
 from recycler.model.prefill import prefill
 
@@ -30,6 +31,7 @@ class Case:
         compiled: Whether transformers compiles its steps, which it does on a GPU where the cache is static.
         selection: How sets are chosen; None for the default one.
         audit: Steps between audits; None for none.
+        exact: When rounds of drafts end that are verified; None for approximate decoding.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Case:
     compiled: bool = True
     selection: Selection | None = None
     audit: int | None = None
+    exact: StopRule | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Timed:
         full_share: Share of unit-steps that ran full, a keys-only refresh counted half.
         tokens_read: What a unit read of the cache in a step, in tokens, mean.
         peak_bytes: Most memory that the cache and decoding took on a GPU in these steps; 0 elsewhere.
+        tokens_per_round: Tokens that a verification gave, mean, where decoding was exact.
     """
 
     step_ms: float
@@ -57,6 +61,7 @@ class Timed:
     full_share: float
     tokens_read: float
     peak_bytes: int = 0
+    tokens_per_round: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,8 @@ class Bench:
                 attention_mask=torch.ones_like(tokens),
                 past_key_values=cache,
                 max_new_tokens=n_new,
-                min_new_tokens=n_new,
+                # The last id is reserved: what would end a text goes on, as drafts do.
+                eos_token_id=int(self._model.config.vocab_size) - 1,
                 do_sample=False,
                 logits_processor=LogitsProcessorList([clock]),
                 pad_token_id=0,
@@ -150,13 +156,14 @@ class Bench:
         before, after = clock.before, session.receipt()
         unit_steps = (after.row_steps - before.row_steps) * after.full_steps.size
         full_share = (_full_counts(after) - _full_counts(before)) / unit_steps
-        return Timed(
-            step_ms, after.engine, full_share, (after.tokens_read - before.tokens_read).sum() / unit_steps, peak
-        )
+        read = (after.tokens_read - before.tokens_read).sum() / unit_steps
+        per_round = None if after.rounds is None else after.rounds.tokens_per_round
+        return Timed(step_ms, after.engine, full_share, read, peak, per_round)
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None
-        return recycled(self._model, case.policy, case.selection or Selection(self._k), audit=case.audit)
+        how: dict[str, Any] = {"audit": case.audit, "exact": case.exact or False}
+        return recycled(self._model, case.policy, case.selection or Selection(self._k), **how)
 
     def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         repeats = -(-n_tokens // self._tokens.shape[1])

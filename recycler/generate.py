@@ -38,6 +38,9 @@ def main(
         int | None,
         typer.Option(min=1, help="Tokens of the recycled set, those of units in proportion; default: the policy's."),
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Write full attention's own text: the policy drafts, full steps verify.")
+    ] = False,
     audit: Annotated[
         int | None,
         typer.Option(min=1, help="Measure how far the text is from full attention, every so many tokens."),
@@ -77,7 +80,8 @@ def main(
             streamer=streamer,
         )
 
-    with recycled(loaded, policy_file, fast=not plain, audit=audit, govern_kl=govern_kl, most=most) as session:
+    how: dict[str, Any] = {"exact": exact, "audit": audit, "govern_kl": govern_kl, "most": most}
+    with recycled(loaded, policy_file, fast=not plain, **how) as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()
     # Piped, the table is as wide as it needs to be; a terminal has its own width.
@@ -99,6 +103,7 @@ def main(
         "notes": applied["notes"],
         "audit": applied["audit"],
         "governed": applied["governed"],
+        "rounds": applied["rounds"],
         "written_by": applied["written_by"],
         "model": loaded.id,
         "policy": str(policy),

@@ -43,12 +43,18 @@ class GrowingTokens:
     def n_tokens(self) -> int:
         return self.prompt.shape[2] + self.n_own
 
-    def make_room(self) -> bool:
-        """Make more room if it is used up; the only time that tokens are copied. True if it was."""
-        if self.n_own < self.own.shape[2]:
-            return False
+    def make_room(self, n_own: int | None = None) -> bool:
+        """Make more room if it is used up; the only time that tokens are copied. True if it was.
+
+        Args:
+            n_own: Own tokens that there must be room for; None for one more than there are.
+        """
+        wanted = self.n_own + 1 if n_own is None else n_own
         rows, kv_heads, room, head_dim = self.own.shape
-        larger = self.own.new_empty((rows, kv_heads, room + _more_room_tokens(self.n_tokens), head_dim))
+        if wanted <= room:
+            return False
+        more = max(wanted - room, _more_room_tokens(self.n_tokens))
+        larger = self.own.new_empty((rows, kv_heads, room + more, head_dim))
         larger[:, :, :room] = self.own
         self.own = larger
         return True
@@ -58,6 +64,11 @@ class GrowingTokens:
         self.make_room()
         self.own[:, :, self.n_own] = token[:, :, 0]
         self.n_own += 1
+
+    def put(self, tokens: Tensor, rows: Tensor, places: Tensor) -> None:
+        """Write n tokens, `(n, kv_heads, head_dim)`, to own places of rows; those that were there are lost."""
+        self.make_room(int(places.max()) + 1)
+        self.own[rows, :, places] = tokens
 
     @property
     def parts(self) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.utils.hub import cached_file
 
 from policies import PolicyFile, Selection, StepPolicy
+from policies.stops import StopRule
 from recycler.decode.recycled import recycled
 from recycler.decode.session import Session
 from recycler.model.attention_hook import owner_here, refuse_batches
@@ -31,6 +32,7 @@ def custom_generate(
     policy: StepPolicy | PolicyFile | str | Path | None = None,
     selection: Selection | None = None,
     fast: bool = True,
+    exact: bool | StopRule = False,
     audit: int | None = None,
     govern_kl: float | None = None,
     most: float | None = None,
@@ -51,6 +53,7 @@ def custom_generate(
         policy: As in `recycled`; from the call of `generate`, like what follows.
         selection: As in `recycled`.
         fast: As in `recycled`.
+        exact: As in `recycled`.
         audit: As in `recycled`.
         govern_kl: As in `recycled`.
         most: As in `recycled`.
@@ -63,7 +66,7 @@ def custom_generate(
         raise ValueError("custom_generate decodes with a policy: give policy=... to generate, such as its file's path.")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("beam search cannot run recycled: use greedy search or sampling, with num_beams=1.")
-    applied = recycled(model, policy, selection, fast=fast, audit=audit, govern_kl=govern_kl, most=most)
+    applied = recycled(model, policy, selection, fast=fast, exact=exact, audit=audit, govern_kl=govern_kl, most=most)
     with _told(applied):
         return model._sample(  # type: ignore[operator]
             input_ids,

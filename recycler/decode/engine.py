@@ -12,6 +12,8 @@ from policies import StepPolicy
 from recycler.decode.cache import KvLayer
 from recycler.decode.counts import Totals
 from recycler.decode.first_sets import FirstSets
+from recycler.decode.round_counts import RoundCounts
+from recycler.model.decoder_parts import NotCovered
 
 
 class Decoding(ABC):
@@ -39,6 +41,11 @@ class Decoding(ABC):
     def totals(self) -> Totals:
         """What was done since the prompt."""
 
+    @property
+    def rounds(self) -> RoundCounts | None:
+        """What its rounds came to; None if it does not decode in rounds."""
+        return None
+
     @abstractmethod
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Decode one token per row.
@@ -50,6 +57,54 @@ class Decoding(ABC):
         Returns:
             Logits `(rows, vocabulary)`, a new tensor in the model's type or a wider one.
         """
+
+
+class Drafting(ABC):
+    """Decode steps ahead of a text, and what verifies them; rows may be at different places.
+
+    A round of some rows is `begin_round`, any number of `draft`, one `verify`. What a draft writes to the cache lies
+    beyond what the cache shows, and is written over by the verification.
+    """
+
+    @abstractmethod
+    def begin_round(self, n_own: np.ndarray, going: np.ndarray) -> None:
+        """Choose sets of rows by their last verification, or the prompt, and begin their schedule.
+
+        Args:
+            n_own: int64 `(rows,)`: tokens since the prompt that hold, of all rows: all of their last verification, or
+                fewer.
+            going: bool `(rows,)`: rows that take part in the round.
+        """
+
+    @abstractmethod
+    def draft(self, tokens: Tensor, places: Tensor, going: np.ndarray) -> Tensor:
+        """Take a step with some of the rows.
+
+        Args:
+            tokens: int64 `(rows,)`; any of the vocabulary for rows that take no part.
+            places: int64 `(rows,)`: their positions, as rotary embedding counts them.
+            going: bool `(rows,)`: rows of the round that take part.
+
+        Returns:
+            Logits `(rows, vocabulary)`; those of rows that take no part mean nothing.
+        """
+
+    @abstractmethod
+    def verify(self, tokens: Tensor, places: Tensor, rows: np.ndarray) -> Tensor:
+        """Read tokens with full attention, each row's after those that held when its round began.
+
+        Args:
+            tokens: int64 `(n,)`: those of a row side by side, in order.
+            places: int64 `(n,)`: their positions.
+            rows: int64 `(n,)`: their rows, rising.
+
+        Returns:
+            Logits `(n, vocabulary)`, a new tensor in the model's type or a wider one.
+        """
+
+    @abstractmethod
+    def totals(self) -> Totals:
+        """What drafts did since the prompt."""
 
 
 class Engine(ABC):
@@ -72,3 +127,11 @@ class Engine(ABC):
         Raises:
             NotCovered: If the engine does not run this.
         """
+
+    def begin_drafts(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> Drafting:
+        """Start to draft and verify after a prompt; arguments as of `begin`, but that nothing shows in the cache.
+
+        Raises:
+            NotCovered: If the engine does not run this.
+        """
+        raise NotCovered(f"the {self.name} engine does not verify drafts")

@@ -72,7 +72,7 @@ class EngineRun:
             if self._device.type != "cpu":
                 self._refuse_other_padding(self._mask, self._n_tokens)
             tokens_dense = dense_tokens(self._start, self._n_prompt, n_steps)
-            tally.add_run(self.engine, n_steps, tokens_dense, self.decoding.totals())
+            tally.add_run(self.engine, n_steps, tokens_dense, self.decoding.totals(), self.decoding.rounds)
 
     def step(self, call: ForwardCall) -> CausalLMOutputWithPast:
         """Take a step.

@@ -42,6 +42,7 @@ class FirstSets:
         mass: float64 `(layers, rows, kv_heads)`: recovered mass of the sets, in [0, 1].
         start: int64 `(rows,)`: place of each row's first token, after left padding.
         end: One past the last token.
+        row_ends: int64 `(rows,)`: that of each row, where they differ; None where all are `end`.
     """
 
     selection: Selection
@@ -52,10 +53,17 @@ class FirstSets:
     mass: Tensor
     start: np.ndarray
     end: int
+    row_ends: np.ndarray | None = None
 
     @classmethod
     def of(
-        cls, layers: Sequence[LayerFirstSets], start: np.ndarray, end: int, *, n_rows: int | None = None
+        cls,
+        layers: Sequence[LayerFirstSets],
+        start: np.ndarray,
+        end: int,
+        *,
+        n_rows: int | None = None,
+        row_ends: np.ndarray | None = None,
     ) -> FirstSets:
         """Put layers together.
 
@@ -64,6 +72,7 @@ class FirstSets:
             start: As above.
             end: As above.
             n_rows: How many rows decode: from one prompt, or from several in turn; None for one row from each.
+            row_ends: As above.
         """
         selection = layers[0].sets.selection
         rows = len(layers[0].query) if n_rows is None else n_rows
@@ -86,6 +95,7 @@ class FirstSets:
             mass=stacked([layer.mass for layer in layers]),
             start=np.broadcast_to(start, (rows,)),
             end=end,
+            row_ends=row_ends,
         )
 
     @property
@@ -110,7 +120,7 @@ def first_sets_of_layer(
     query: Tensor,
     probabilities: Tensor,
     start: Tensor | int,
-    end: int,
+    end: Tensor | int,
     votes: Tensor | None = None,
 ) -> LayerFirstSets:
     """Choose the first sets of a layer.
@@ -121,7 +131,7 @@ def first_sets_of_layer(
         query: `(rows, kv_heads, group, head_dim)`, the last query of the prompt.
         probabilities: `(rows, kv_heads, group, tokens)`, its attention to the whole cache.
         start: Place of each row's first token, an int or `(rows, 1, 1)`.
-        end: One past the last token.
+        end: One past the last token, likewise.
         votes: Of the shape of `probabilities`: attention that chooses, where several queries of the prompt do
             (`Selection.prompt_queries`); None if the last one does.
     """

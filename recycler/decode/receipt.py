@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from policies import written_by
 from recycler.decode.counts import Totals
 from recycler.decode.governor import GovernedWindow
+from recycler.decode.round_counts import RoundCounts
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Receipt:
             from full attention's, in nats.
         audit_tokens_read: What audits read of the cache, in tokens per unit, summed over rows.
         governed: Budget and divergence between two audits each, where `govern_kl` steered the budget.
+        rounds: What drafts and verifications came to, where logits are full attention's; None elsewhere. A verification
+            of a row counts as a full step then, whatever the number of its tokens, and its reading like that of one.
     """
 
     engine: str
@@ -59,6 +63,7 @@ class Receipt:
     audited_kl: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     audit_tokens_read: int = 0
     governed: tuple[GovernedWindow, ...] = ()
+    rounds: RoundCounts | None = None
 
     @property
     def beyond_horizon(self) -> str:
@@ -110,6 +115,12 @@ class Receipt:
         """Totals in one line."""
         if not self.n_steps:
             return "no decode step was taken"
+        if self.rounds is not None:
+            return (
+                f"{self.n_steps} exact steps x {self.n_rows} rows on engine {self.engine}, "
+                f"{self.rounds.tokens_per_round:.2f} tokens per verification: "
+                f"{self.read_share:.1%} of the dense KV traffic"
+            )
         return (
             f"{self.n_steps} steps x {self.n_rows} rows on engine {self.engine}: "
             f"{self.full_share:.1%} of unit-steps full, {self.read_share:.1%} of the dense KV traffic"
@@ -133,6 +144,7 @@ class Receipt:
             "audit": self.audit,
             "governed": [[window.budget, None if np.isnan(window.kl) else window.kl] for window in self.governed]
             or None,
+            "rounds": None if self.rounds is None else dataclasses.asdict(self.rounds),
             "written_by": written_by(),
         }
 
@@ -149,6 +161,11 @@ class Receipt:
             console.print(
                 f"  audited: {self.audit['row_steps']} of {self.row_steps} steps of rows, KL to full attention "
                 f"{self.audit['kl_mean']:.3g} nats in the mean, {self.audit['kl_p95']:.3g} at the 95th percentile"
+            )
+        if self.rounds is not None:
+            console.print(
+                f"  exact: {self.rounds.n_rounds} verifications of rows, {self.rounds.n_accepted} of "
+                f"{self.rounds.n_drafts} drafts held"
             )
         if self.governed:
             budgets = " ".join(f"{100 * window.budget:.2g}" for window in self.governed)
@@ -189,13 +206,16 @@ class Tally:
         self._audited_kl: list[np.ndarray] = []
         self._audit_tokens_read = 0
         self._governed: tuple[GovernedWindow, ...] = ()
+        self._rounds: RoundCounts | None = None
 
     @property
     def n_steps(self) -> int:
         """Decode steps that were added."""
         return self._n_steps
 
-    def add_run(self, engine: str, n_steps: int, tokens_dense: int, totals: Totals) -> None:
+    def add_run(
+        self, engine: str, n_steps: int, tokens_dense: int, totals: Totals, rounds: RoundCounts | None = None
+    ) -> None:
         """Add steps that an engine took with all layers.
 
         Args:
@@ -203,6 +223,7 @@ class Tally:
             n_steps: How many.
             tokens_dense: Tokens in the cache, summed over rows and steps.
             totals: What was done.
+            rounds: What its rounds came to, if it decoded in rounds.
         """
         n_rows = len(totals.full_steps)
         if engine not in self._engines:
@@ -210,6 +231,7 @@ class Tally:
         self._n_steps += n_steps
         self._longest_steps = max(self._longest_steps, n_steps)
         self._n_rows = max(self._n_rows, n_rows)
+        self._add_rounds(rounds)
         self._row_steps += n_rows * n_steps
         self._full_steps += totals.full_steps.sum(0)
         self._keys_only_steps += totals.keys_only_steps.sum(0)
@@ -246,9 +268,14 @@ class Tally:
         self._tokens_read += receipt.tokens_read
         self._tokens_dense += receipt.tokens_dense
         self.add_audit(receipt.audited_kl, receipt.audit_tokens_read, receipt.governed)
+        self._add_rounds(receipt.rounds)
         for reason, overruled in receipt.reasons.items():
             table = self._reasons.setdefault(reason, np.zeros_like(self._full_steps))
             table += overruled
+
+    def _add_rounds(self, rounds: RoundCounts | None) -> None:
+        if rounds is not None:
+            self._rounds = rounds if self._rounds is None else self._rounds + rounds
 
     def receipt(self, why_plain: str, horizon_steps: int | None, notes: tuple[str, ...] = ()) -> Receipt:
         """What was added so far."""
@@ -269,4 +296,5 @@ class Tally:
             audited_kl=np.concatenate([np.zeros(0, dtype=np.float32), *self._audited_kl]),
             audit_tokens_read=self._audit_tokens_read,
             governed=self._governed,
+            rounds=self._rounds,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policies import PolicyFile, Selection, StepPolicy
+from policies.stops import ConfidentDrafts, StopRule
 from recycler.decode import engines
 from recycler.decode.asked import Asked, model_of
 from recycler.decode.governor import Governor
@@ -27,6 +28,7 @@ def recycled(
     *,
     fast: bool = True,
     horizon_steps: int | None = None,
+    exact: bool | StopRule = False,
     audit: int | None = None,
     govern_kl: float | None = None,
     most: float | None = None,
@@ -55,6 +57,10 @@ def recycled(
         fast: False keeps to the plain path.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None for what the policy file says, if
             there is one. An output of more than twice as many warns, once, and the receipt says so.
+        exact: True for text that is full attention's own: the policy's steps are drafts, and a full forward verifies
+            several of them at once, which pays where reading the cache takes long. A forward returns full attention's
+            logits then, however a caller samples from them, up to rounding in sums of another order. Rounds end by
+            `ConfidentDrafts()`, or by a rule that is given instead of True.
         audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
             The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
             and sets and schedule begin anew, as after a prompt: accounts too, a policy's burst included. What is left
@@ -70,8 +76,9 @@ def recycled(
 
     Raises:
         ValueError: If the target is no model, a policy file cannot be read, a bare policy comes without a selection,
-            something is for another model shape, or the model cannot be recycled; during decoding, if the cache changes
-            in a way that sets cannot follow.
+            something is for another model shape, the model cannot be recycled, or `exact` comes with what measures a
+            distance; during decoding, if the cache changes in a way that sets cannot follow, or the model has layers
+            that cannot take back drafts.
     """
     model = model_of(target)
     asked = Asked.of(policy, selection, horizon_steps, model)
@@ -81,10 +88,15 @@ def recycled(
         raise ValueError(f"most={most} is the largest budget of govern_kl, which is not given.")
     if (audit is not None or govern_kl is not None) and getattr(model.config, "return_dict", True) is False:
         raise ValueError("an audit reads the model's logits by name, and its config has return_dict=False.")
+    if exact and (audit is not None or govern_kl is not None):
+        raise ValueError(
+            "exact decoding is no way from full attention: leave out audit and govern_kl, which measure it."
+        )
+    rule = exact if isinstance(exact, StopRule) else ConfidentDrafts() if exact else None
     governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
     if governor is not None and audit is None:
         audit = _GOVERNED_STEPS
-    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes, audit, governor)
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes, audit, governor, rule)
     if fast:
         try:
             session.use(engines.engine_for(model))

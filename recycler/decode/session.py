@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policies import Selection, StepPolicy
+from policies.stops import StopRule
 from recycler.decode import engines
 from recycler.decode.audit import Auditor
 from recycler.decode.cache_watch import CACHE_CHANGED
@@ -22,14 +23,16 @@ from recycler.decode.engine_run import EngineRun
 from recycler.decode.forward_call import ForwardCall
 from recycler.decode.governor import Governor
 from recycler.decode.last_prompt import LastPrompt
+from recycler.decode.plain.decoding import PlainEngine
 from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt
+from recycler.decode.rounds import ExactEngine
 from recycler.decode.token_ids import check_tokens, n_vocabulary
 from recycler.decode.turns import Turns
 from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.model_watch import ModelWatch
-from recycler.model.shape import max_positions, model_shape, recycled_layers
+from recycler.model.shape import max_positions, model_shape, most_tokens, recycled_layers
 from recycler.sets.scores import Scoring
 
 NOT_CALLED = (
@@ -62,6 +65,7 @@ class Session:
         notes: What receipts say of the model.
         audit: As in `recycled`.
         governor: Who decides how much the policy may, between audits; None for the policy alone.
+        exact: When a round of drafts ends that is verified; None for decoding that is approximate.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Session:
         notes: tuple[str, ...] = (),
         audit: int | None = None,
         governor: Governor | None = None,
+        exact: StopRule | None = None,
     ) -> None:
         shape = model_shape(model)
         self._model = model
@@ -82,6 +87,7 @@ class Session:
         self._prompt = LastPrompt(shape, selection.within(2 * max_positions(model)))
         self._n_vocabulary = n_vocabulary(model)
         self._auditor = None if audit is None else Auditor(audit)
+        self._exact, self._most_tokens = exact, most_tokens(model)
         # To a cache in the middle of which an audit was interrupted.
         self._spoiled: Callable[[], Any] = lambda: None
         self._audits = self._warned = False
@@ -99,7 +105,7 @@ class Session:
 
     def use(self, engine: Engine) -> None:
         """Run decode steps on an engine, as far as it covers them."""
-        self._engine, self._watch = engine, ModelWatch(self._model)
+        self._engine, self._watch = self._in_rounds(engine), ModelWatch(self._model)
 
     def stay_plain(self, reason: str) -> None:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
@@ -233,7 +239,16 @@ class Session:
                 return EngineRun(self._engine, call, self._deciding, self._prompt.first_sets())
             except NotCovered as reason:
                 self._turns.why_plain = str(reason)
+        if self._exact is not None:
+            engine = self._in_rounds(PlainEngine(self._model, inside_of=self))
+            try:
+                return EngineRun(engine, call, self._deciding, self._prompt.first_sets())
+            except NotCovered as reason:
+                raise ValueError(f"exact decoding takes drafts back, and {reason}: leave out exact.") from reason
         return self._plain_run()
+
+    def _in_rounds(self, engine: Engine) -> Engine:
+        return engine if self._exact is None else ExactEngine(engine, self._exact, self._most_tokens)
 
     def _plain_run(self) -> PlainRun:
         return PlainRun(self._prompt.first_sets(), self._deciding, self._prompt.watches)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from recycler.decode.counts import RunningTotals, Totals
 from recycler.decode.engine import Decoding
-from recycler.decode.plain.decoding import step_on_modules
+from recycler.decode.plain.modules import forward_on_modules
 from recycler.decode.read_prompt import ReadPrompt
 from recycler.decode.rows import Rows
 from recycler.evaluate.method import Method
@@ -138,12 +138,14 @@ class QuestDecoding(Decoding):
             for part, new in zip(cached, (key, value), strict=True):
                 part.append(new)
             keys, values = (part.joined() for part in cached)
+            query = query[..., 0, :]
             chosen = self._quest.choose(layer, query[0], keys[0])
             self._full[0, layer] = chosen.allowed.all(-1).all(-1).cpu().numpy()
             self._tokens_read[0, layer] = chosen.tokens_read.cpu().numpy()
             logits = masked(scoring.logits(query @ keys.transpose(-1, -2)), chosen.allowed[None])
-            return scoring.weights(logits.softmax(-1), logits).to(values.dtype) @ values
+            return (scoring.weights(logits.softmax(-1), logits).to(values.dtype) @ values)[..., None, :]
 
-        logits = step_on_modules(self._model, tokens, places, attend, self._passing)
+        places = places.expand(len(tokens))[:, None]
+        logits = forward_on_modules(self._model, tokens[:, None], places, attend, self._passing)[:, -1]
         self._running.add(self._full, self.keys_only, self._tokens_read, {})
         return logits

@@ -73,7 +73,9 @@ def own_forward(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 @contextmanager
-def replaced(model: PreTrainedModel, make: Callable[[Functions], Functions]) -> Iterator[None]:
+def replaced(
+    model: PreTrainedModel, make: Callable[[Functions], Functions], *, inside_of: object = None
+) -> Iterator[None]:
     """Run other functions in the place of a model's own, in this thread or task and nowhere else.
 
     Tasks that begin inside inherit it, threads do not. Masks stay those of the model's own implementation. The model is
@@ -82,12 +84,13 @@ def replaced(model: PreTrainedModel, make: Callable[[Functions], Functions]) -> 
     Args:
         model: A model whose attention goes through transformers' AttentionInterface.
         make: Given the stock functions, returns those to use instead.
+        inside_of: An owner whose functions may be the ones that run here meanwhile; theirs run again afterwards.
 
     Raises:
         ValueError: If the model's implementation is neither `sdpa` nor `eager`, or cannot be replaced, or something
             runs instead of it here already.
     """
-    if id(model) in _INSTEAD.get():
+    if id(model) in _INSTEAD.get() and (inside_of is None or owner_here(model) is not inside_of):
         raise ValueError(f"this {type(model).__name__} is recycled already in this thread: end the other `with` first.")
     dispatch, user = _dispatch_of(model), object()
     before, token, is_reset = _INSTEAD.get(), None, False
@@ -122,10 +125,10 @@ def replaced(model: PreTrainedModel, make: Callable[[Functions], Functions]) -> 
 
 
 def attention_replaced(
-    model: PreTrainedModel, make: Callable[[AttentionFunction], AttentionFunction]
+    model: PreTrainedModel, make: Callable[[AttentionFunction], AttentionFunction], *, inside_of: object = None
 ) -> AbstractContextManager[None]:
     """The same for attention alone: `make` is given the stock function."""
-    return replaced(model, lambda stock: Functions(make(stock.attention)))
+    return replaced(model, lambda stock: Functions(make(stock.attention)), inside_of=inside_of)
 
 
 class _Dispatch:

@@ -80,6 +80,12 @@ def max_positions(model: PreTrainedModel) -> int:
     return int(_text_config(model).max_position_embeddings)
 
 
+def most_tokens(model: PreTrainedModel) -> int:
+    """Tokens, prompt and continuation together, that the model can read and its recycled layers see as a whole."""
+    window = window_of_recycled_layers(model)
+    return max_positions(model) if window is None else min(max_positions(model), window - 1)
+
+
 def check_positions(model: PreTrainedModel, n_prompt_tokens: int, n_new_tokens: int) -> None:
     """Refuse a text that the model has no positions for.
 

@@ -104,6 +104,7 @@ def test_it_prints_the_text_then_the_receipt_then_one_json_line(
         "notes": [],
         "audit": None,
         "governed": None,
+        "rounds": None,
         "written_by": receipt["written_by"],
         "model": loaded.id,
         "policy": str(path),
@@ -122,6 +123,25 @@ def test_with_audits_the_receipt_says_how_far_from_full_attention_the_text_was(
     assert audit["row_steps"] == 24
     assert 0 < audit["kl_mean"] <= audit["kl_p95"]
     assert "\n  audited: 24 of 29 steps of rows, KL to full attention " in out
+
+
+def test_exact_text_is_full_attentions(run: Run, write_policy: WritePolicy, loaded: LoadedModel) -> None:
+    command = ("--policy", write_policy(), "--prompt", TEXT, "--max-new-tokens", "30", "--exact")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    inputs = loaded.tokenizer(TEXT, return_tensors="pt")
+    stock = loaded.model.generate(**inputs, max_new_tokens=30, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert out.startswith(f"{loaded.tokenizer.decode(stock)}\n29 exact steps x 1 rows on engine cpu, ")
+    rounds = result(out)["rounds"]
+    assert rounds["n_accepted"] <= rounds["n_drafts"]
+    assert rounds["n_rounds"] + rounds["n_accepted"] >= 29
+    assert "\n  exact: " in out
+
+
+def test_exact_text_is_not_measured(run: Run, write_policy: WritePolicy) -> None:
+    code, _, err = run("--policy", write_policy(), "--prompt", TEXT, "--exact", "--audit", "8")
+    assert code != 0
+    assert "leave out audit and govern_kl" in err
 
 
 def test_the_same_command_gives_the_same_output(run: Run, write_policy: WritePolicy) -> None:

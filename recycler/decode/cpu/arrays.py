@@ -62,6 +62,20 @@ class Cache(NamedTuple):
     own_value: Array
 
 
+class Fed(NamedTuple):
+    """Where the tokens that are fed go: int64 `(tokens,)` each.
+
+    At a step there is one for each row of the batch, in order; what a verification feeds has several of one row.
+
+    Attributes:
+        row: Row of the cache.
+        own: Place among the row's own tokens.
+    """
+
+    row: Array
+    own: Array
+
+
 class Units(NamedTuple):
     """The state of a layer's units: their sets, and their queries.
 

@@ -12,6 +12,7 @@ from recycler.decode.cpu.arrays import (
     STEP_SIMILARITY,
     Array,
     Cache,
+    Fed,
     LayerWeights,
     Rules,
     Scratch,
@@ -29,7 +30,7 @@ def project(
     cosine: Array,
     sine: Array,
     cache: Cache,
-    n_own: int,
+    fed: Fed,
     units: Units,
     signals: Array,
     rules: Rules,
@@ -43,8 +44,8 @@ def project(
         weights: Of the layer.
         cosine: Float `(rows or 1, head_dim)`, of the rotary embedding at this step's places.
         sine: The same.
-        cache: With room at own place `n_own`.
-        n_own: Own tokens in it.
+        cache: With room where the tokens go.
+        fed: Where each token goes.
         units: State of the layer.
         signals: Gets the similarities.
         rules: Which of them.
@@ -54,35 +55,7 @@ def project(
     rms_norm(x, weights.norm, weights.eps, scratch.normed)
     for thread in prange(n_threads):
         _project_share(np.int64(thread), n_threads, weights, scratch)
-    _rotate_and_measure(weights, cosine, sine, cache, n_own, units, signals, rules, scratch)
-
-
-@kernel(fastmath=True)
-def normalise(x: Array, weight: Array, eps: float, out: Array) -> None:
-    """The norm alone, as `rms_norm`."""
-    rms_norm(x, weight, eps, out)
-
-
-@kernel(fastmath=True)
-def rotate(
-    weights: LayerWeights,
-    cosine: Array,
-    sine: Array,
-    cache: Cache,
-    n_own: int,
-    units: Units,
-    signals: Array,
-    rules: Rules,
-    scratch: Scratch,
-) -> None:
-    """What `project` does after the products."""
-    _rotate_and_measure(weights, cosine, sine, cache, n_own, units, signals, rules, scratch)
-
-
-@kernel(fastmath=True)
-def gate(gates: Array, up: Array) -> None:
-    """`gates = silu(gates) * up`, both `(rows, intermediate)`."""
-    _gate(gates, up, np.int64(0), gates.shape[1])
+    _rotate_and_measure(weights, cosine, sine, cache, fed, units, signals, rules, scratch)
 
 
 @helper(fastmath=True)
@@ -91,13 +64,13 @@ def _rotate_and_measure(
     cosine: Array,
     sine: Array,
     cache: Cache,
-    n_own: int,
+    fed: Fed,
     units: Units,
     signals: Array,
     rules: Rules,
     scratch: Scratch,
 ) -> None:
-    _rotate_and_append(weights, cosine, sine, cache, n_own, scratch)
+    _rotate_and_append(weights, cosine, sine, cache, fed, scratch)
     if rules.wants_query_similarity:
         _cosine_similarity(scratch.unit_query, units.full_query, signals, QUERY_SIMILARITY)
     if rules.wants_step_similarity:
@@ -120,13 +93,14 @@ def _project_share(thread: int, n_threads: int, weights: LayerWeights, scratch: 
 
 @helper(fastmath=True)
 def _rotate_and_append(
-    weights: LayerWeights, cosine: Array, sine: Array, cache: Cache, n_own: int, scratch: Scratch
+    weights: LayerWeights, cosine: Array, sine: Array, cache: Cache, fed: Fed, scratch: Scratch
 ) -> None:
     rows, kv_heads, group, head_dim = scratch.query.shape
     stored = cache.own_key[0, 0, 0, 0]
     key = np.empty(head_dim, dtype=scratch.query.dtype)
     for row in range(rows):
         cos, sin = cosine[row % cosine.shape[0]], sine[row % cosine.shape[0]]
+        of_row, place = fed.row[row], fed.own[row]
         heads = scratch.projected[row].reshape(kv_heads * (group + 2), head_dim)
         for kv_head in range(kv_heads):
             mean = scratch.unit_query[row, kv_head]
@@ -142,8 +116,8 @@ def _rotate_and_append(
             _rotate(heads[kv_heads * group + kv_head], weights.key_norm, weights.head_eps, cos, sin, key)
             value = heads[kv_heads * (group + 1) + kv_head]
             for d in range(head_dim):
-                cache.own_key[row, kv_head, n_own, d] = narrow(key[d], stored)
-                cache.own_value[row, kv_head, n_own, d] = narrow(value[d], stored)
+                cache.own_key[of_row, kv_head, place, d] = narrow(key[d], stored)
+                cache.own_value[of_row, kv_head, place, d] = narrow(value[d], stored)
 
 
 @helper(fastmath=True)

@@ -8,12 +8,13 @@ import numpy as np
 
 from policies.compiled.kernel import helper
 from recycler.decode.cpu.scalars import widen
+from recycler.decode.cpu.tile import TILE_BYTES, TILE_ROWS, tile_product
 
 # NumPy's numbers: for Python's numba compiles a function once for each that it is called with.
 FIRST_COLUMN = np.int64(0)
 ADD, REPLACE = np.bool_(True), np.bool_(False)
-# From so many rows on, blocks of 4 x 4 sums win over reading each weight row for one sum at a time.
-_BLOCKED_ROWS = 6
+# From so many rows on, tiles of sums win over reading each weight row for one sum at a time.
+_TILED_ROWS = 6
 
 
 @helper(fastmath=True)
@@ -33,23 +34,10 @@ def linear(x: Any, weight: Any, bias: Any, out: Any, column: int, begin: int, en
     rows, inputs = x.shape
     zero = x.dtype.type(0)
     n_biases = bias.shape[0]
-    n_blocked = max(end - begin, 0) // 4 * 4 if rows >= _BLOCKED_ROWS else 0
-    for i in range(begin, begin + n_blocked, 4):
-        for row in range(0, rows - 3, 4):
-            _block(x, weight, bias, out, column, i, row, add)
-        for row in range(rows - rows % 4, rows):
-            a, b, c, d = zero, zero, zero, zero
-            for j in range(inputs):
-                v = x[row, j]
-                a += v * widen(weight[i, j])
-                b += v * widen(weight[i + 1, j])
-                c += v * widen(weight[i + 2, j])
-                d += v * widen(weight[i + 3, j])
-            _put(out, row, column, i, a, bias, n_biases, add)
-            _put(out, row, column, i + 1, b, bias, n_biases, add)
-            _put(out, row, column, i + 2, c, bias, n_biases, add)
-            _put(out, row, column, i + 3, d, bias, n_biases, add)
-    for i in range(begin + n_blocked, end):
+    n_tiled = max(end - begin, 0) // TILE_ROWS * TILE_ROWS if rows >= _TILED_ROWS else 0
+    if n_tiled > 0:
+        _by_tiles(x, weight, bias, out, column, begin, begin + n_tiled, add)
+    for i in range(begin + n_tiled, end):
         for row in range(rows):
             total = zero
             for j in range(inputs):
@@ -58,50 +46,22 @@ def linear(x: Any, weight: Any, bias: Any, out: Any, column: int, begin: int, en
 
 
 @helper(fastmath=True)
-def _block(x: Any, weight: Any, bias: Any, out: Any, column: int, i: int, row: int, add: bool) -> None:
-    """Four outputs of four rows: sixteen sums fill the registers, and every number loaded is used four times."""
-    zero = x.dtype.type(0)
+def _by_tiles(x: Any, weight: Any, bias: Any, out: Any, column: int, begin: int, end: int, add: bool) -> None:
+    """Outputs by `TILE_ROWS`: as many weights are read at once, and multiplied by whole vectors of rows of `x`."""
+    rows, inputs = x.shape
+    step = TILE_BYTES // x.itemsize
+    width = -(-rows // step) * step
+    packed, tile = np.zeros((inputs, width), x.dtype), np.empty((TILE_ROWS, width), x.dtype)
+    for row in range(rows):
+        for j in range(inputs):
+            packed[j, row] = x[row, j]
     n_biases = bias.shape[0]
-    a0, a1, a2, a3 = zero, zero, zero, zero
-    b0, b1, b2, b3 = zero, zero, zero, zero
-    c0, c1, c2, c3 = zero, zero, zero, zero
-    d0, d1, d2, d3 = zero, zero, zero, zero
-    for j in range(x.shape[1]):
-        x0, x1, x2, x3 = x[row, j], x[row + 1, j], x[row + 2, j], x[row + 3, j]
-        v = widen(weight[i, j])
-        a0 += v * x0
-        a1 += v * x1
-        a2 += v * x2
-        a3 += v * x3
-        v = widen(weight[i + 1, j])
-        b0 += v * x0
-        b1 += v * x1
-        b2 += v * x2
-        b3 += v * x3
-        v = widen(weight[i + 2, j])
-        c0 += v * x0
-        c1 += v * x1
-        c2 += v * x2
-        c3 += v * x3
-        v = widen(weight[i + 3, j])
-        d0 += v * x0
-        d1 += v * x1
-        d2 += v * x2
-        d3 += v * x3
-    _put_four(out, row, column, i, a0, a1, a2, a3, bias, n_biases, add)
-    _put_four(out, row, column, i + 1, b0, b1, b2, b3, bias, n_biases, add)
-    _put_four(out, row, column, i + 2, c0, c1, c2, c3, bias, n_biases, add)
-    _put_four(out, row, column, i + 3, d0, d1, d2, d3, bias, n_biases, add)
-
-
-@helper(fastmath=True)
-def _put_four(
-    out: Any, row: int, column: int, i: int, a: Any, b: Any, c: Any, d: Any, bias: Any, n_biases: int, add: bool
-) -> None:
-    _put(out, row, column, i, a, bias, n_biases, add)
-    _put(out, row + 1, column, i, b, bias, n_biases, add)
-    _put(out, row + 2, column, i, c, bias, n_biases, add)
-    _put(out, row + 3, column, i, d, bias, n_biases, add)
+    for i in range(begin, end, TILE_ROWS):
+        for first in range(0, width, step):
+            tile_product(weight, i * inputs, inputs, 1, packed, first, width, inputs, tile, first, width, REPLACE)
+        for row in range(rows):
+            for j in range(TILE_ROWS):
+                _put(out, row, column, i + j, tile[j, row], bias, n_biases, add)
 
 
 @helper(fastmath=True)

@@ -171,12 +171,29 @@ def choose_set(
     row: int, head: int, thread: int, start: Array, end: int, units: Units, rules: Rules, scratch: Scratch
 ) -> None:
     """Choose a unit's set by its logits of this step, at which the cache ends at `end`."""
-    scores, pooled, unit = scratch.token_score[thread], scratch.pooled[thread], row * units.filled.shape[1] + head
+    scores, unit = scratch.token_score[thread], row * units.filled.shape[1] + head
     group_scores(scratch.logits[unit], scratch.normaliser[unit], start[row], end, rules.group_mean, scores)
-    pool(scores, start[row], end, rules.pool_backward, rules.pool_forward, pooled)
+    choose_by_scores(row, head, thread, scores, start[row], end, units, rules, scratch)
+
+
+@helper()
+def choose_by_scores(
+    row: int,
+    head: int,
+    thread: int,
+    scores: Array,
+    begin: int,
+    end: int,
+    units: Units,
+    rules: Rules,
+    scratch: Scratch,
+) -> None:
+    """Choose a unit's set by one number per token, `scores[begin:end]`."""
+    pooled = scratch.pooled[thread]
+    pool(scores, begin, end, rules.pool_backward, rules.pool_forward, pooled)
     size, found = units.sizes[head], scratch.found[thread]
     positions, kept = units.positions[row, head, :size], units.scores[row, head, :size]
-    units.filled[row, head] = choose(pooled, start[row], end, rules.sinks, rules.window, found, positions, kept)
+    units.filled[row, head] = choose(pooled, begin, end, rules.sinks, rules.window, found, positions, kept)
     units.stale[row, head] = True
 
 

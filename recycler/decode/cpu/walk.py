@@ -22,7 +22,7 @@ def attend(
     scaling: float,
     start: Array,
     cache: Cache,
-    n_own: int,
+    n_own: Array,
     units: Units,
     signals: Array,
     rules: Rules,
@@ -40,31 +40,34 @@ def attend(
         scaling: Factor on query x key.
         start: int64 `(rows,)`: place of each row's first token.
         cache: Of the layer.
-        n_own: Own tokens in it, this step's included.
+        n_own: int64 `(rows,)`: own tokens in it, this step's included; 0 for rows that take no part in this step.
         units: State of the layer; brought up to date.
         signals: Of the layer; gets the measures of new sets.
         rules: The selection.
         scratch: Holds the queries; gets the attention in `attended`.
         n_threads: Threads to use.
     """
-    end = cache.prompt_key.shape[2] + n_own
     first_turn = _begin(full, start, cache, n_own, units, rules, scratch)
     for turn in range(first_turn, _ATTEND + 1):
         for thread in prange(n_threads):
             _walk_share(np.int64(thread), n_threads, turn, scaling, start, cache, n_own, units, rules, scratch)
         for thread in prange(n_threads):
-            _settle_share(np.int64(thread), n_threads, turn, start, end, units, signals, rules, scratch)
+            _settle_share(np.int64(thread), n_threads, turn, start, cache, n_own, units, signals, rules, scratch)
 
 
 @helper()
-def _begin(full: Array, start: Array, cache: Cache, n_own: int, units: Units, rules: Rules, scratch: Scratch) -> int:
+def _begin(full: Array, start: Array, cache: Cache, n_own: Array, units: Units, rules: Rules, scratch: Scratch) -> int:
     """Write down what each unit does, and take the newest token into its set; the first turn that there is."""
     rows, kv_heads = full.shape
-    place = cache.prompt_key.shape[2] + n_own - 1
     first_turn = _ATTEND
     for row in range(rows):
+        own = n_own[row] - 1
+        place = cache.prompt_key.shape[2] + own
         for head in range(kv_heads):
             scratch.modes[_REFRESH, row, head] = SKIP
+            if own < 0:
+                scratch.modes[_ATTEND, row, head] = SKIP
+                continue
             scratch.modes[_ATTEND, row, head] = FULL if full[row, head] else RECYCLED
             if full[row, head] and units.by_keys[row, head]:
                 scratch.modes[_REFRESH, row, head], scratch.modes[_ATTEND, row, head] = KEYS_ONLY, RECYCLED
@@ -78,8 +81,8 @@ def _begin(full: Array, start: Array, cache: Cache, n_own: int, units: Units, ru
                 scores[slot] = 0
             units.filled[row, head] = max(filled, slot + 1)
             if not units.stale[row, head]:
-                _copy(cache.own_key[row, head], n_own - 1, units.set_key[row, head], slot)
-                _copy(cache.own_value[row, head], n_own - 1, units.set_value[row, head], slot)
+                _copy(cache.own_key[row, head], own, units.set_key[row, head], slot)
+                _copy(cache.own_value[row, head], own, units.set_value[row, head], slot)
     return first_turn
 
 
@@ -97,7 +100,7 @@ def _walk_share(
     scaling: float,
     start: Array,
     cache: Cache,
-    n_own: int,
+    n_own: Array,
     units: Units,
     rules: Rules,
     scratch: Scratch,
@@ -106,11 +109,11 @@ def _walk_share(
     modes = scratch.modes[turn]
     rows, kv_heads = modes.shape
     n_prompt = cache.prompt_key.shape[2]
-    end = n_prompt + n_own
     n_tokens = 0
     for row in range(rows):
         for head in range(kv_heads):
-            n_tokens += _n_tokens(modes[row, head], units.filled[row, head], end - start[row])
+            n_cached = n_prompt + n_own[row] - start[row]
+            n_tokens += _n_tokens(modes[row, head], units.filled[row, head], n_cached)
     low, high = thread * n_tokens // n_threads, (thread + 1) * n_tokens // n_threads
     keeps_set_logits = rules.score_kept >= 0
     for unit in range(rows * kv_heads):
@@ -119,7 +122,7 @@ def _walk_share(
         if mode == SKIP:
             continue
         shared = row % cache.prompt_key.shape[0]
-        n = _n_tokens(mode, units.filled[row, head], end - start[row])
+        n = _n_tokens(mode, units.filled[row, head], n_prompt + n_own[row] - start[row])
         first, last = max(low, 0), min(high, n)
         low, high = low - n, high - n
         _nothing_yet(scratch.highest[thread, unit], scratch.total[thread, unit], scratch.partial[thread, unit])
@@ -195,7 +198,8 @@ def _settle_share(
     n_threads: int,
     turn: int,
     start: Array,
-    end: int,
+    cache: Cache,
+    n_own: Array,
     units: Units,
     signals: Array,
     rules: Rules,
@@ -224,6 +228,7 @@ def _settle_share(
                 _rank_anew(unit, row, head, thread, units, rules, scratch)
             continue
         _copy(scratch.unit_query[row], head, units.full_query[row], head)
+        end = cache.prompt_key.shape[2] + n_own[row]
         if rules.wants_refresh:
             mark_set(row, head, thread, units, scratch)
         if rules.wants_refresh or not units.setless[row, head]:

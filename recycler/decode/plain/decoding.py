@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from policies import StepPolicy
@@ -16,14 +15,12 @@ from recycler.decode.counts import Totals
 from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.plain.attention import MaskedSets
+from recycler.decode.plain.drafting import PlainDrafting
+from recycler.decode.plain.modules import forward_on_modules
 from recycler.decode.plain.step import PlainUnits
-from recycler.model.attention_hook import AttentionFunction, attention_replaced
-from recycler.model.shape import recycled_layers
+from recycler.model.decoder_parts import NotCovered
+from recycler.model.shape import n_layers, recycled_layers
 from recycler.sets.scores import Scoring
-
-# (layer, query (rows, kv_heads, group, head_dim), key and value (rows, kv_heads, 1, head_dim) of the token that is fed,
-# scoring) -> output (rows, kv_heads, group, head_dim of values)
-Attend = Callable[[int, Tensor, Tensor, Tensor, Scoring], Tensor]
 
 
 class PlainEngine(Engine):
@@ -32,15 +29,21 @@ class PlainEngine(Engine):
     Args:
         model: The model; it is touched only during a step.
         passing: The cache of layers that pass through; None if all are recycled.
+        inside_of: Whose functions run in the place of the model's where steps are taken; None for nobody's.
     """
 
     name = "plain"
 
-    def __init__(self, model: PreTrainedModel, passing: DynamicCache | None = None) -> None:
-        self._model, self._passing = model, passing
+    def __init__(self, model: PreTrainedModel, passing: DynamicCache | None = None, inside_of: object = None) -> None:
+        self._model, self._passing, self._inside_of = model, passing, inside_of
 
     def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> PlainDecoding:
         return PlainDecoding(self._model, layers, first, policy, self._passing)
+
+    def begin_drafts(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> PlainDrafting:
+        if len(recycled_layers(self._model)) < n_layers(self._model):
+            raise NotCovered("layers with a window or a recurrence do not take back what was drafted")
+        return PlainDrafting(self._model, layers, first, policy, self._inside_of)
 
 
 class PlainDecoding(Decoding):
@@ -81,41 +84,8 @@ class PlainDecoding(Decoding):
             keys, values = (part.parts for part in cached)
             place = torch.arange(cached[0].n_tokens, device=tokens.device)
             visible = None if self._start is None else place >= self._start[:, None]
-            attention = MaskedSets(query, keys, values, visible, scoring)
-            return self._units.attend(layer, query, attention, tokens[:, None]).output
+            attention = MaskedSets(query[..., 0, :], keys, values, visible, scoring)
+            return self._units.attend(layer, query[..., 0, :], attention, tokens[:, None]).output[..., None, :]
 
-        return step_on_modules(self._model, tokens, places, attend, self._passing)
-
-
-def step_on_modules(
-    model: PreTrainedModel, tokens: Tensor, places: Tensor, attend: Attend, passing: DynamicCache | None
-) -> Tensor:
-    """Logits `(rows, vocabulary)` of a model's own modules around an attention that holds the cache itself.
-
-    Args:
-        model: The model.
-        tokens: int64 `(rows,)`.
-        places: int64 `(rows,)` or `(1,)`: their positions.
-        attend: The attention of recycled layers.
-        passing: The cache of layers that pass through; None if there are none.
-    """
-    layers = recycled_layers(model)
-
-    def replacing(stock: AttentionFunction) -> AttentionFunction:
-        def attention(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-        ) -> tuple[Tensor, Tensor | None]:
-            grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))
-            layer = layers[int(module.layer_idx)]  # type: ignore[arg-type]
-            output = attend(layer, grouped, key, value, Scoring.of_call(key, kwargs))
-            return output.flatten(1, 2)[:, None], None
-
-        return attention
-
-    # A model may call its layers for one token without a cache.
-    with torch.inference_mode(), attention_replaced(model, replacing):
-        position_ids = places.expand(len(tokens))[:, None]
-        logits: Tensor = model(
-            tokens[:, None], position_ids=position_ids, past_key_values=passing, use_cache=passing is not None
-        ).logits[:, -1]
-    return logits
+        places = places.expand(len(tokens))[:, None]
+        return forward_on_modules(self._model, tokens[:, None], places, attend, self._passing)[:, -1]

@@ -40,7 +40,14 @@ class PlainUnits:
         self.tokens_read = np.zeros(self.full.shape)
         self._running = RunningTotals(self.full.shape)
 
-    def attend(self, layer: int, query: Tensor, attention: StepAttention, token: Tensor | None) -> UnitAttention:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        attention: StepAttention,
+        token: Tensor | None,
+        going: np.ndarray | None = None,
+    ) -> UnitAttention:
         """Take a step with one layer; a step begins with layer 0.
 
         Args:
@@ -48,6 +55,7 @@ class PlainUnits:
             query: `(rows, kv_heads, group, head_dim)`.
             attention: The same queries before the layer's cache, which holds this step's token.
             token: `(rows, 1)`, ids of the tokens that are fed; None if they are not known.
+            going: bool `(rows,)`: rows whose step counts; None for all.
 
         Raises:
             ValueError: If scores pool over a layer whose heads decide apart.
@@ -60,7 +68,7 @@ class PlainUnits:
         if refreshed[0].numel():
             units.refresh_at_once(refreshed, attention.score(refreshed))
         attended = attention.attend(full & ~keys_only, units.recycled, scored=not units.setless)
-        self._note(layer, full, keys_only, reasons)
+        self._note(layer, full, keys_only, reasons, np.ones(len(full), dtype=bool) if going is None else going)
         units.settle(full, attended)
         return attended
 
@@ -68,13 +76,13 @@ class PlainUnits:
         """What was done since the prompt."""
         return self._running.totals()
 
-    def _note(self, layer: int, full: Tensor, keys_only: Tensor, reasons: dict[str, Tensor]) -> None:
+    def _note(self, layer: int, full: Tensor, keys_only: Tensor, reasons: dict[str, Tensor], going: np.ndarray) -> None:
         units = self._layers[layer]
         self.n_steps += layer == 0
         in_set = units.recycled.filled.sum(-1).cpu().numpy()
-        dense = np.asarray(units.end - self._start)[:, None]
-        self.full[:, layer], self.keys_only[:, layer] = full.cpu().numpy(), keys_only.cpu().numpy()
+        dense, going = (units.end - self._start)[:, None], going[:, None]
+        self.full[:, layer], self.keys_only[:, layer] = (of.cpu().numpy() & going for of in (full, keys_only))
         done = self.full[:, layer], self.keys_only[:, layer]
-        self.tokens_read[:, layer] = tokens_read(*done, dense, in_set)
-        noted = {reason: overruled.cpu().numpy() for reason, overruled in reasons.items()}
+        self.tokens_read[:, layer] = tokens_read(*done, dense, in_set) * going
+        noted = {reason: overruled.cpu().numpy() & going for reason, overruled in reasons.items()}
         self._running.add(*done, self.tokens_read[:, layer], noted, layer)

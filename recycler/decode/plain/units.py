@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -34,8 +35,8 @@ class LayerUnits:
         # Without padding a number, which broadcasts against anything.
         self._start: Tensor | int = 0
         if first.start.any():
-            self._start = torch.tensor(first.start, device=device)[:, None, None]
-        self._end = first.end
+            self._start = _by_row(first.start, device)
+        self._end: Tensor | int = first.end if first.row_ends is None else _by_row(first.row_ends, device)
         self._sizes = unit_sizes(first.selection, layer, device)
         # Slots of the widest set of this layer: there may be a far wider one in another.
         self._n_slots = first.selection.widest if self._sizes is None else int(self._sizes.max())
@@ -50,9 +51,9 @@ class LayerUnits:
         self._put_off: tuple[UnitIndex, Tensor] | None = None
 
     @property
-    def end(self) -> int:
-        """One past the last token that was seen."""
-        return self._end
+    def end(self) -> np.ndarray:
+        """One past the last token that was seen, int64 `()` or `(rows,)`."""
+        return np.asarray(self._end) if isinstance(self._end, int) else self._end[:, 0, 0].cpu().numpy()
 
     def decide(
         self,
@@ -156,13 +157,13 @@ class LayerUnits:
             self._put_off = None
 
     def _choose(self, units: UnitIndex, probabilities: Tensor) -> None:
-        start = self._start if isinstance(self._start, int) else self._start[units[0], 0]
+        start, end = (of if isinstance(of, int) else of[units[0], 0] for of in (self._start, self._end))
         selection = self.recycled.selection
         scores = token_scores(self._by_layer(units, probabilities), selection).flatten(0, -2)
-        chosen = select(scores, selection, start, self._end, None if self._sizes is None else self._sizes[units[1]])
+        chosen = select(scores, selection, start, end, None if self._sizes is None else self._sizes[units[1]])
         if "refresh_overlap" in self._needs:
             before = RecycledSet(self.recycled.positions[units], self.recycled.scores[units], selection)
-            kept = before.holds(self._end).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
+            kept = before.holds(scores.shape[-1]).gather(-1, chosen.positions.clamp(min=0)) & chosen.filled
             self._refresh_overlap[units] = kept.sum(-1).double() / chosen.filled.sum(-1)
         if "refresh_mass" in self._needs:
             self._refresh_mass[units] = chosen.recovered_mass(probabilities).double()
@@ -182,3 +183,8 @@ class LayerUnits:
             )
         by_layer: Tensor = probabilities.unflatten(0, (-1, kv_heads))
         return by_layer
+
+
+def _by_row(places: np.ndarray, device: torch.device) -> Tensor:
+    """int64 `(rows, 1, 1)`."""
+    return torch.tensor(places, device=device)[:, None, None]

@@ -75,7 +75,7 @@ def test_sets_hold_what_they_must_and_copies_are_of_their_tokens(
         if end == N_PROMPT:
             return
         decoding = session._run.decoding
-        for layer, units in enumerate(decoding._units):
+        for layer, units in enumerate(decoding.units):
             keys = cache.layers[layer].keys.numpy()
             for row, head in np.ndindex(units.filled.shape):
                 start, n = runs.padding[row], units.filled[row, head]

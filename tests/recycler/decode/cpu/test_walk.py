@@ -116,7 +116,7 @@ class Layer:
             wants_refresh=wants_refresh,
         )
         how = (self.units, self.signals, rules, self.scratch, self.parts)
-        attend(full, SCALING, self.start, self.cache, self.n_own, *how)
+        attend(full, SCALING, self.start, self.cache, np.full(ROWS, self.n_own), *how)
 
     def attention(self, row: int, head: int) -> torch.Tensor:
         """`(group, tokens)`, in float64, to the whole cache."""

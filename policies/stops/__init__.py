@@ -1,0 +1,7 @@
+"""When to stop drafting and verify: the rules, and what they see."""
+
+from policies.stops.base import DraftSignals, StopRule
+from policies.stops.confident_drafts import ConfidentDrafts
+from policies.stops.fixed_drafts import FixedDrafts
+
+__all__ = ["ConfidentDrafts", "DraftSignals", "FixedDrafts", "StopRule"]

@@ -1,0 +1,30 @@
+"""What rounds of drafts and verifications came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RoundCounts:
+    """What rounds did, summed over rows.
+
+    Attributes:
+        n_rounds: Verifications, one for each row that took part.
+        n_drafts: Tokens that were drafted.
+        n_accepted: Those of them that full attention chose too, given that it chose all before them in the round.
+    """
+
+    n_rounds: int = 0
+    n_drafts: int = 0
+    n_accepted: int = 0
+
+    def __add__(self, other: RoundCounts) -> RoundCounts:
+        return RoundCounts(
+            self.n_rounds + other.n_rounds, self.n_drafts + other.n_drafts, self.n_accepted + other.n_accepted
+        )
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens whose logits a verification gives, mean: the first, and the drafts that hold; NaN without one."""
+        return (self.n_rounds + self.n_accepted) / self.n_rounds if self.n_rounds else float("nan")

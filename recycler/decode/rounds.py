@@ -1,0 +1,212 @@
+"""Decoding whose logits are full attention's: drafts run ahead on recycled attention, full forwards verify them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies import StepPolicy
+from policies.stops import DraftSignals, StopRule
+from recycler.decode.cache import KvLayer
+from recycler.decode.counts import Totals
+from recycler.decode.engine import Decoding, Drafting, Engine
+from recycler.decode.first_sets import FirstSets
+from recycler.decode.round_counts import RoundCounts
+
+# A row that is so many verified tokens ahead of the text takes no part in a round.
+_FAR_AHEAD_TOKENS = 32
+
+
+@dataclass
+class _Row:
+    """A row of the text.
+
+    Attributes:
+        verified: Tokens that are verified and were not fed yet, in order, each with the logits after it and their best.
+        last: The token that was fed last.
+        best: The most likely token after it.
+        repeats: Whether the text is over, and is fed one token again and again.
+    """
+
+    verified: deque[tuple[int, Tensor, int]] = field(default_factory=deque)
+    last: int = -1
+    best: int = -1
+    repeats: bool = False
+
+    def answer(self) -> Tensor:
+        """The logits after the token that is fed now."""
+        _, logits, self.best = self.verified.popleft()
+        return logits
+
+
+class ExactEngine(Engine):
+    """Decodes in rounds on another engine.
+
+    Args:
+        engine: What drafts and verifies.
+        stop: When a round ends.
+        most_tokens: Tokens that the model has room for, text and drafts together.
+    """
+
+    def __init__(self, engine: Engine, stop: StopRule, most_tokens: int) -> None:
+        self.name = engine.name
+        self._engine, self._stop, self._most_tokens = engine, stop, most_tokens
+
+    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> Rounds:
+        drafting = self._engine.begin_drafts(layers, first, policy)
+        return Rounds(drafting, self._stop, layers, first, self._most_tokens)
+
+
+class Rounds(Decoding):
+    """See `Decoding`; what a step returns is what full attention returns.
+
+    A token that is fed is either one that was drafted, so that its logits are known already, or it begins a round:
+    drafts go on from it, each the most likely token, until the rule stops them; one forward verifies them all, writes
+    exact keys and values over theirs, and chooses sets anew. Rows run ahead of the text, each as far as its own drafts
+    hold, so that a row which is wrong costs the others nothing.
+
+    Args:
+        drafting: Runs drafts and verifications.
+        stop: When a round ends.
+        layers: The cache; it shows what was fed, and never what was drafted.
+        first: What the prompt left behind.
+        most_tokens: Tokens that the model has room for.
+    """
+
+    def __init__(
+        self, drafting: Drafting, stop: StopRule, layers: Sequence[KvLayer], first: FirstSets, most_tokens: int
+    ) -> None:
+        self._drafting, self._stop, self._layers = drafting, stop, layers
+        self._rows = [_Row() for _ in range(first.n_rows)]
+        part = layers[0].parts[0]
+        self._n_prompt, self._most_tokens = part.prompt.shape[2], float(most_tokens)
+        if first.end > most_tokens:
+            # Whoever is beyond them already goes on as stock decoding does.
+            self._most_tokens = float("inf")
+        self._n_own = np.full(first.n_rows, part.n_own)
+        self._start, self._units, self._dtype = first.start, first.units, layers[0].dtype
+        self._verified_reads = np.zeros(first.n_rows)
+        self._n_verified = np.zeros(first.n_rows, dtype=np.int64)
+        self._rounds = RoundCounts()
+
+    @property
+    def rounds(self) -> RoundCounts:
+        return self._rounds
+
+    @property
+    def full(self) -> np.ndarray:
+        return np.ones((len(self._rows), *self._units), dtype=bool)
+
+    @property
+    def keys_only(self) -> np.ndarray:
+        return np.zeros((len(self._rows), *self._units), dtype=bool)
+
+    @property
+    def tokens_read(self) -> np.ndarray:
+        """What was read for a step is read for several at once: NaN."""
+        return np.full((len(self._rows), *self._units), np.nan)
+
+    def totals(self) -> Totals:
+        """What drafts did, and every verification of a row as a full step."""
+        drafts = self._drafting.totals()
+        return Totals(
+            full_steps=drafts.full_steps + self._n_verified[:, None, None],
+            keys_only_steps=drafts.keys_only_steps,
+            tokens_read=drafts.tokens_read + self._verified_reads[:, None, None],
+            reasons=drafts.reasons,
+        )
+
+    def step(self, tokens: Tensor, places: Tensor) -> Tensor:
+        due = np.zeros(len(self._rows), dtype=bool)
+        for i, (row, token) in enumerate(zip(self._rows, tokens.tolist(), strict=True)):
+            if not row.verified or row.verified[0][0] != token:
+                due[i] = True
+                # A text that has ended is fed the padding token from there on, whatever its logits say.
+                row.repeats = token == row.last != row.best
+                row.verified.clear()
+            row.last = token
+        if due.any():
+            self._round(tokens, places.expand(len(tokens)), due)
+        answer = torch.stack([row.answer() for row in self._rows])
+        self._n_own += 1
+        for layer in self._layers:
+            for part in layer.parts:
+                part.n_own += 1
+        return answer
+
+    def _round(self, fed: Tensor, fed_places: Tensor, due: np.ndarray) -> None:
+        """Draft and verify, until every row that is due has an answer."""
+        ahead = np.array([len(row.verified) for row in self._rows])
+        going = due | ((ahead < _FAR_AHEAD_TOKENS) & (self._room(ahead) > 0))
+        begin = self._n_own + ahead
+        tokens, device = fed.clone(), fed.device
+        for i in np.flatnonzero(going & ~due):
+            tokens[i] = self._rows[i].verified[-1][2]
+        places = fed_places + torch.from_numpy(ahead).to(device)
+        self._drafting.begin_round(begin, going)
+        drafted = self._draft(tokens, places, going, self._room(ahead))
+        rows = np.repeat(np.arange(len(drafted)), [len(one) for one in drafted])
+        offsets = torch.tensor([j for one in drafted for j in range(len(one))], device=device)
+        of_rows = torch.from_numpy(rows).to(device)
+        flat = torch.tensor([token for one in drafted for token in one], device=device)
+        # As the caller sees them: of two that are equal in its type it takes the first.
+        logits = self._drafting.verify(flat, places[of_rows] + offsets, rows).to(self._dtype)
+        self._accept(drafted, logits)
+        self._n_verified += going
+        held = self._n_prompt - self._start + begin + [len(one) for one in drafted]
+        self._verified_reads += held * going
+
+    def _room(self, ahead: np.ndarray) -> np.ndarray:
+        """Tokens that may come after those that a row is ahead by."""
+        room: np.ndarray = self._most_tokens - self._n_prompt - self._n_own - ahead
+        return room
+
+    def _draft(self, tokens: Tensor, places: Tensor, going: np.ndarray, room: np.ndarray) -> list[list[int]]:
+        """Of each row, the token that its round begins with and those that were drafted after it."""
+        drafted = [[int(token)] if takes_part else [] for token, takes_part in zip(tokens, going, strict=True)]
+        repeats = np.array([row.repeats for row in self._rows])
+        survival = np.ones(len(going))
+        # The first token of a round needs room too.
+        going = going & (room > 1)
+        for n_drafts in range(1, self._stop.most_drafts + 1):
+            if not going.any():
+                break
+            logits = self._drafting.draft(tokens, places, going)
+            chosen, signals = _signals(logits, n_drafts)
+            tokens, places = torch.where(torch.from_numpy(repeats).to(tokens.device), tokens, chosen), places + 1
+            for i in np.flatnonzero(going):
+                drafted[i].append(int(tokens[i]))
+            survival = survival * self._stop.acceptance(signals)
+            going = going & ~self._stop.decide(signals, survival) & (room > n_drafts + 1)
+        return drafted
+
+    def _accept(self, drafted: list[list[int]], logits: Tensor) -> None:
+        """Keep what full attention would have chosen."""
+        best, at = logits.argmax(-1).tolist(), 0
+        for row, tokens in zip(self._rows, drafted, strict=True):
+            if not tokens:
+                continue
+            row.verified.append((tokens[0], logits[at], best[at]))
+            n_accepted = 0
+            for j in range(1, len(tokens)):
+                if not row.repeats and best[at + j - 1] != tokens[j]:
+                    break
+                row.verified.append((tokens[j], logits[at + j], best[at + j]))
+                n_accepted += 1
+            self._rounds += RoundCounts(1, len(tokens) - 1, n_accepted)
+            at += len(tokens)
+
+
+def _signals(logits: Tensor, n_drafts: int) -> tuple[Tensor, DraftSignals]:
+    """The most likely token of each row, and what is known of it."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    best, chosen = log_p.topk(2, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    margin = best[:, 0] - best[:, 1]
+    numbers = torch.stack([best[:, 0].exp(), margin, entropy]).double().cpu().numpy()
+    return chosen[:, 0], DraftSignals(np.full(len(logits), float(n_drafts)), *numbers)
