@@ -2,8 +2,8 @@
 
 First how many tokens a verification gives, by kind of held-out text in the model's own words, and whether the text is
 stock `generate`'s, token by token. Then milliseconds per token, in turns, beside the same engine with every unit full,
-which is what is exact without drafts. A round of n drafts costs n recycled steps and one reading of weights and cache for
-n + 1 queries; what that may take is the best rate at which the machine multiplies matrices, printed first.
+which is what is exact without drafts. A round of n drafts costs n recycled steps and one reading of weights and cache
+for n + 1 queries; what that may take is the best rate at which the machine multiplies matrices, printed first.
 """
 
 from __future__ import annotations

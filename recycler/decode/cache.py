@@ -23,7 +23,7 @@ class GrowingTokens:
     Attributes:
         prompt: `(prompts, kv_heads, tokens, head_dim)`, which rows share in turn: row i has prompt i modulo their
             number; never copied.
-        own: `(rows, kv_heads, room, head_dim)`.
+        own: `(rows, kv_heads, room, head_dim)`; zeros where there are none yet: masked attention times a NaN is a NaN.
         n_own: Tokens in `own`.
     """
 
@@ -37,7 +37,7 @@ class GrowingTokens:
         prompt = prompt.contiguous()
         own_rows = prompt.shape[0] if rows is None else rows
         room = _more_room_tokens(prompt.shape[2])
-        return cls(prompt, prompt.new_empty((own_rows, prompt.shape[1], room, prompt.shape[3])))
+        return cls(prompt, prompt.new_zeros((own_rows, prompt.shape[1], room, prompt.shape[3])))
 
     @property
     def n_tokens(self) -> int:
@@ -54,7 +54,7 @@ class GrowingTokens:
         if wanted <= room:
             return False
         more = max(wanted - room, _more_room_tokens(self.n_tokens))
-        larger = self.own.new_empty((rows, kv_heads, room + more, head_dim))
+        larger = self.own.new_zeros((rows, kv_heads, room + more, head_dim))
         larger[:, :, :room] = self.own
         self.own = larger
         return True

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policies import PolicyFile, Selection, StepPolicy
-from policies.stops import ConfidentDrafts, StopRule
+from policies.stops import FixedDrafts, StopRule
 from recycler.decode import engines
 from recycler.decode.asked import Asked, model_of
 from recycler.decode.governor import Governor
@@ -18,6 +18,8 @@ from recycler.model.decoder_parts import NotCovered
 
 # Steps between audits where they only serve to govern.
 _GOVERNED_STEPS = 64
+# Drafts of a round, where nobody says: with as many the most time was gained of those that were tried.
+_DRAFTS = 8
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def recycled(
         exact: True for text that is full attention's own: the policy's steps are drafts, and a full forward verifies
             several of them at once, which pays where reading the cache takes long. A forward returns full attention's
             logits then, however a caller samples from them, up to rounding in sums of another order. Rounds end by
-            `ConfidentDrafts()`, or by a rule that is given instead of True.
+            `FixedDrafts(8)`, or by a rule that is given instead of True.
         audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
             The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
             and sets and schedule begin anew, as after a prompt: accounts too, a policy's burst included. What is left
@@ -92,7 +94,7 @@ def recycled(
         raise ValueError(
             "exact decoding is no way from full attention: leave out audit and govern_kl, which measure it."
         )
-    rule = exact if isinstance(exact, StopRule) else ConfidentDrafts() if exact else None
+    rule = exact if isinstance(exact, StopRule) else FixedDrafts(_DRAFTS) if exact else None
     governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
     if governor is not None and audit is None:
         audit = _GOVERNED_STEPS
