@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from transformers import TextStreamer
 from policies import PolicyFile, written_by
 from recycler.decode.explain import explain
 from recycler.decode.recycled import recycled
+from recycler.decode.score import Scored, score
 from recycler.model.generation import Generation, generate_tokens
 from recycler.model.loading import LoadedModel, load_model
 from recycler.prompts.texts import leading_tokens, text_tokens
@@ -55,7 +57,8 @@ def main(
         bool, typer.Option("--explain", help="Say what would run and what it would read, and generate nothing.")
     ] = False,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Generate with full attention too, and compare tokens and speed.")
+        bool,
+        typer.Option("--compare", help="Generate with full attention too: speed, and how far the texts are the same."),
     ] = False,
 ) -> dict[str, Any]:
     """Generate with recycled attention: the text as it comes, then what was really applied."""
@@ -88,6 +91,14 @@ def main(
     width = None if sys.stdout.isatty() else max(80, 8 + 6 * receipt.full_steps.shape[0])
     receipt.print(Console(highlight=False, width=width))
     applied = receipt.to_json()
+    compared: dict[str, Any] = {}
+    if compare:
+        # What was drawn is chosen by nobody, and what is exact is full attention's.
+        follows = temperature == 0 and not exact
+        full_run = generate()
+        scored = score(loaded, policy_file, tokens, full_run.tokens, fast=not plain) if follows else None
+        compared = _compared(recycled_run, full_run, scored)
+        print(_compared_sentence(compared))
     return {
         "new_tokens": len(recycled_run.tokens),
         "tokens_per_s": _rounded(recycled_run.tokens_per_s),
@@ -107,7 +118,7 @@ def main(
         "written_by": applied["written_by"],
         "model": loaded.id,
         "policy": str(policy),
-        **(_compared(recycled_run, generate()) if compare else {}),
+        **compared,
     }
 
 
@@ -150,11 +161,26 @@ def _tokens(loaded: LoadedModel, text: str, chat: bool) -> list[int]:
     return text_tokens(tokenizer, str(templated))
 
 
-def _compared(recycled_run: Generation, full_run: Generation) -> dict[str, Any]:
-    """Speed of full attention, and the share of its tokens that recycled attention found at the same place."""
+def _compared(recycled_run: Generation, full_run: Generation, scored: Scored | None) -> dict[str, Any]:
+    """Speed of full attention, and how far the texts are the same.
+
+    `shared_tokens` is how many tokens the two own texts begin with alike: one other token, and they go separate ways.
+    `agreement` tells more: along full attention's text, the share of its tokens that the policy's decoding finds most
+    likely, which errors of its own text do not come into; None where that says nothing.
+    """
     pairs = zip(recycled_run.tokens, full_run.tokens, strict=False)
-    equal = sum(ours == theirs for ours, theirs in pairs)
-    return {"tokens_per_s_full": _rounded(full_run.tokens_per_s), "equal_share": equal / len(full_run.tokens)}
+    return {
+        "tokens_per_s_full": _rounded(full_run.tokens_per_s),
+        "shared_tokens": len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))),
+        "agreement": None if scored is None else float(scored.is_greedy.mean()),
+    }
+
+
+def _compared_sentence(compared: dict[str, Any]) -> str:
+    text = f"beside full attention: the two texts share their first {compared['shared_tokens']} tokens"
+    if compared["agreement"] is not None:
+        text += f"; along full attention's text {compared['agreement']:.1%} of its tokens are chosen"
+    return text + "."
 
 
 def _rounded(per_second: float | None) -> float | None:

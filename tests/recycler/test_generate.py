@@ -177,9 +177,29 @@ def test_chat_puts_the_prompt_into_the_template(run: Run, write_policy: WritePol
 def test_compare_tells_speed_and_tokens_of_full_attention(run: Run, write_policy: WritePolicy) -> None:
     command = ("--prompt", TEXT, "--max-new-tokens", "20", "--compare", "--policy")
     values = result(run(*command, write_policy(AlwaysFull()))[1])
-    assert (values["equal_share"], values["full_share"], values["read_share"]) == (1, 1, 1)
+    assert (values["shared_tokens"], values["agreement"], values["full_share"], values["read_share"]) == (20, 1, 1, 1)
     assert values["tokens_per_s_full"] > 0
-    assert result(run(*command, write_policy())[1])["equal_share"] < 1
+    code, out, _ = run(*command, write_policy())
+    other = result(out)
+    assert code == 0
+    assert other["shared_tokens"] < 20
+    assert other["shared_tokens"] / 20 <= other["agreement"] < 1
+    assert (
+        f"share their first {other['shared_tokens']} tokens; along full attention's text {other['agreement']:.1%}"
+        in out
+    )
+
+
+@pytest.mark.parametrize("how", [("--temperature", "0.7"), ("--exact",)], ids=["drawn", "exact"])
+def test_compare_says_nothing_of_agreement_where_it_has_no_meaning(
+    run: Run, write_policy: WritePolicy, how: tuple[str, ...]
+) -> None:
+    command = ("--prompt", TEXT, "--max-new-tokens", "20", "--compare", "--policy", write_policy())
+    code, out, _ = run(*command, *how)
+    values = result(out)
+    assert code == 0
+    assert values["agreement"] is None
+    assert values["shared_tokens"] == 20 or "--exact" not in how
 
 
 def test_the_plain_path_gives_the_same_text_and_says_why_it_was_taken(run: Run, write_policy: WritePolicy) -> None:
