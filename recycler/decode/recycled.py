@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,9 @@ def recycled(
     """
     model = model_of(target)
     asked = Asked.of(policy, selection, horizon_steps, model)
+    if exact:
+        # How far a policy leads away from full attention, for how long and on which weights, says nothing here.
+        asked = dataclasses.replace(asked, horizon_steps=None, notes=())
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)
     if most is not None and govern_kl is None:

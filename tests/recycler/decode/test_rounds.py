@@ -20,6 +20,7 @@ from policies import (
     FixedStride,
     LearnedLogistic,
     NeverFull,
+    PolicyFile,
     RefreshKeys,
     Selection,
     StepPolicy,
@@ -33,6 +34,7 @@ from recycler.decode.plain.decoding import PlainEngine
 from recycler.decode.read_prompt import read_prompt
 from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
+from recycler.model.shape import model_shape
 
 Make = Callable[..., PreTrainedModel]
 SELECTION = Selection(9, 1, 3)
@@ -185,6 +187,16 @@ def test_a_nan_in_a_row_leaves_the_others_as_they_are(make_model: Make) -> None:
     stock = generated(spoiled, tokens)
     text, _ = exactly(spoiled, tokens, NeverFull(), FixedDrafts(4))
     assert torch.equal(text[1], stock[1])
+
+
+def test_no_horizon_and_no_other_weights_lead_away_from_full_attention(make_model: Make) -> None:
+    model, tokens = make_model(), a_batch()
+    shape = model_shape(model)
+    file = PolicyFile(NeverFull(), SELECTION, shape, {"weights": "float64:another"}, horizon_steps=4)
+    with recycled(model, file, exact=True) as session:
+        text = generated(model, tokens)
+    assert torch.equal(text, generated(model, tokens))
+    assert (session.receipt().notes, session.receipt().beyond_horizon) == ((), "")
 
 
 @pytest.mark.parametrize(
