@@ -29,5 +29,5 @@ class FixedDrafts(StopRule):
         return self.n_drafts
 
     def decide(self, signals: DraftSignals, survival: np.ndarray) -> np.ndarray:
-        stops: np.ndarray = signals.n_drafts >= self.n_drafts
+        stops: np.ndarray = (signals.n_drafts >= self.n_drafts) | np.isnan(signals.probability)
         return stops

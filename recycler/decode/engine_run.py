@@ -43,6 +43,9 @@ class EngineRun:
         call.check()
         if cache is None:
             raise ValueError(CACHE_CHANGED)
+        places = call.arguments.get("position_ids")
+        if places is not None and places.dim() != 2:
+            raise NotCovered("position_ids are not one number per row and token")
         rows = len(call.tokens)
         self._start = first.start
         self._device = call.tokens.device

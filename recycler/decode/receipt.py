@@ -45,6 +45,7 @@ class Receipt:
         governed: Budget and divergence between two audits each, where `govern_kl` steered the budget.
         rounds: What drafts and verifications came to, where logits are full attention's; None elsewhere. A verification
             of a row counts as a full step then, whatever the number of its tokens, and its reading like that of one.
+            Shares are of the tokens that were fed: where few drafts hold they may be above 1.
     """
 
     engine: str
@@ -180,7 +181,8 @@ class Receipt:
                 reason, "overruled the policy"
             )
             console.print(f"  {reason} {verb} in {units.sum() / max(unit_steps, 1):.1%} of unit-steps")
-        console.print("full share per unit in percent, a row per layer and a column per KV head:")
+        counted = "full share" if self.rounds is None else "looks at the whole cache per token"
+        console.print(f"{counted} per unit in percent, a row per layer and a column per KV head:")
         table = Table()
         table.add_column("layer", justify="right")
         for head in range(self.full_steps.shape[1]):

@@ -16,6 +16,7 @@ from recycler.decode.asked import Asked, model_of
 from recycler.decode.governor import Governor
 from recycler.decode.session import Session
 from recycler.model.decoder_parts import NotCovered
+from recycler.model.shape import changing_rope_type
 
 # Steps between audits where they only serve to govern.
 _GOVERNED_STEPS = 64
@@ -62,7 +63,8 @@ def recycled(
             there is one. An output of more than twice as many warns, once, and the receipt says so.
         exact: True for text that is full attention's own: the policy's steps are drafts, and a full forward verifies
             several of them at once, which pays where reading the cache takes long. A forward returns full attention's
-            logits then, however a caller samples from them, up to rounding in sums of another order. Rounds end by
+            logits then, however a caller samples from them, up to rounding in sums of another order; those of a
+            bfloat16 model on the CPU engine are the engine's own, whose activations are in float32. Rounds end by
             `FixedDrafts(8)`, or by a rule that is given instead of True.
         audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
             The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
@@ -79,9 +81,9 @@ def recycled(
 
     Raises:
         ValueError: If the target is no model, a policy file cannot be read, a bare policy comes without a selection,
-            something is for another model shape, the model cannot be recycled, or `exact` comes with what measures a
-            distance; during decoding, if the cache changes in a way that sets cannot follow, or the model has layers
-            that cannot take back drafts.
+            something is for another model shape, the model cannot be recycled, or `exact` is no rule, comes with what
+            measures a distance, or with a rotary embedding that depends on the longest text of a call; during decoding,
+            if the cache changes in a way that sets cannot follow, or the model has layers that cannot take back drafts.
     """
     model = model_of(target)
     asked = Asked.of(policy, selection, horizon_steps, model)
@@ -94,6 +96,15 @@ def recycled(
         raise ValueError(f"most={most} is the largest budget of govern_kl, which is not given.")
     if (audit is not None or govern_kl is not None) and getattr(model.config, "return_dict", True) is False:
         raise ValueError("an audit reads the model's logits by name, and its config has return_dict=False.")
+    if not isinstance(exact, (bool, StopRule)):
+        raise ValueError(
+            f"exact must be True, False or a rule of policies.stops such as FixedDrafts(8), not {exact!r}."
+        )
+    if exact and (rope := changing_rope_type(model)):
+        raise ValueError(
+            f"exact decoding reads several tokens at once, and this model's rotary embedding, of type {rope!r}, turns "
+            "all of them by the last one's position: leave out exact."
+        )
     if exact and (audit is not None or govern_kl is not None):
         raise ValueError(
             "exact decoding is no way from full attention: leave out audit and govern_kl, which measure it."

@@ -29,12 +29,14 @@ class _Row:
     Attributes:
         verified: Tokens that are verified and were not fed yet, in order, each with the logits after it and their best.
         last: The token that was fed last.
+        place: The position at which the next one is expected.
         best: The most likely token after it.
         repeats: Whether the text is over, and is fed one token again and again.
     """
 
     verified: deque[tuple[int, Tensor, int]] = field(default_factory=deque)
     last: int = -1
+    place: int = -1
     best: int = -1
     repeats: bool = False
 
@@ -123,15 +125,16 @@ class Rounds(Decoding):
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         due = np.zeros(len(self._rows), dtype=bool)
-        for i, (row, token) in enumerate(zip(self._rows, tokens.tolist(), strict=True)):
-            if not row.verified or row.verified[0][0] != token:
+        places = places.expand(len(tokens))
+        for i, (row, token, place) in enumerate(zip(self._rows, tokens.tolist(), places.tolist(), strict=True)):
+            if not row.verified or row.verified[0][0] != token or row.place != place:
                 due[i] = True
                 # A text that has ended is fed the padding token from there on, whatever its logits say.
                 row.repeats = token == row.last != row.best
                 row.verified.clear()
-            row.last = token
+            row.last, row.place = token, place + 1
         if due.any():
-            self._round(tokens, places.expand(len(tokens)), due)
+            self._round(tokens, places, due)
         answer = torch.stack([row.answer() for row in self._rows])
         self._n_own += 1
         for layer in self._layers:
@@ -146,8 +149,9 @@ class Rounds(Decoding):
         begin = self._n_own + ahead
         tokens, device = fed.clone(), fed.device
         for i in np.flatnonzero(going & ~due):
-            tokens[i] = self._rows[i].verified[-1][2]
-        places = fed_places + torch.from_numpy(ahead).to(device)
+            row = self._rows[i]
+            tokens[i] = row.last if row.repeats else row.verified[-1][2]
+        places = fed_places + torch.from_numpy(np.where(going, ahead, 0)).to(device)
         self._drafting.begin_round(begin, going)
         drafted = self._draft(tokens, places, going, self._room(ahead))
         rows = np.repeat(np.arange(len(drafted)), [len(one) for one in drafted])
@@ -178,11 +182,13 @@ class Rounds(Decoding):
                 break
             logits = self._drafting.draft(tokens, places, going)
             chosen, signals = _signals(logits, n_drafts)
-            tokens, places = torch.where(torch.from_numpy(repeats).to(tokens.device), tokens, chosen), places + 1
+            tokens = torch.where(torch.from_numpy(repeats).to(tokens.device), tokens, chosen)
             for i in np.flatnonzero(going):
                 drafted[i].append(int(tokens[i]))
             survival = survival * self._stop.acceptance(signals)
             going = going & ~self._stop.decide(signals, survival) & (room > n_drafts + 1)
+            # Those of rows that have stopped stay where the model has positions.
+            places = places + torch.from_numpy(going).to(places.device)
         return drafted
 
     def _accept(self, drafted: list[list[int]], logits: Tensor) -> None:
@@ -198,7 +204,9 @@ class Rounds(Decoding):
                     break
                 row.verified.append((tokens[j], logits[at + j], best[at + j]))
                 n_accepted += 1
-            self._rounds += RoundCounts(1, len(tokens) - 1, n_accepted)
+            # Of a text that is over nothing was drafted that anybody looks at.
+            if not row.repeats:
+                self._rounds += RoundCounts(1, len(tokens) - 1, n_accepted)
             at += len(tokens)
 
 

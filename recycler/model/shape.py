@@ -80,6 +80,15 @@ def max_positions(model: PreTrainedModel) -> int:
     return int(_text_config(model).max_position_embeddings)
 
 
+def changing_rope_type(model: PreTrainedModel) -> str:
+    """The type of a rotary embedding that turns all tokens of a call by its largest position; empty if it does not."""
+    parameters = getattr(_text_config(model), "rope_parameters", None) or {}
+    # One for all layers, or one for each type of them.
+    each = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]
+    types = {str(one.get("rope_type", "")) for one in each}
+    return next((kind for kind in ("dynamic", "longrope") if kind in types), "")
+
+
 def most_tokens(model: PreTrainedModel) -> int:
     """Tokens, prompt and continuation together, that the model can read and its recycled layers see as a whole."""
     window = window_of_recycled_layers(model)

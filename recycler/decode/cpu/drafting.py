@@ -79,7 +79,8 @@ class CpuDrafting(Drafting):
         n = np.bincount(rows, minlength=len(self._held))
         first = np.cumsum(n) - n
         fed = Fed(rows, self._held[rows] + np.arange(len(rows)) - first[rows])
-        steps.make_room(int((self._held + n).max()))
+        most = int((self._held + n).max())
+        steps.make_room(most, most)
         scratch = self._scratch(len(rows))
         x, cosine, sine = steps.embedded(tokens, places)
         asked = first, n, self._held, scratch.query, scratch.attended

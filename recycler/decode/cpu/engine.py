@@ -16,7 +16,7 @@ from recycler.decode.cpu import dense
 from recycler.decode.cpu.arrays import REFRESH_MASS, REFRESH_OVERLAP, Array, Fed, LayerWeights, Scratch
 from recycler.decode.cpu.decide import decisions
 from recycler.decode.cpu.drafting import CpuDrafting
-from recycler.decode.cpu.state import as_array, cache_of, first_units, layer_weights, rules_of, scratch_of
+from recycler.decode.cpu.state import as_array, cache_of, first_units, layer_weights, rules_of, scratch_of, weight_array
 from recycler.decode.cpu.walk import attend
 from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
@@ -47,6 +47,7 @@ class CpuEngine(Engine):
         if self._parts.dtype not in _DTYPES:
             raise NotCovered(f"it runs {', '.join(map(str, _DTYPES))}, and the model is in {self._parts.dtype}")
         self._weights = [layer_weights(layer) for layer in self._parts.layers]
+        weight_array(self._parts.head.weight)
 
     def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> CpuDecoding:
         return CpuDecoding(self._parts, self._weights, layers, first, policy)
@@ -139,7 +140,8 @@ class CpuDecoding(Decoding):
 
     def take(self, tokens: Tensor, places: Tensor, going: np.ndarray, n_threads: int) -> Tensor:
         """A step of the rows that are `going`, bool `(rows,)`; the cache does not show it."""
-        self.make_room(int(self.n_own.max()) + 1)
+        # What rows that take no part write needs room too, and is looked at by nobody.
+        self.make_room(int(self.n_own.max()) + 1, int((self.n_own + going).max()))
         x, cosine, sine = self.embedded(tokens, places)
         fed, seen_own = Fed(self._all_rows, self.n_own), np.where(going, self.n_own + 1, 0)
         scratch, rules, asked = self.scratch, self.rules, self._decisions
@@ -151,16 +153,22 @@ class CpuDecoding(Decoding):
             how = (weights.scaling, self.start, cache, seen_own, units, signals, rules, scratch, n_threads)
             attend(full, *how)
             dense.feed(x, weights, scratch, n_threads)
+        logits = self.predicted(x, scratch, n_threads)
+        # Last of all: an interrupt before it leaves the step undone, and the same token may be fed again.
         self._end_step(going)
-        return self.predicted(x, scratch, n_threads)
+        return logits
 
-    def make_room(self, most_own: int) -> None:
+    def make_room(self, most_own: int, most_seen: int) -> None:
         """Make room in the cache for so many tokens of each row since the prompt.
+
+        Args:
+            most_own: How many.
+            most_seen: How many of them a row attends to at most.
 
         Raises:
             ValueError: If the model's layers do not see as many.
         """
-        refuse_full_window(0, self.n_prompt + most_own, self.parts.window)
+        refuse_full_window(0, self.n_prompt + most_seen, self.parts.window)
         grown = [part.make_room(most_own) for layer in self._layers for part in layer.parts]
         if any(grown):
             self._refer_to_memory()

@@ -23,6 +23,17 @@ def as_array(tensor: Tensor) -> Array:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def weight_array(weight: Tensor) -> Array:
+    """The same of a weight.
+
+    Raises:
+        NotCovered: If its rows do not lie one after the other.
+    """
+    if not weight.is_contiguous():
+        raise NotCovered("it reads weights row after row, and one of the model's lies otherwise")
+    return as_array(weight)
+
+
 def cache_of(key: GrowingTokens, value: GrowingTokens) -> Cache:
     return Cache(
         prompt_key=as_array(key.prompt),
@@ -34,24 +45,24 @@ def cache_of(key: GrowingTokens, value: GrowingTokens) -> Cache:
 
 def layer_weights(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
-    nothing = as_array(attention.q_proj.weight.new_empty(0))
+    nothing = weight_array(attention.q_proj.weight.new_empty(0))
     query_norm = getattr(attention, "q_norm", None)
 
     def linear(module: nn.Linear) -> tuple[Array, Array]:
-        return as_array(module.weight), as_array(bias_of(module))
+        return weight_array(module.weight), weight_array(bias_of(module))
 
     return LayerWeights(
-        as_array(layer.input_layernorm.weight),
+        weight_array(layer.input_layernorm.weight),
         layer.input_layernorm.variance_epsilon,
         *linear(attention.q_proj),
         *linear(attention.k_proj),
         *linear(attention.v_proj),
-        nothing if query_norm is None else as_array(query_norm.weight),
-        nothing if query_norm is None else as_array(attention.k_norm.weight),
+        nothing if query_norm is None else weight_array(query_norm.weight),
+        nothing if query_norm is None else weight_array(attention.k_norm.weight),
         0.0 if query_norm is None else query_norm.variance_epsilon,
         attention.scaling,
         *linear(attention.o_proj),
-        as_array(layer.post_attention_layernorm.weight),
+        weight_array(layer.post_attention_layernorm.weight),
         layer.post_attention_layernorm.variance_epsilon,
         *linear(mlp.gate_proj),
         *linear(mlp.up_proj),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import errors
 from numba.extending import intrinsic
 
 # NumPy's numbers: for Python's numba compiles a function once for each that it is called with.
@@ -52,6 +53,8 @@ def tile_product(
     number `a_begin + r a_row + p a_step`; of `b` and `c` as many numbers as a tile has columns, from
     `b_begin + p b_step` and `c_begin + r c_row` on.
     """
+    if any(array.layout != "C" for array in (a, b, c)):
+        raise errors.TypingError("tile_product takes arrays whose numbers lie side by side")
     number = b.dtype
     lanes = _VECTOR_BYTES * 8 // number.bitwidth
 

@@ -17,6 +17,8 @@ from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_
 from recycler.decode.plain.attention import MaskedSets
 from recycler.decode.plain.modules import forward_on_modules
 from recycler.decode.plain.step import PlainUnits
+from recycler.model.attention_hook import refuse_full_window
+from recycler.model.shape import window_of_recycled_layers
 from recycler.sets.recycled_set import RecycledSet
 from recycler.sets.scores import Scoring, probabilities
 
@@ -72,7 +74,7 @@ class PlainDrafting(Drafting):
 
         logits = forward_on_modules(self._model, tokens[:, None], places[:, None], attend, inside_of=self._inside_of)
         units = self._units
-        self._running.add(units.full, units.keys_only, units.tokens_read, {})
+        self._running.add(units.full, units.keys_only, units.tokens_read, units.overruled)
         self._n_own = self._n_own + going
         return logits[:, -1]
 
@@ -80,6 +82,7 @@ class PlainDrafting(Drafting):
         n_tokens = np.bincount(rows, minlength=len(self._n_held))
         first = np.cumsum(n_tokens) - n_tokens
         own = self._n_held[rows] + np.arange(len(rows)) - first[rows]
+        refuse_full_window(0, self._n_prompt + int(own.max()) + 1, window_of_recycled_layers(self._model))
         at = torch.from_numpy(rows).to(self._device), torch.from_numpy(own).to(self._device)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:

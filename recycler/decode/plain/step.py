@@ -25,6 +25,7 @@ class PlainUnits:
         full: bool `(rows, layers, kv_heads)`: decisions of the last step.
         keys_only: bool of the same shape: those of them that were keys-only refreshes.
         tokens_read: float64 of the same shape: what each unit read at the last step, as `Totals` counts it.
+        overruled: bool of the same shape, by reason: what wrappers overruled at the last step.
     """
 
     def __init__(self, first: FirstSets, policy: StepPolicy) -> None:
@@ -38,6 +39,7 @@ class PlainUnits:
         self.n_steps = 0
         self.full, self.keys_only = np.zeros((2, *shape), dtype=bool)
         self.tokens_read = np.zeros(self.full.shape)
+        self.overruled: dict[str, np.ndarray] = {}
         self._running = RunningTotals(self.full.shape)
 
     def attend(
@@ -79,10 +81,14 @@ class PlainUnits:
     def _note(self, layer: int, full: Tensor, keys_only: Tensor, reasons: dict[str, Tensor], going: np.ndarray) -> None:
         units = self._layers[layer]
         self.n_steps += layer == 0
+        if layer == 0:
+            self.overruled = {}
         in_set = units.recycled.filled.sum(-1).cpu().numpy()
         dense, going = (units.end - self._start)[:, None], going[:, None]
         self.full[:, layer], self.keys_only[:, layer] = (of.cpu().numpy() & going for of in (full, keys_only))
         done = self.full[:, layer], self.keys_only[:, layer]
         self.tokens_read[:, layer] = tokens_read(*done, dense, in_set) * going
         noted = {reason: overruled.cpu().numpy() & going for reason, overruled in reasons.items()}
+        for reason, of_layer in noted.items():
+            self.overruled.setdefault(reason, np.zeros_like(self.full))[:, layer] = of_layer
         self._running.add(*done, self.tokens_read[:, layer], noted, layer)

@@ -28,9 +28,11 @@ from policies import (
 from policies.stops.base import StopRule
 from policies.stops.confident_drafts import ConfidentDrafts
 from policies.stops.fixed_drafts import FixedDrafts
-from recycler.decode.cpu.engine import CpuEngine
+from recycler.decode.cpu.drafting import CpuDrafting
+from recycler.decode.cpu.engine import CpuDecoding, CpuEngine
 from recycler.decode.engine import Drafting, Engine
 from recycler.decode.plain.decoding import PlainEngine
+from recycler.decode.plain.drafting import PlainDrafting
 from recycler.decode.read_prompt import read_prompt
 from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
@@ -197,6 +199,115 @@ def test_no_horizon_and_no_other_weights_lead_away_from_full_attention(make_mode
         text = generated(model, tokens)
     assert torch.equal(text, generated(model, tokens))
     assert (session.receipt().notes, session.receipt().beyond_horizon) == ((), "")
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_no_row_is_at_a_position_that_the_model_has_not(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    model = copy.deepcopy(make_model())
+    model.config.max_position_embeddings = 64
+    of_engine: type[Drafting] = CpuDrafting if fast else PlainDrafting
+    draft, seen = of_engine.draft, []
+
+    def noted(self: Any, tokens: Tensor, places: Tensor, going: np.ndarray) -> Tensor:
+        seen.append(int(places.max()))
+        return draft(self, tokens, places, going)
+
+    monkeypatch.setattr(of_engine, "draft", noted)
+    # Rows run ahead of each other up to the last position.
+    tokens = a_batch((0, 0), 40)
+    text, _ = exactly(model, tokens, FixedStride(3), ConfidentDrafts(0.3, 9), fast, n_new=24)
+    assert torch.equal(text, generated(model, tokens, n_new=24))
+    assert max(seen) < 64
+
+
+def test_a_token_at_another_position_is_not_the_one_that_was_drafted(make_model: Make) -> None:
+    model, tokens = make_model(), a_batch((0,), 30)
+
+    def fed(exact: bool) -> Tensor:
+        cache, logits = DynamicCache(config=model.config), []
+        with torch.no_grad(), recycled(model, AlwaysFull(), SELECTION, exact=FixedDrafts(4) if exact else False):
+            given, place = tokens, torch.arange(30)[None]
+            for step in range(6):
+                output = model(given, position_ids=place, past_key_values=cache, use_cache=True)
+                logits.append(output.logits[:, -1])
+                given, place = logits[-1].argmax(-1, keepdim=True), torch.tensor([[30 + step + 7 * (step > 2)]])
+        return torch.stack(logits)
+
+    torch.testing.assert_close(fed(True), fed(False), atol=1e-10, rtol=0)
+
+
+def test_a_text_that_is_over_counts_no_drafts(make_model: Make) -> None:
+    model, tokens = make_model(), a_batch((0, 0))
+    after = generated(model, tokens, n_new=60)[:, tokens.shape[1] :]
+    ends = next(int(token) for token in after[0] if token not in after[1])
+    _, receipt = exactly(model, tokens, NeverFull(), FixedDrafts(4), n_new=60, eos_token_id=ends)
+    _, whole = exactly(model, tokens, NeverFull(), FixedDrafts(4), n_new=60)
+    assert receipt.rounds is not None
+    assert whole.rounds is not None
+    assert receipt.rounds.n_rounds < whole.rounds.n_rounds
+
+
+def test_receipts_of_drafts_have_reasons_on_every_path(make_model: Make) -> None:
+    policy = BudgetConstrained(FixedStride(2), 0.3)
+    model, tokens = make_model(), a_batch()
+    counted = [exactly(model, tokens, policy, FixedDrafts(6), fast)[1] for fast in (True, False)]
+    assert counted[0].reasons["budget"].sum() > 0
+    np.testing.assert_array_equal(counted[0].reasons["budget"], counted[1].reasons["budget"])
+
+
+def test_an_interrupted_step_may_be_taken_again(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make_model(), a_batch((0,), 30)
+
+    def fed(interrupted: bool) -> tuple[Tensor, int]:
+        cache, logits = DynamicCache(config=model.config), []
+        with torch.no_grad(), recycled(model, AlwaysFull(), SELECTION):
+            model(tokens[:, :20], past_key_values=cache, use_cache=True)
+            for step in range(20, 30):
+                if interrupted and step == 24:
+                    with monkeypatch.context() as patched:
+                        patched.setattr(CpuDecoding, "predicted", _interrupt)
+                        with pytest.raises(KeyboardInterrupt):
+                            model(tokens[:, step : step + 1], past_key_values=cache, use_cache=True)
+                logits.append(model(tokens[:, step : step + 1], past_key_values=cache, use_cache=True).logits)
+        return torch.stack(logits), cache.get_seq_length()
+
+    (ours, n_ours), (stock, n_stock) = fed(True), fed(False)
+    assert n_ours == n_stock == 30
+    torch.testing.assert_close(ours, stock, atol=1e-10, rtol=0)
+
+
+def _interrupt(*_: Any) -> Tensor:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("exact", [8, "fixed_drafts", None, 1.0])
+def test_what_is_no_rule_is_refused(make_model: Make, exact: Any) -> None:
+    with (
+        pytest.raises(ValueError, match="True, False or a rule"),
+        recycled(make_model(), NeverFull(), SELECTION, exact=exact),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_follows_the_longest_text_is_refused(make_model: Make, kind: str) -> None:
+    model = copy.deepcopy(make_model())
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": kind}
+    with pytest.raises(ValueError, match=kind), recycled(model, NeverFull(), SELECTION, exact=True):
+        pass
+
+
+def test_weights_that_lie_otherwise_are_left_to_the_plain_path(make_model: Make) -> None:
+    model = copy.deepcopy(make_model())
+    weight = model.model.layers[0].self_attn.q_proj.weight  # type: ignore[union-attr, index]
+    weight.data = weight.data.t().contiguous().t()
+    tokens = a_batch((0,) * 7)
+    with recycled(model, AlwaysFull(), SELECTION) as session:
+        text = generated(model, tokens)
+    assert torch.equal(text, generated(model, tokens))
+    assert "row after row" in session.receipt().why_plain
 
 
 @pytest.mark.parametrize(
