@@ -15,15 +15,9 @@ from recycler.decode.cpu.tile import TILE_ROWS, padded, tile_columns, tile_produ
 
 
 @kernel()
-def _multiply(a: Any, first: int, b: Any, column: int, n: int, c: Any, add: bool) -> None:
+def _multiply(a: Any, begin: int, row: int, step: int, b: Any, column: int, n: int, c: Any, add: bool) -> None:
     width = b.shape[1]
-    tile_product(a, first * a.shape[1], a.shape[1], 1, b, column, width, n, c, column, width, add)
-
-
-@kernel()
-def _multiply_turned(a: Any, first: int, b: Any, column: int, n: int, c: Any, add: bool) -> None:
-    width = b.shape[1]
-    tile_product(a, first, 1, a.shape[1], b, column, width, n, c, column, width, add)
+    tile_product(a, begin, row, step, b, column, width, n, c, column, width, add)
 
 
 @settings(max_examples=30, deadline=None)
@@ -48,10 +42,11 @@ def test_a_tile_is_the_product_of_its_rows_and_columns(
         torch.randn(rows, 3 * columns, generator=random, dtype=torch.float64).numpy().astype(dtype) for rows in (20, 6)
     )
     before = c.copy()
-    if turned:
-        _multiply_turned(np.ascontiguousarray(stored.numpy().T), first, b, tile * columns, n, c, add)
-    else:
-        _multiply(stored.numpy(), first, b, tile * columns, n, c, add)
+    # Rows of numbers, or, turned, columns.
+    of_rows = np.ascontiguousarray(stored.numpy().T if turned else stored.numpy())
+    width = of_rows.shape[1]
+    begin, row, step = (first, 1, width) if turned else (first * width, width, 1)
+    _multiply(of_rows, begin, row, step, b, tile * columns, n, c, add)
     rows, some = of_a[first : first + int(TILE_ROWS), :n].double().numpy(), slice(tile * columns, (tile + 1) * columns)
     expected = before.copy()
     expected[:, some] = rows @ b[:n, some].astype(np.float64) + add * before[:, some]
