@@ -15,7 +15,7 @@ from recycler.decode.counts import dense_tokens
 from recycler.decode.engine import Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.forward_call import ForwardCall
-from recycler.decode.receipt import Tally
+from recycler.decode.tally import Tally
 from recycler.model.decoder_parts import NotCovered
 
 # Steps between two looks at what a device has noted of the padding.

@@ -18,8 +18,9 @@ from recycler.decode.asked import Asked, model_of
 from recycler.decode.counts import dense_tokens
 from recycler.decode.engines import begin_decoding
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
-from recycler.decode.receipt import Receipt, Tally
+from recycler.decode.receipt import Receipt
 from recycler.decode.rows import Rows
+from recycler.decode.tally import Tally
 from recycler.decode.token_ids import check_tokens, n_vocabulary
 from recycler.model.shape import max_positions, model_shape
 

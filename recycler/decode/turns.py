@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from recycler.decode.governor import GovernedWindow
-from recycler.decode.receipt import Receipt, Tally
+from recycler.decode.receipt import Receipt
+from recycler.decode.tally import Tally
 
 # Turns whose receipts are kept: a session may live as long as a server.
 _MOST_TURNS = 100

@@ -15,9 +15,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import PolicyFile, Selection, StepPolicy
 from recycler.decode.asked import Asked, model_of
-from recycler.decode.receipt import Receipt, Tally
+from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
 from recycler.decode.score import score_each
+from recycler.decode.tally import Tally
 from recycler.model.shape import model_shape
 
 # A child of the harness's logger, which shows it as its own.

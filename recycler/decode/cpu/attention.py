@@ -59,7 +59,7 @@ def attend_tokens(
         _logits(query, keys, next_read, ahead, low, n, scale, block)
         for head in range(group):
             if keep_logits:
-                _copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
+                copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
             _weigh(block[head, :n], head, highest, total, output)
         if reads_values:
             _add_values(block, values, keys, low, n, output)
@@ -67,9 +67,15 @@ def attend_tokens(
 
 # Loops over slices in functions of their own: written out above, they do not vectorise.
 @helper(fastmath=True)
-def _copy(source: Any, target: Any) -> None:
+def copy(source: Any, target: Any) -> None:
     for j in range(source.shape[0]):
         target[j] = source[j]
+
+
+@helper(fastmath=True)
+def multiply(row: Any, factor: Any) -> None:
+    for i in range(row.shape[0]):
+        row[i] *= factor
 
 
 @helper(fastmath=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from recycler.decode.counts import Totals
 from recycler.decode.cpu import dense
 from recycler.decode.cpu.arrays import Array, Fed, Scratch
-from recycler.decode.cpu.many import Asking, ManyScratch, attend_many, choose_by_votes, many_scratch
+from recycler.decode.cpu.many import Asking, ManyScratch, attend_many, many_scratch
+from recycler.decode.cpu.votes import choose_by_votes
 from recycler.decode.engine import Drafting
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.threads import kernel_threads

@@ -9,12 +9,12 @@ from numba import prange, types
 from numba.extending import overload
 
 from policies.compiled.kernel import helper
-from recycler.decode.cpu.arrays import Array, Cache, Rules, Scratch, Units
-from recycler.decode.cpu.attention import NOTHING, merge
+from recycler.decode.cpu.arrays import Array, Cache, Rules
+from recycler.decode.cpu.attention import NOTHING, copy, merge, multiply
 from recycler.decode.cpu.compiled import kernel
 from recycler.decode.cpu.scalars import exp, widen
-from recycler.decode.cpu.sets import choose_by_scores
 from recycler.decode.cpu.tile import TILE_BYTES, TILE_ROWS, padded, tile_columns, tile_product
+from recycler.decode.cpu.votes import vote
 
 # Tokens whose keys and values are taken at once: whole tiles of them, which stay in the first cache.
 _BLOCK_TOKENS = 48
@@ -242,14 +242,14 @@ def _weigh(
     best, highest, total = of_columns
     # Rows of arrays that lie in one piece: of others numba does not know that numbers lie side by side.
     width = best.shape[0]
-    _copy(highest, best)
+    copy(highest, best)
     _raise(logits, n, best)
     for column in range(n_columns):
         if best[column] > highest[column]:
             shrink = exp(highest[column] - best[column])
             total[column] *= shrink
-            _scale(partial[column], shrink)
-    _copy(best, highest)
+            multiply(partial[column], shrink)
+    copy(best, highest)
     for j in range(n):
         _exponentials(logits[j, :width], best, weights[j, :width])
         _sum(weights[j, :width], total)
@@ -265,12 +265,6 @@ def _keep_logits(block: Array, n: int, n_columns: int, logits: Array, begin: int
 
 
 @helper(fastmath=True)
-def _copy(source: Array, target: Array) -> None:
-    for i in range(source.shape[0]):
-        target[i] = source[i]
-
-
-@helper(fastmath=True)
 def _raise(logits: Array, n: int, best: Array) -> None:
     # In this order: as many columns as a vector has are gone through at once.
     for i in range(best.shape[0]):
@@ -279,12 +273,6 @@ def _raise(logits: Array, n: int, best: Array) -> None:
             logit = logits[j, i]
             top = logit if logit > top else top
         best[i] = top
-
-
-@helper(fastmath=True)
-def _scale(row: Array, factor: float) -> None:
-    for i in range(row.shape[0]):
-        row[i] *= factor
 
 
 @helper(fastmath=True)
@@ -319,67 +307,4 @@ def _settle_share(
                     asking.attended[asking.first[row] + i, head, member, d] = merged[i * group + member, d]
         end = cache.prompt_key.shape[2] + asking.first_own[row] + n
         votes, of_columns = asking.votes[row, head], normaliser[: n * group]
-        _vote(scratch.logits[unit], start[row], end, of_columns, rules.group_mean, scratch.summed[thread], votes)
-
-
-@helper(fastmath=True)
-def _vote(logits: Array, begin: int, end: int, normaliser: Array, mean: bool, summed: Array, votes: Array) -> None:
-    """Sum the attention of all queries to some tokens, then pool it over the heads of the group."""
-    group = summed.shape[0]
-    for column in range(normaliser.shape[0]):
-        _add_attention(logits[column, begin:end], normaliser[column], column < group, summed[column % group, begin:end])
-    _copy(summed[0, begin:end], votes[begin:end])
-    for member in range(1, group):
-        _pool(summed[member, begin:end], mean, votes[begin:end])
-    if mean:
-        _scale(votes[begin:end], np.float32(1 / group))
-
-
-@helper(fastmath=True)
-def _add_attention(logits: Array, normaliser: float, is_first: bool, summed: Array) -> None:
-    for j in range(summed.shape[0]):
-        attention = np.float32(exp(min(logits[j] - normaliser, logits.dtype.type(0))))
-        summed[j] = attention if is_first else summed[j] + attention
-
-
-@helper(fastmath=True)
-def _pool(scores: Array, mean: bool, votes: Array) -> None:
-    for j in range(votes.shape[0]):
-        votes[j] = votes[j] + scores[j] if mean else max(votes[j], scores[j])
-
-
-@kernel(parallel=True)
-def choose_by_votes(
-    votes: Array, start: Array, ends: Array, units: Units, rules: Rules, scratch: Scratch, n_threads: int
-) -> None:
-    """Choose the sets of some rows by the votes of a verification.
-
-    Args:
-        votes: As in `Asking`.
-        start: int64 `(rows,)`: place of each row's first token.
-        ends: int64 `(rows,)`: one past the last token that is kept; 0 for rows whose sets stay.
-        units: State of the layer; gets the sets.
-        rules: The selection.
-        scratch: Room for intermediate results.
-        n_threads: Threads to use.
-    """
-    for thread in prange(n_threads):
-        _choose_share(np.int64(thread), n_threads, votes, start, ends, units, rules, scratch)
-
-
-@helper()
-def _choose_share(
-    thread: int,
-    n_threads: int,
-    votes: Array,
-    start: Array,
-    ends: Array,
-    units: Units,
-    rules: Rules,
-    scratch: Scratch,
-) -> None:
-    kv_heads = units.filled.shape[1]
-    for unit in range(thread, units.filled.size, n_threads):
-        row, head = unit // kv_heads, unit % kv_heads
-        if ends[row] > 0 and not units.setless[row, head]:
-            choose_by_scores(row, head, thread, votes[row, head], start[row], ends[row], units, rules, scratch)
+        vote(scratch.logits[unit], start[row], end, of_columns, rules.group_mean, scratch.summed[thread], votes)

@@ -12,7 +12,7 @@ from recycler.decode.counts import dense_tokens
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.plain.attention import GatheredSets, UnitAttention
 from recycler.decode.plain.step import PlainUnits
-from recycler.decode.receipt import Tally
+from recycler.decode.tally import Tally
 from recycler.sets.scores import Scoring
 
 
