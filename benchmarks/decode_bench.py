@@ -32,6 +32,7 @@ class Case:
         selection: How sets are chosen; None for the default one.
         audit: Steps between audits; None for none.
         exact: When rounds of drafts end that are verified; None for approximate decoding.
+        uncounted_steps: First steps, which make room and get ready.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     selection: Selection | None = None
     audit: int | None = None
     exact: StopRule | None = None
+    uncounted_steps: int = 2
 
 
 @dataclass(frozen=True)
@@ -94,23 +96,24 @@ class Traffic:
 
 
 class _Clock(LogitsProcessor):
-    """Notes when logits come by, and what was done before the third; a streamer works for one row only."""
+    """Notes when logits come by, and what was done before those that count; a streamer works for one row only."""
 
-    def __init__(self, session: Session | None, profiler: profile | None) -> None:
+    def __init__(self, session: Session | None, profiler: profile | None, uncounted_steps: int) -> None:
         self.times: list[float] = []
         self.before: Receipt | None = None
-        self._session, self._profiler = session, profiler
+        self._session, self._profiler, self._uncounted_steps = session, profiler, uncounted_steps
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.is_cuda:
             torch.cuda.synchronize()
-        if len(self.times) == 2 and scores.is_cuda:
-            # Reading the prompt's last token is stock attention, and takes what it takes.
-            torch.cuda.reset_peak_memory_stats()
-        if len(self.times) == 2 and self._session is not None:
-            self.before = self._session.receipt()
-        if len(self.times) == 2 and self._profiler is not None:
-            self._profiler.start()
+        if len(self.times) == self._uncounted_steps:
+            if scores.is_cuda:
+                # Reading the prompt's last token is stock attention, and takes what it takes.
+                torch.cuda.reset_peak_memory_stats()
+            if self._session is not None:
+                self.before = self._session.receipt()
+            if self._profiler is not None:
+                self._profiler.start()
         self.times.append(time.perf_counter())
         return scores
 
@@ -123,7 +126,7 @@ class Bench:
         self._first = prefill(model, tokens)
 
     def time(self, case: Case, context_tokens: int, batch: int, *, profiler: profile | None = None) -> Timed:
-        """Decode after a context; the first two steps, which make room, do not count, nor does a profiler see them."""
+        """Decode after a context; steps that do not count are seen by no profiler."""
         gc.collect()
         on_gpu = self._tokens.is_cuda
         in_use_bytes = torch.cuda.memory_allocated() if on_gpu else 0
@@ -132,9 +135,9 @@ class Bench:
         repeats = -(-context_tokens // self._tokens.shape[1])
         tokens = self._tokens.repeat(batch, repeats)[:, :context_tokens]
         how = nullcontext() if case.policy is None else self._session(case)
-        n_new = self._steps + 3
+        n_new = self._steps + 1 + case.uncounted_steps
         with torch.inference_mode(), how as session:
-            clock = _Clock(session, profiler)
+            clock = _Clock(session, profiler, case.uncounted_steps)
             self._model.generate(  # type: ignore[operator]
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -149,7 +152,7 @@ class Bench:
             )
         if profiler is not None:
             profiler.stop()
-        step_ms = (clock.times[-1] - clock.times[2]) / self._steps * 1e3
+        step_ms = (clock.times[-1] - clock.times[case.uncounted_steps]) / self._steps * 1e3
         peak = torch.cuda.max_memory_allocated() - in_use_bytes if on_gpu else 0
         if session is None or clock.before is None:
             return Timed(step_ms, "transformers", 1.0, context_tokens + self._steps / 2, peak)

@@ -10,6 +10,7 @@ interpreter: its times say nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import traceback
@@ -24,6 +25,7 @@ import torch
 import triton
 import typer
 from decode_bench import copy_gb_per_s, read_gb_per_s
+from gpu_exact import exact
 from gpu_identities import IdentitySizes, identities
 from gpu_kernels import attention_calls, kernels_of_steps, tune_walk
 from gpu_timings import Sizes, TimedModel, recording
@@ -57,7 +59,11 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON, written after each stage; what it holds is not run again.")] = Path(
         "gpu.json"
     ),
-    only: Annotated[str | None, typer.Option(help="Run only stages whose names begin so; several by commas.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run only stages whose names begin so; may be given again.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds through the cases of a timing; default: 3.", min=1)] = None,
+    static_stock: Annotated[bool, typer.Option(help="Time stock generate with static caches too.")] = True,
 ) -> dict[str, Any]:
     """Identities, then timings, of the CUDA engine on a GPU."""
     began = time.monotonic()
@@ -72,8 +78,10 @@ def main(
     done: dict[str, Any] = results.setdefault("stages", {})
     failed, left_out = [], []
     with _in_interpreter() if rehearses else nullcontext():
-        for stage in _plan(device, Sizes.rehearsed() if rehearses else Sizes.for_gpu(device)):
-            if stage.name in done or (only is not None and not stage.name.startswith(tuple(only.split(",")))):
+        sizes = Sizes.rehearsed() if rehearses else Sizes.for_gpu(device)
+        sizes = dataclasses.replace(sizes, rounds=rounds or sizes.rounds, static_stock=static_stock)
+        for stage in _plan(device, sizes):
+            if stage.name in done or (only and not stage.name.startswith(tuple(only))):
                 continue
             stage_began = time.monotonic()
             if not rehearses and stage_began - began + stage.seconds > 60 * minutes:
@@ -109,6 +117,7 @@ def _plan(device: torch.device, sizes: Sizes) -> list[Stage]:
             for at, batch, context in pairs[:2]
             for stage in (
                 Stage(f"beside stock, {at}", 100, lambda b=batch, c=context: timed.rows(b, c)),
+                Stage(f"exact, {at}", 40, lambda b=batch, c=context: exact(timed, b, c)),
                 Stage(f"kernels, {at}", 15, lambda b=batch, c=context: kernels_of_steps(timed, b, c)),
             )
         ),

@@ -117,6 +117,7 @@ class _Subject:
         rows: slice = slice(None),
         forced: torch.Tensor | None = None,
         fast: bool = True,
+        exact: bool = False,
     ) -> _Ran:
         tokens, mask = (part[rows].to(model.device) for part in (self.tokens, self.mask))
         asked: dict[str, Any] = {
@@ -133,7 +134,7 @@ class _Subject:
         if policy is None:
             done, receipt = model.generate(tokens, **asked), None  # type: ignore[operator]
         else:
-            with recycled(model, policy, Selection.unpooled(k or self._sizes.k), fast=fast) as session:
+            with recycled(model, policy, Selection.unpooled(k or self._sizes.k), fast=fast, exact=exact) as session:
                 done = model.generate(tokens, **asked)  # type: ignore[operator]
             receipt = session.receipt()
         said = done.sequences[:, tokens.shape[1] :]
@@ -178,15 +179,23 @@ def identities(sizes: IdentitySizes, device: torch.device) -> Iterator[dict[str,
         stock,
     )
 
+    for policy, k in ((NeverFull(), None), (NeverFull(), enough), (_BUDGET, None)):
+        in_rounds = subject.run(subject.wide, policy, k=k, exact=True)
+        claim = f"exact decoding gives the tokens of stock generate, float32, drafts by {policy.kind}"
+        per_round = in_rounds.receipt.rounds.tokens_per_round
+        yield beside(claim + (", k >= context" if k else ""), in_rounds, stock, tokens_per_round=per_round)
+
     forced = torch.tensor(stock.tokens, device=device)
     exact = subject.run(subject.wide, None, forced=forced).logits
     apart = {
         name: float((subject.run(subject.narrow, policy, forced=forced).logits - exact).square().mean().sqrt())
         for name, policy in (("stock", None), ("engine", AlwaysFull()))
     }
+    in_rounds = subject.run(subject.narrow, NeverFull(), forced=forced, exact=True)
+    apart["exact"] = float((in_rounds.logits - exact).square().mean().sqrt())
     yield {
-        "claim": "in bfloat16, always full is as near to float32 as stock generate is, within a quarter",
-        "holds": apart["engine"] <= 1.25 * apart["stock"],
+        "claim": "in bfloat16, always full and exact are as near to float32 as stock generate is, within a quarter",
+        "holds": max(apart["engine"], apart["exact"]) <= 1.25 * apart["stock"],
         "rms_apart": apart,
         "rms_of_logits": float(exact.square().mean().sqrt()),
     }
@@ -204,6 +213,15 @@ def identities(sizes: IdentitySizes, device: torch.device) -> Iterator[dict[str,
                 "holds": row["holds"] and same and row["logits_apart"] == 0,
                 "full_share": captured.receipt.full_share,
             }
+
+    for model in (subject.wide, subject.narrow):
+        captured = subject.run(model, _BUDGET, exact=True)
+        with _step_by_step(device):
+            alone = subject.run(model, _BUDGET, exact=True)
+        row = beside(f"a captured round is that of its kernels one by one, {model.dtype}", captured, alone)
+        yield row | {
+            "holds": row["holds"] and row["logits_apart"] == 0 and captured.receipt.rounds == alone.receipt.rounds
+        }
 
     for policy in _POLICIES:
         both = subject.run(subject.wide, policy)

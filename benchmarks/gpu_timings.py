@@ -47,6 +47,7 @@ class Sizes:
         k: Tokens of a set.
         steps: Per case and round; a multiple of 20, so that both budgets come out even.
         rounds: Through all cases; medians are reported.
+        static_stock: Whether stock `generate` is timed with static caches too.
         cases: Rows and tokens of context, what is worth most first.
         record_tokens: Prompt of a recording.
         record_steps: Its steps.
@@ -60,6 +61,7 @@ class Sizes:
     cases: tuple[tuple[int, int], ...]
     record_tokens: int
     record_steps: int
+    static_stock: bool = True
 
     @classmethod
     def for_gpu(cls, device: torch.device) -> Sizes:
@@ -95,9 +97,13 @@ class TimedModel:
     @cached_property
     def bench(self) -> Bench:
         """Decodes after random tokens, repeated to the context."""
+        return self.bench_of(self.sizes.steps)
+
+    def bench_of(self, steps: int) -> Bench:
+        """The same with another number of steps."""
         drawn = torch.randint(self.model.config.vocab_size, (1, _PROMPT_TOKENS), device=self.device)
         n_tokens = min(_PROMPT_TOKENS, min(context for _, context in self.sizes.cases))
-        return Bench(self.model, drawn[:, :n_tokens], self.sizes.k, self.sizes.steps)
+        return Bench(self.model, drawn[:, :n_tokens], self.sizes.k, steps)
 
     @cached_property
     def gb_per_s(self) -> float:
@@ -119,7 +125,7 @@ class TimedModel:
             Case("engine, cosine under a budget of 0.1, decayed sets", TENTH.policy, selection=decayed),
             Case("engine, cosine under a budget of 0.05", cosine_under(0.05)),
             Case("engine, stride 10", FixedStride(10)),
-            *STOCK,
+            *(case for case in STOCK if self.sizes.static_stock or not case.static),
         )
         small = Case("engine, every unit full, context k", AlwaysFull())
         timed: dict[str, list[Timed]] = {case.name: [] for case in (*cases, small)}

@@ -40,6 +40,9 @@ class StopRule(ABC):
 
     # Its name.
     kind: ClassVar[str]
+    # Whether it looks at the drafts' distributions. A rule that counts alone is shown NaN for all else, and lets a
+    # device draft on without being waited for.
+    reads_distributions: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -59,7 +62,7 @@ class StopRule(ABC):
             survival: float64 `(rows,)`: product of `acceptance` over the round, the latest draft included.
 
         Returns:
-            bool `(rows,)`. A row whose numbers are NaN must stop.
+            bool `(rows,)`. A rule that reads distributions stops a row whose numbers are NaN.
         """
 
 

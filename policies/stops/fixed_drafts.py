@@ -20,6 +20,7 @@ class FixedDrafts(StopRule):
 
     n_drafts: int
     kind: ClassVar[str] = "fixed_drafts"
+    reads_distributions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_most_drafts(self.n_drafts)
@@ -29,5 +30,5 @@ class FixedDrafts(StopRule):
         return self.n_drafts
 
     def decide(self, signals: DraftSignals, survival: np.ndarray) -> np.ndarray:
-        stops: np.ndarray = (signals.n_drafts >= self.n_drafts) | np.isnan(signals.probability)
+        stops: np.ndarray = signals.n_drafts >= self.n_drafts
         return stops

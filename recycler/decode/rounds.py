@@ -126,7 +126,9 @@ class Rounds(Decoding):
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         due = np.zeros(len(self._rows), dtype=bool)
         places = places.expand(len(tokens))
-        for i, (row, token, place) in enumerate(zip(self._rows, tokens.tolist(), places.tolist(), strict=True)):
+        # One look at a device.
+        fed = torch.stack((tokens, places), dim=1).tolist()
+        for i, (row, (token, place)) in enumerate(zip(self._rows, fed, strict=True)):
             if not row.verified or row.verified[0][0] != token or row.place != place:
                 due[i] = True
                 # A text that has ended is fed the padding token from there on, whatever its logits say.
@@ -151,29 +153,31 @@ class Rounds(Decoding):
         for i in np.flatnonzero(going & ~due):
             row = self._rows[i]
             tokens[i] = row.last if row.repeats else row.verified[-1][2]
-        places = fed_places + torch.from_numpy(np.where(going, ahead, 0)).to(device)
+        places = fed_places + _sent(np.where(going, ahead, 0), device)
         self._drafting.begin_round(begin, going)
-        drafted = self._draft(tokens, places, going, self._room(ahead))
-        rows = np.repeat(np.arange(len(drafted)), [len(one) for one in drafted])
-        offsets = torch.tensor([j for one in drafted for j in range(len(one))], device=device)
-        of_rows = torch.from_numpy(rows).to(device)
-        flat = torch.tensor([token for one in drafted for token in one], device=device)
+        drafted, n = self._draft(tokens, places, going, self._room(ahead))
+        rows = np.repeat(np.arange(len(n)), n)
+        offsets, of_rows = (_sent(one, device) for one in (np.arange(len(rows)) - (np.cumsum(n) - n)[rows], rows))
+        flat = drafted[of_rows, offsets]
         # As the caller sees them: of two that are equal in its type it takes the first.
         logits = self._drafting.verify(flat, places[of_rows] + offsets, rows).to(self._dtype)
-        self._accept(drafted, logits)
+        self._accept(drafted.tolist(), n, logits)
         self._n_verified += going
-        held = self._n_prompt - self._start + begin + [len(one) for one in drafted]
-        self._verified_reads += held * going
+        self._verified_reads += (self._n_prompt - self._start + begin + n) * going
 
     def _room(self, ahead: np.ndarray) -> np.ndarray:
         """Tokens that may come after those that a row is ahead by."""
         room: np.ndarray = self._most_tokens - self._n_prompt - self._n_own - ahead
         return room
 
-    def _draft(self, tokens: Tensor, places: Tensor, going: np.ndarray, room: np.ndarray) -> list[list[int]]:
-        """Of each row, the token that its round begins with and those that were drafted after it."""
-        drafted = [[int(token)] if takes_part else [] for token, takes_part in zip(tokens, going, strict=True)]
-        repeats = np.array([row.repeats for row in self._rows])
+    def _draft(self, tokens: Tensor, places: Tensor, going: np.ndarray, room: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """The token that each row's round begins with and those that were drafted after it, and how many these are.
+
+        Returns:
+            int64 `(rows, tokens)`, where the longest row decides on their number, and int64 `(rows,)`.
+        """
+        drafted, n = [tokens], going.astype(np.int64)
+        repeats = _sent(np.array([row.repeats for row in self._rows]), tokens.device)
         survival = np.ones(len(going))
         # The first token of a round needs room too.
         going = going & (room > 1)
@@ -181,20 +185,21 @@ class Rounds(Decoding):
             if not going.any():
                 break
             logits = self._drafting.draft(tokens, places, going)
-            chosen, signals = _signals(logits, n_drafts)
-            tokens = torch.where(torch.from_numpy(repeats).to(tokens.device), tokens, chosen)
-            for i in np.flatnonzero(going):
-                drafted[i].append(int(tokens[i]))
+            tokens = torch.where(repeats, tokens, logits.argmax(-1))
+            drafted.append(tokens)
+            n += going
+            signals = _signals(logits, n_drafts, self._stop.reads_distributions)
             survival = survival * self._stop.acceptance(signals)
             going = going & ~self._stop.decide(signals, survival) & (room > n_drafts + 1)
             # Those of rows that have stopped stay where the model has positions.
-            places = places + torch.from_numpy(going).to(places.device)
-        return drafted
+            places = places + _sent(going, places.device)
+        return torch.stack(drafted, dim=1), n
 
-    def _accept(self, drafted: list[list[int]], logits: Tensor) -> None:
+    def _accept(self, drafted: list[list[int]], n: np.ndarray, logits: Tensor) -> None:
         """Keep what full attention would have chosen."""
         best, at = logits.argmax(-1).tolist(), 0
-        for row, tokens in zip(self._rows, drafted, strict=True):
+        for row, of_row, n_tokens in zip(self._rows, drafted, n, strict=True):
+            tokens = of_row[:n_tokens]
             if not tokens:
                 continue
             row.verified.append((tokens[0], logits[at], best[at]))
@@ -210,11 +215,18 @@ class Rounds(Decoding):
             at += len(tokens)
 
 
-def _signals(logits: Tensor, n_drafts: int) -> tuple[Tensor, DraftSignals]:
-    """The most likely token of each row, and what is known of it."""
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on a device, without waiting for what it is doing."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
+
+
+def _signals(logits: Tensor, n_drafts: int, reads_distributions: bool) -> DraftSignals:
+    """What is known of the most likely token of each row; of its distribution only where somebody reads it."""
+    so_far = np.full(len(logits), float(n_drafts))
+    if not reads_distributions:
+        return DraftSignals(so_far, *np.full((3, len(logits)), np.nan))
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    best, chosen = log_p.topk(2, dim=-1)
+    best, _ = log_p.topk(2, dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     margin = best[:, 0] - best[:, 1]
-    numbers = torch.stack([best[:, 0].exp(), margin, entropy]).double().cpu().numpy()
-    return chosen[:, 0], DraftSignals(np.full(len(logits), float(n_drafts)), *numbers)
+    return DraftSignals(so_far, *torch.stack([best[:, 0].exp(), margin, entropy]).double().cpu().numpy())

@@ -9,6 +9,8 @@ of its tuple, or of an array of it if the kernel needs no other. Kernels describ
     places                   places that there is room for, as many as the cache holds before it grows again
     KV_HEADS                 of a row
     GROUP                    query heads of a unit
+    QUERIES                  tokens of a row that ask at once, the last of which is its newest; a unit's members are its
+                             heads' queries, side by side by head
     HEAD_DIM                 a power of 2
     UNITS                    units of a layer, to the next power of 2
     K                        slots of a set
@@ -30,11 +32,13 @@ class Cached(NamedTuple):
 
     Attributes:
         start: int32 `(rows,)`: place of each row's first token.
-        n_own: int32 `(1,)`: tokens since the prompt, without this step's.
+        n_own: int32 `(rows,)`: each row's tokens since the prompt, without this step's.
+        going: int32 `(rows,)`: 1 for rows that take the step, 0 for others.
     """
 
     start: Tensor
     n_own: Tensor
+    going: Tensor
 
 
 class Cache(NamedTuple):

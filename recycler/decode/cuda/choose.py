@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from recycler.decode.cuda.score import HIGH_BINS
-from recycler.decode.cuda.shares import units_in
+from recycler.decode.cuda.shares import furthest, units_in
 
 # Of ten bits.
 _BINS = tl.constexpr(1024)
@@ -52,17 +52,24 @@ def pick(
         modes: As in `score`.
         mode: The same.
     """
-    end = n_prompt + tl.load(cached.n_own) + 1
     order = units_in(modes, mode, n_units, UNITS)
-    n_chunks = tl.cdiv(end, CHUNK)
-    for item in range(tl.program_id(0), tl.max(order) * n_chunks, tl.num_programs(0)):
+    n_chunks = tl.cdiv(furthest(cached, n_units, n_prompt, KV_HEADS, UNITS), CHUNK)
+    n_items = tl.max(order) * n_chunks
+    share = tl.cdiv(n_items, tl.num_programs(0))
+    begin = tl.program_id(0) * share
+    # Chunks of a program lie side by side, so that they are few units' whose counts it looks through.
+    unit_before, digit = -1, 0
+    for item in range(begin, tl.minimum(begin + share, n_items)):
         unit = tl.sum((order <= item // n_chunks).to(tl.int32))
         chunk = item % n_chunks
         first = tl.load(cached.start + unit // KV_HEADS)
-        wanted = tl.load(sizes + unit % KV_HEADS) - SINKS - WINDOW
-        found = tl.load(search.counts + unit * HIGH_BINS + tl.arange(0, HIGH_BINS))
-        digit, _ = _bin_of(found, wanted, HIGH_BINS)
-        digit = tl.where(wanted > 0, digit, HIGH_BINS)
+        end = n_prompt + tl.load(cached.n_own + unit // KV_HEADS) + 1
+        if unit != unit_before:
+            wanted = tl.load(sizes + unit % KV_HEADS) - SINKS - WINDOW
+            found = tl.load(search.counts + unit * HIGH_BINS + tl.arange(0, HIGH_BINS))
+            lowest_bin, _ = _bin_of(found, wanted, HIGH_BINS)
+            digit = tl.where(wanted > 0, lowest_bin, HIGH_BINS)
+            unit_before = unit
         place = chunk * CHUNK + tl.arange(0, CHUNK)
         ranked = (place >= first + SINKS) & (place < end - WINDOW)
         scores = search.scores + unit.to(tl.int64) * places
@@ -131,7 +138,7 @@ def finish(
     unit = tl.program_id(0)
     if tl.load(modes + unit) != mode:
         return
-    own = tl.load(cached.n_own)
+    own = tl.load(cached.n_own + unit // KV_HEADS)
     first, end = tl.load(cached.start + unit // KV_HEADS), n_prompt + own + 1
     size = tl.load(sizes + unit % KV_HEADS)
     positions, kept = sets.positions + unit * K, sets.scores + unit * K

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from recycler.decode.cache import KvLayer, of_rows
 from recycler.decode.counts import Totals, keys_only_units, setless_units
 from recycler.decode.cuda.decisions import DeviceHostDecisions, RowPrograms, row_programs
 from recycler.decode.cuda.dense import LastWeights, LayerMath, LayerWeights, last_weights, layer_weights
+from recycler.decode.cuda.drafting import CudaDrafting
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.cuda.own_tokens import OwnTokens
 from recycler.decode.cuda.state import Scratch, Sizes, UnitState
-from recycler.decode.cuda.step_graph import Aside, StepGraph, stream_for
+from recycler.decode.cuda.step_graph import Aside, StepGraph, on_gpu, stream_for
 from recycler.decode.cuda.unit_kernels import UnitKernels
 from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
@@ -68,12 +68,29 @@ class CudaEngine(Engine):
         if first.selection.group == GroupPooling.LAYER_MEAN:
             raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
         # Tensors that all steps may write to, whatever mode the prompt was read in.
-        with _on(first.positions.device), torch.inference_mode(False), torch.no_grad():
+        with on_gpu(first.positions.device), torch.inference_mode(False), torch.no_grad():
             return CudaDecoding(self._parts, self._weights, self._last, self._machine, layers, first, policy)
+
+    def begin_drafts(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> CudaDrafting:
+        return CudaDrafting(self.begin(layers, first, policy), policy.needs)
 
 
 class CudaDecoding(Decoding):
-    """See `Decoding`. Args: those of `Engine.begin`, after the model's parts and weights and the machine."""
+    """See `Decoding`. Args: those of `Engine.begin`, after the model's parts and weights and the machine.
+
+    Drafts are steps too, of some of the rows, each at its own place, and are in no cache that anybody else sees.
+
+    Attributes:
+        parts: The model's.
+        weights: Of each layer.
+        last: Those after the last layer.
+        machine: How kernels are launched.
+        sizes: What does not change.
+        state: Of all units.
+        scratch: Room for intermediate results; another one after the cache has grown out of it.
+        kernels: Of each layer, on that room.
+        selection: How sets are chosen.
+    """
 
     def __init__(
         self,
@@ -85,8 +102,8 @@ class CudaDecoding(Decoding):
         first: FirstSets,
         policy: StepPolicy,
     ) -> None:
-        self._parts, self._weights, self._last, self._machine = parts, weights, last, machine
-        self._layers, self._needs, self._selection = layers, policy.needs, first.selection
+        self.parts, self.weights, self.last, self.machine = parts, weights, last, machine
+        self._layers, self._needs, self.selection = layers, policy.needs, first.selection
         key, _ = layers[0].parts
         rows, kv_heads, _, head_dim = key.own.shape
         for part in (part for layer in layers for part in layer.parts):
@@ -96,13 +113,13 @@ class CudaDecoding(Decoding):
         device = key.own.device
         self._math = LayerMath(parts, rows, machine.compiles)
         attention = parts.layers[0].self_attn
-        self._sizes = Sizes(
+        self.sizes = Sizes(
             rows=rows,
             layers=len(layers),
             kv_heads=kv_heads,
             group=attention.q_proj.out_features // attention.k_proj.out_features,
             head_dim=head_dim,
-            k=self._selection.widest,
+            k=self.selection.widest,
             n_prompt=key.prompt.shape[2],
             n_programs=machine.n_programs,
             chunk_tokens=machine.chunk_tokens,
@@ -117,7 +134,7 @@ class CudaDecoding(Decoding):
             self._host = DeviceHostDecisions(policy, why)
         counted = self._programs and len(self._programs[0].results) > 1
         self._reasons = tuple(self._programs[0].program.reasons) if counted else ()
-        self._state = UnitState(self._sizes, first, policy.needs, self._by_keys, len(self._reasons))
+        self.state = UnitState(self.sizes, first, policy.needs, self._by_keys, len(self._reasons))
 
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._places = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -133,7 +150,7 @@ class CudaDecoding(Decoding):
 
     @property
     def full(self) -> np.ndarray:
-        full: np.ndarray = _by_row(self._state.decided) != 0
+        full: np.ndarray = _by_row(self.state.decided) != 0
         return full
 
     @property
@@ -143,11 +160,11 @@ class CudaDecoding(Decoding):
 
     @property
     def tokens_read(self) -> np.ndarray:
-        return _by_row(self._state.tokens_read)
+        return _by_row(self.state.tokens_read)
 
     def totals(self) -> Totals:
-        state = self._state
-        full_steps = _by_row(state.signals[SIGNALS.index("n_full")]).astype(np.int64)
+        state = self.state
+        full_steps = _by_row(state.full_before + state.signals[SIGNALS.index("n_full")]).astype(np.int64)
         counted = dict(zip(self._reasons, state.overruled.cpu().numpy(), strict=False))
         overruled = counted if self._host is None else self._host.overruled
         return Totals(
@@ -158,61 +175,76 @@ class CudaDecoding(Decoding):
         )
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
-        with _on(self._tokens.device):
-            return self._step(tokens, places)
+        with on_gpu(self._tokens.device):
+            n_own = self._layers[0].parts[0].n_own + 1
+            self.make_room(n_own, n_own)
+            logits = self.take(tokens, places)
+        for cached in self._layers:
+            for part in cached.parts:
+                part.n_own += 1
+        return logits
 
-    def _step(self, tokens: Tensor, places: Tensor) -> Tensor:
-        refuse_full_window(0, self._layers[0].get_seq_length() + 1, self._parts.window)
+    def make_room(self, most_own: int, most_seen: int) -> None:
+        """Make room in the cache for so many tokens of each row since the prompt.
+
+        Args:
+            most_own: How many.
+            most_seen: How many of them a row attends to at most.
+
+        Raises:
+            ValueError: If the model's layers do not see as many.
+        """
+        refuse_full_window(0, self.sizes.n_prompt + most_seen, self.parts.window)
         # All layers grow together: looking at each of them takes longer than launching the step.
-        if self._layers[0].parts[0].make_room():
+        if self._layers[0].parts[0].make_room(most_own):
             for layer in self._layers:
                 for part in layer.parts:
-                    part.make_room()
+                    part.make_room(most_own)
             self._own.look(self._layers)
             if self._own_room() > self._reach_tokens:
                 self._make_kernels()
+
+    def take(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """A step of the rows that are going; the cache has room for it, and does not show it."""
         self._tokens.copy_(tokens)
         self._places.copy_(places.expand_as(self._places))
         if self._host is not None and not self._host.in_layers:
             self._tell_token()
-            self._host.decide(self._state.signals, self._state.given)
+            self._host.decide(self.state.signals, self.state.given)
         # One mode for all steps: compiled functions and captured graphs belong to a mode.
         with torch.inference_mode():
             if self._graph is None:
                 self._take_step()
             else:
                 self._graph(self._take_step)
-        for cached in self._layers:
-            for part in cached.parts:
-                part.n_own += 1
         return self._logits.clone()
 
     def _take_step(self) -> None:
         """All that happens on the GPU: what the graph holds."""
         self._tell_token()
-        x = self._parts.embedding.weight[self._tokens]
+        x = self.parts.embedding.weight[self._tokens]
         # Per row, for all heads: `(rows, 1, head_dim)`.
-        cosine, sine = self._parts.rotary(x, self._places[:, None])
-        query, key, value = self._math.enter(x, self._weights[0], cosine, sine)
-        for layer, (weights, kernels) in enumerate(zip(self._weights, self._kernels, strict=True)):
+        cosine, sine = self.parts.rotary(x, self._places[:, None])
+        query, key, value = self._math.enter(x, self.weights[0], cosine, sine)
+        for layer, (weights, kernels) in enumerate(zip(self.weights, self.kernels, strict=True)):
             if self._host is not None and self._host.in_layers:
                 kernels.compare(query)
-                self._host.decide(self._state.signals, self._state.given, layer)
+                self._host.decide(self.state.signals, self.state.given, layer)
             # The layer before chooses new sets while torch gets from its attention to here.
             self._aside.join()
             kernels.prepare(query, key, value, self._programs)
             attended = kernels.attend(query)
             with self._aside():
                 kernels.settle()
-            if layer + 1 < len(self._weights):
-                following = self._weights[layer + 1]
+            if layer + 1 < len(self.weights):
+                following = self.weights[layer + 1]
                 x, query, key, value = self._math.cross(x, attended, weights, following, cosine, sine)
-        self._logits.copy_(self._math.leave(x, attended, weights, self._last))
+        self._logits.copy_(self._math.leave(x, attended, weights, self.last))
         self._aside.join()
-        self._state.n_own += 1
+        self.state.n_own += self.state.going
 
     def _tell_token(self) -> None:
-        self._state.signals[_TOKEN] = self._tokens[:, None]
+        self.state.signals[_TOKEN] = self._tokens[:, None]
 
     def _own_room(self) -> int:
         return self._layers[0].parts[0].own.shape[2]
@@ -222,41 +254,36 @@ class CudaDecoding(Decoding):
 
         It takes a hundredth of what the cache does, so that it grows more rarely, and a captured step lasts.
         """
-        sizes, dtype = self._sizes, self._parts.dtype
+        sizes, dtype = self.sizes, self.parts.dtype
         while self._reach_tokens < self._own_room():
             self._reach_tokens *= 2
         places = sizes.n_prompt + self._reach_tokens
-        device = self._state.start.device
+        device = self.state.start.device
         with torch.inference_mode(False):
             measures = bool(self._needs & {"refresh_mass", "refresh_overlap"})
-            scratch = Scratch(sizes, places, measures, dtype, device)
+            self.scratch = Scratch(sizes, places, measures, dtype, device)
         # Layers have only the kernels that some unit of theirs may need.
         choosing = ~self._by_keys & (measures | ~self._setless)
         by_keys, by_values = (np.asarray(some.any(axis=(0, 2))) for some in (self._by_keys, choosing))
-        self._kernels = [
+        self.kernels = [
             UnitKernels(
                 layer,
                 sizes,
-                self._state,
-                scratch,
+                self.state,
+                self.scratch,
                 tuple(part.prompt for part in self._layers[layer].parts),
                 self._own,
-                self._selection,
+                self.selection,
                 self._needs,
                 module.self_attn.scaling,
-                self._machine,
+                self.machine,
                 by_keys=bool(by_keys[layer]),
                 chooses=bool(by_values[layer]),
             )
-            for layer, module in enumerate(self._parts.layers)
+            for layer, module in enumerate(self.parts.layers)
         ]
         if self._graph is not None:
             self._graph.forget()
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels and streams are of the current GPU, which need not be the model's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _by_row(state: Tensor) -> np.ndarray:

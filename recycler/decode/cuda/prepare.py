@@ -33,7 +33,8 @@ def _cosine(a, b):
 
 
 @triton.jit
-def _mean_query(query, unit, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+def mean_query(query, unit, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Mean of the queries of a unit's group, float32."""
     channel = tl.arange(0, HEAD_DIM)
     total = tl.zeros((HEAD_DIM,), tl.float32)
     for member in tl.static_range(GROUP):
@@ -62,7 +63,7 @@ def compare(
     unit = tl.load(rows + tl.program_id(0) // KV_HEADS) * KV_HEADS + tl.program_id(0) % KV_HEADS
     channel = tl.arange(0, HEAD_DIM)
     if WANTS_QUERY or WANTS_LAST:
-        now = _mean_query(query, unit, GROUP, HEAD_DIM)
+        now = mean_query(query, unit, GROUP, HEAD_DIM)
         if WANTS_QUERY:
             then = tl.load(queries.full + unit * HEAD_DIM + channel)
             tl.store(signals + _QUERY * n_all_units + unit, _cosine(now, then))
@@ -75,7 +76,7 @@ def compare(
         then = tl.zeros((HEAD_DIM,), tl.float32)
         first = unit - unit % KV_HEADS
         for head in range(KV_HEADS):
-            now += _mean_query(query, first + head, GROUP, HEAD_DIM)
+            now += mean_query(query, first + head, GROUP, HEAD_DIM)
             then += tl.load(queries.full + (first + head) * HEAD_DIM + channel)
         tl.store(signals + _LAYER * n_all_units + unit, _cosine(now / KV_HEADS, then / KV_HEADS))
 
@@ -151,6 +152,8 @@ def prepare(
 ):
     """Measure, decide, write down what was decided, and take in the new token; a program per unit.
 
+    Units of rows that do not take the step do nothing in it.
+
     The cache's own part gets this step's key and value, and sets the new token; the last queries become this step's.
     Decisions follow from the signals or, for an empty CODE, from what is given.
 
@@ -178,6 +181,10 @@ def prepare(
     nth, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     row = tl.load(rows + nth)
     unit = row * KV_HEADS + head
+    if tl.load(cached.going + row) == 0:
+        tl.store(modes_before + unit, SKIP)
+        tl.store(modes + unit, SKIP)
+        return
     at = decisions.signals + unit
     if len(CODE) > 0:
         compare(
@@ -209,8 +216,8 @@ def prepare(
     tl.store(modes + unit, tl.where(full & (scores_keys == 0), FULL, RECYCLED).to(tl.int8))
 
     channel = tl.arange(0, HEAD_DIM)
-    tl.store(queries.last + unit * HEAD_DIM + channel, _mean_query(query, unit, GROUP, HEAD_DIM))
-    n_before = tl.load(cached.n_own)
+    tl.store(queries.last + unit * HEAD_DIM + channel, mean_query(query, unit, GROUP, HEAD_DIM))
+    n_before = tl.load(cached.n_own + row)
     own_key, own_value = own_tokens(cache.own, key.dtype.element_ty)
     to = (unit.to(tl.int64) * tl.load(cache.room) + n_before) * HEAD_DIM + channel
     tl.store(own_key + to, tl.load(key + unit * HEAD_DIM + channel))

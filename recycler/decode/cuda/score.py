@@ -5,10 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recycler.decode.cuda.shares import RECYCLED, SKIP, units_in
+from recycler.decode.cuda.shares import RECYCLED, SKIP, furthest, units_in
 
 # Of the first eleven bits of a float32 that is not negative.
 HIGH_BINS = tl.constexpr(2048)
+# Bins that are counted together; attention of a chunk rarely spans more than the 32 octaves that these are.
+_NEAR_BINS = tl.constexpr(256)
 # Slots of a set that are treated in one go.
 _AT_ONCE = tl.constexpr(1024)
 
@@ -48,6 +50,7 @@ def score(
     FORWARD: tl.constexpr,
     EDGE: tl.constexpr,
     MEAN: tl.constexpr,
+    VOTED: tl.constexpr,
 ):
     """Scores of all tokens, as `recycler.sets.scores.token_scores` has them, and how often their high bits occur.
 
@@ -63,34 +66,47 @@ def score(
         unpooled: float32 `(units, places)`: gets the attention that they are pooled from, where they are.
         counts: Of `Search`: gets the counts.
         EDGE: A power of 2, from BACKWARD and FORWARD on.
+        VOTED: Whether `unpooled` holds it already, as a verification left it.
     """
-    end = n_prompt + tl.load(cached.n_own) + 1
     order = units_in(modes, mode, n_units, UNITS)
-    n_chunks = tl.cdiv(end, CHUNK)
+    n_chunks = tl.cdiv(furthest(cached, n_units, n_prompt, KV_HEADS, UNITS), CHUNK)
     for item in range(tl.program_id(0), tl.max(order) * n_chunks, tl.num_programs(0)):
         unit = tl.sum((order <= item // n_chunks).to(tl.int32))
         first = tl.load(cached.start + unit // KV_HEADS)
+        end = n_prompt + tl.load(cached.n_own + unit // KV_HEADS) + 1
         place = (item % n_chunks) * CHUNK + tl.arange(0, CHUNK)
         exists = (place >= first) & (place < end)
-        pooled = _group_scores(weights, unit, place, exists, places, GROUP, MEAN)
+        mine = unpooled + unit.to(tl.int64) * places
+        if VOTED:
+            pooled = tl.load(mine + place, mask=exists, other=0)
+        else:
+            pooled = _group_scores(weights, unit, place, exists, places, GROUP, MEAN)
         if BACKWARD + FORWARD > 0:
-            mine = unpooled + unit.to(tl.int64) * places
-            tl.store(mine + place, pooled, mask=exists)
-            # EDGE places on either side of the chunk, in one go.
-            at = tl.arange(0, 2 * EDGE)
-            edge = (item % n_chunks) * CHUNK + tl.where(at < EDGE, at - EDGE, CHUNK + at - EDGE)
-            beside = (edge >= first) & (edge < end)
-            tl.store(mine + edge, _group_scores(weights, unit, edge, beside, places, GROUP, MEAN), mask=beside)
-            # All threads have written before one reads.
-            tl.debug_barrier()
+            if not VOTED:
+                tl.store(mine + place, pooled, mask=exists)
+                # EDGE places on either side of the chunk, in one go.
+                at = tl.arange(0, 2 * EDGE)
+                edge = (item % n_chunks) * CHUNK + tl.where(at < EDGE, at - EDGE, CHUNK + at - EDGE)
+                beside = (edge >= first) & (edge < end)
+                tl.store(mine + edge, _group_scores(weights, unit, edge, beside, places, GROUP, MEAN), mask=beside)
+                # All threads have written before one reads.
+                tl.debug_barrier()
             for shift in range(-FORWARD, BACKWARD + 1):
                 near = place + shift
                 there = exists & (near >= first) & (near < end)
                 pooled = tl.maximum(pooled, tl.load(mine + near, mask=there, other=0))
         tl.store(scores + unit.to(tl.int64) * places + place, pooled, mask=exists)
         ranked = (place >= first + SINKS) & (place < end - WINDOW)
-        found = tl.histogram(pooled.to(tl.int32, bitcast=True) >> 20, HIGH_BINS, mask=ranked)
-        tl.atomic_add(counts + unit * HIGH_BINS + tl.arange(0, HIGH_BINS), found, mask=found > 0, sem="relaxed")
+        # A sign, which a NaN may have, is no bin's.
+        bins = (pooled.to(tl.int32, bitcast=True) >> 20) & (HIGH_BINS - 1)
+        highest = tl.max(tl.where(ranked, bins, 0))
+        below = highest - bins
+        is_near = ranked & (below < _NEAR_BINS)
+        # What it takes grows with the bins: 256 below the chunk's highest, and the few further ones one by one.
+        found = tl.histogram(tl.where(is_near, below, 0), _NEAR_BINS, mask=is_near)
+        to = counts + unit * HIGH_BINS
+        tl.atomic_add(to + highest - tl.arange(0, _NEAR_BINS), found, mask=found > 0, sem="relaxed")
+        tl.atomic_add(to + bins, 1, mask=ranked & (below >= _NEAR_BINS), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["places"])

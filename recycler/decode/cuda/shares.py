@@ -19,20 +19,22 @@ SKIP, RECYCLED, FULL, KEYS_ONLY = (
 
 
 @triton.jit
-def tiles_of_units(modes, filled, start, end, n_units, KV_HEADS: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr):
+def tiles_of_units(
+    modes, filled, cached, n_units, n_prompt, KV_HEADS: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr
+):
     """Tiles of tokens that each unit walks over, int32 `(UNITS,)`.
 
     Args:
         modes: int8 `(units,)`.
         filled: Of `Sets`.
-        start: Of `Cached`.
-        end: One past the last token.
         TILE: Tokens of a tile.
     """
     unit = tl.arange(0, UNITS)
     exists = unit < n_units
     mode = tl.load(modes + unit, mask=exists, other=0)
-    n_cached = end - tl.load(start + unit // KV_HEADS, mask=exists, other=0)
+    row = unit // KV_HEADS
+    end = n_prompt + tl.load(cached.n_own + row, mask=exists, other=0) + 1
+    n_cached = end - tl.load(cached.start + row, mask=exists, other=0)
     n_in_set = tl.load(filled + unit, mask=exists, other=0)
     n_tokens = tl.where(mode == RECYCLED, n_in_set, n_cached)
     return tl.where(mode == SKIP, 0, tl.cdiv(n_tokens, TILE))
@@ -48,6 +50,13 @@ def first_tile(program, n_tiles, n_programs):
 def program_of(tile, n_tiles, n_programs):
     """The program whose share a tile is in."""
     return (((tile + 1).to(tl.int64) * n_programs - 1) // n_tiles).to(tl.int32)
+
+
+@triton.jit
+def furthest(cached, n_units, n_prompt, KV_HEADS: tl.constexpr, UNITS: tl.constexpr):
+    """One past the last token of the row that has most."""
+    unit = tl.arange(0, UNITS)
+    return n_prompt + tl.max(tl.load(cached.n_own + unit // KV_HEADS, mask=unit < n_units, other=0)) + 1
 
 
 @triton.jit

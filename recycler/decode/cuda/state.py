@@ -64,7 +64,9 @@ class UnitState:
         full_query: float32 `(layers, rows, kv_heads, head_dim)`: those of `Queries`.
         last_query: The same.
         start: int32 `(rows,)`: place of each row's first token.
-        n_own: int32 `(1,)`: own tokens in the cache.
+        full_before: float64 `(layers, rows, kv_heads)`: full steps of schedules before this one.
+        n_own: int32 `(rows,)`: own tokens in the cache.
+        going: int32 `(rows,)`: 1 for rows that take the next step, 0 for others.
         rows: int32 `(rows,)`: all rows.
     """
 
@@ -83,9 +85,8 @@ class UnitState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.signals = zeros(len(SIGNALS), *shape, dtype=torch.float64)
-        self.signals[SIGNALS.index("age")] = 1
-        for name in ("query_similarity", "step_similarity", "layer_similarity", "refresh_overlap", "token"):
-            self.signals[SIGNALS.index(name)] = float("nan")
+        self.full_before = zeros(*shape, dtype=torch.float64)
+        self.begin_schedule()
         self.signals[SIGNALS.index("refresh_mass")] = first.measured_mass(needs)
         self.decided, self.given = zeros(*shape, dtype=torch.int8), zeros(*shape, dtype=torch.int8)
         keys_only = np.broadcast_to(by_keys, (sizes.rows, sizes.layers, sizes.kv_heads)).transpose(1, 0, 2)
@@ -104,8 +105,16 @@ class UnitState:
         self.full_query = first.query.to(torch.float32).clone(memory_format=torch.contiguous_format)
         self.last_query = self.full_query.clone()
         self.start = torch.tensor(first.start, dtype=torch.int32, device=device)
-        self.n_own = zeros(1, dtype=torch.int32)
+        self.n_own = zeros(sizes.rows, dtype=torch.int32)
+        self.going = torch.ones_like(self.n_own)
         self.rows = torch.arange(sizes.rows, dtype=torch.int32, device=device)
+
+    def begin_schedule(self) -> None:
+        """Show policies what they see before a first step; sets are not measured."""
+        self.full_before += self.signals[SIGNALS.index("n_full")]
+        for name in SIGNALS:
+            unknown = name.endswith("_similarity") or name in ("refresh_mass", "refresh_overlap", "token")
+            self.signals[SIGNALS.index(name)] = float("nan") if unknown else float(name == "age")
 
     def sets(self, layer: int) -> Sets:
         """The sets of a layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -88,3 +88,8 @@ def stream_for(device: torch.device, purpose: str) -> torch.cuda.Stream | None:
     Libraries keep memory for every stream that they have seen, so runs share one.
     """
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def on_gpu(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels and streams are of the current GPU, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

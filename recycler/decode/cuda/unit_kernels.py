@@ -19,7 +19,7 @@ from recycler.decode.cuda.score import rank_anew, score
 from recycler.decode.cuda.state import Scratch, Sizes, UnitState
 from recycler.decode.cuda.walk import merge, walk
 
-_N_PARTS_AT_ONCE = 32
+N_PARTS_AT_ONCE = 32
 _MASS, _OVERLAP = SIGNALS.index("refresh_mass"), SIGNALS.index("refresh_overlap")
 
 
@@ -57,20 +57,20 @@ class UnitKernels:
         chooses: bool,
     ) -> None:
         self._layer, self._sizes, self._state, self._scratch = layer, sizes, state, scratch
-        self._selection, self._scaling = selection, scaling
-        self._machine, self._by_keys, self._chooses = machine, by_keys, chooses
+        self.scaling = scaling
+        self._selection, self._machine, self._by_keys, self._chooses = selection, machine, by_keys, chooses
         self._measures = bool(needs & {"refresh_mass", "refresh_overlap"})
-        self._units_to = _power_of_2(sizes.units)
+        self._units_to = power_of_2(sizes.units)
         key, value = prompt
         self._tile = machine.tile_tokens(sizes.head_dim, key.dtype)
-        self._cache = Cache(
+        self.cache = Cache(
             prompt_key=key,
             prompt_value=value,
             prompt_row=0 if key.shape[0] < sizes.rows else key.stride(0),
             own=own.addresses[layer],
             room=own.room,
         )
-        self._cached = Cached(state.start, state.n_own)
+        self._cached = Cached(state.start, state.n_own, state.going)
         self._sets, self._queries, self._decisions = state.sets(layer), state.queries(layer), state.decisions(layer)
         self._set_sizes = state.set_sizes[layer]
         self._refresh = (state.signals[_MASS, layer], state.signals[_OVERLAP, layer])
@@ -133,14 +133,14 @@ class UnitKernels:
         tables_row: int,
     ) -> None:
         sizes = self._sizes
-        slots = _power_of_2(sizes.k)
+        slots = power_of_2(sizes.k)
         prepare[(len(rows) * sizes.kv_heads,)](
             rows,
             query,
             key,
             value,
             self._cached,
-            self._cache,
+            self.cache,
             self._sets,
             self._set_sizes,
             self._queries,
@@ -201,6 +201,17 @@ class UnitKernels:
                 enable_fp_fusion=False,
             )
 
+    def choose_by_votes(self, votes: Tensor, unit_modes: Tensor, cached: Cached) -> None:
+        """New sets for the units in mode FULL.
+
+        Args:
+            votes: float32 `(units, places)`: attention that chooses, pooled over the group.
+            unit_modes: int8 `(units,)`.
+            cached: Which tokens are chosen from.
+        """
+        if self._chooses or self._by_keys:
+            self._choose(unit_modes, modes.FULL, votes, cached)
+
     def _walk(self, query: Tensor, unit_modes: Tensor, reads_values: bool) -> None:
         scratch, sizes = self._scratch, self._sizes
         # Tensor cores take 16 rows; float32 is multiplied without them, and rows of zeros take time.
@@ -208,6 +219,7 @@ class UnitKernels:
         how = {
             **self._heads,
             "HEAD_DIM": sizes.head_dim,
+            "QUERIES": 1,
             "UNITS": self._units_to,
             "TILE": self._tile,
             "READS_VALUES": reads_values,
@@ -215,17 +227,17 @@ class UnitKernels:
         walk[(sizes.n_programs,)](
             query,
             self._cached,
-            self._cache,
+            self.cache,
             self._sets,
             unit_modes,
             scratch.weights.logits,
             scratch.parts,
-            self._scaling,
+            self.scaling,
             sizes.units,
             sizes.n_prompt,
             scratch.places,
             K=sizes.k,
-            ROWS=max(least_rows, _power_of_2(sizes.group)),
+            ROWS=max(least_rows, power_of_2(sizes.group)),
             KEEPS_SET_LOGITS=self._selection.score_kept is not None,
             **how,
             num_warps=self._machine.walk_warps,
@@ -242,22 +254,24 @@ class UnitKernels:
             sizes.units,
             sizes.n_prompt,
             sizes.n_programs,
-            PARTS=_N_PARTS_AT_ONCE,
+            PARTS=N_PARTS_AT_ONCE,
             **how,
             num_warps=4,
         )
 
-    def _choose(self, unit_modes: Tensor, mode: int) -> None:
+    def _choose(self, unit_modes: Tensor, mode: int, votes: Tensor | None = None, cached: Cached | None = None) -> None:
         scratch, sizes, selection = self._scratch, self._sizes, self._selection
+        cached = self._cached if cached is None else cached
         how = {"CHUNK": sizes.chunk_tokens, **self._stays, "num_warps": 8}
-        score[(sizes.n_programs,)](
+        # Smaller chunks, fewer warps and more programs: more of them wait for memory at a time.
+        score[(4 * sizes.n_programs,)](
             unit_modes,
             mode,
-            self._cached,
+            cached,
             scratch.weights,
             scratch.search.scores,
             # Until `pick` lists candidates there.
-            scratch.search.picked.view(torch.float32),
+            scratch.search.picked.view(torch.float32) if votes is None else votes,
             scratch.search.counts,
             sizes.units,
             sizes.n_prompt,
@@ -266,14 +280,15 @@ class UnitKernels:
             **self._heads,
             BACKWARD=selection.pool_backward,
             FORWARD=selection.pool_forward,
-            EDGE=_power_of_2(max(1, selection.pool_backward, selection.pool_forward)),
+            EDGE=power_of_2(max(1, selection.pool_backward, selection.pool_forward)),
             MEAN=selection.group == GroupPooling.MEAN,
-            **how,
+            VOTED=votes is not None,
+            **(how | {"CHUNK": max(1, sizes.chunk_tokens // 4), "num_warps": 4}),
         )
         pick[(sizes.n_programs,)](
             unit_modes,
             mode,
-            self._cached,
+            cached,
             self._set_sizes,
             scratch.search,
             sizes.units,
@@ -287,7 +302,7 @@ class UnitKernels:
         finish[(sizes.units,)](
             unit_modes,
             mode,
-            self._cached,
+            cached,
             self._sets,
             self._set_sizes,
             scratch.weights,
@@ -305,6 +320,6 @@ class UnitKernels:
         )
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
     """The next one that is not below `n`."""
     return 1 << (n - 1).bit_length()

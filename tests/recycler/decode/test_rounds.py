@@ -29,7 +29,7 @@ from policies.stops.base import StopRule
 from policies.stops.confident_drafts import ConfidentDrafts
 from policies.stops.fixed_drafts import FixedDrafts
 from recycler.decode.cpu.drafting import CpuDrafting
-from recycler.decode.cpu.engine import CpuDecoding, CpuEngine
+from recycler.decode.cpu.engine import CpuDecoding
 from recycler.decode.engine import Drafting, Engine
 from recycler.decode.plain.decoding import PlainEngine
 from recycler.decode.plain.drafting import PlainDrafting
@@ -339,26 +339,36 @@ def test_a_policy_that_measures_sets_drafts_on_the_plain_path(make_model: Make) 
     assert "refresh_mass" in receipt.why_plain
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
-@pytest.mark.parametrize(
-    "selection",
-    [
-        SELECTION,
-        Selection(9, 1, 3, group="mean", ranking="updated", unit_k=((4, 14), (11, 7))),
-        Selection(12, 2, 4, 1, 2, ranking="last_full"),
-    ],
-    ids=["default", "updated", "last_full"],
-)
+SELECTIONS = {
+    "default": SELECTION,
+    "updated": Selection(9, 1, 3, group="mean", ranking="updated", unit_k=((4, 14), (11, 7))),
+    "last_full": Selection(12, 2, 4, 1, 2, ranking="last_full"),
+}
+ALIKE = [
+    pytest.param(name, policy, selection, id=f"{name}-{policy.kind}-{selected}")
+    for name in ("cpu", "cuda")
+    for i, policy in enumerate(POLICIES)
+    for j, (selected, selection) in enumerate(SELECTIONS.items())
+    # A kernel's step takes the interpreter long.
+    if name == "cpu" or (i + j) % 4 == 3
+]
+
+
+@pytest.mark.parametrize(("name", "policy", "selection"), ALIKE)
 @torch.no_grad()
-def test_engines_draft_alike(make_model: Make, policy: StepPolicy, selection: Selection) -> None:
-    model = make_model()
+def test_engines_draft_as_the_plain_path_does(
+    runs_on: Callable[[str], Any], name: str, policy: StepPolicy, selection: Selection
+) -> None:
+    runs = runs_on(name)
+    model, atol = runs.model(), runs.subject.atol
     prompts, text = torch.randint(1, 61, (2, 70), generator=torch.Generator().manual_seed(2)).split(40, dim=1)
-    engines: tuple[Engine, ...] = (CpuEngine(model), PlainEngine(model))
+    prompts, text = prompts.to(model.device), text.to(model.device)
+    engines: tuple[Engine, ...] = (runs.subject.engine(model), PlainEngine(model))
     drafting = [_drafting(engine, model, prompts, policy, selection) for engine in engines]
 
     def both(ask: Callable[[Drafting], Tensor], rows: np.ndarray) -> None:
         ours, plain = (ask(one) for one in drafting)
-        torch.testing.assert_close(ours[rows], plain[rows], atol=1e-10, rtol=0)
+        torch.testing.assert_close(ours[rows], plain[rows], atol=atol, rtol=0)
 
     held = np.zeros(2, dtype=np.int64)
     # Drafts of both rows, of one, and how many hold: all, some, none but the first, and fewer than before.
@@ -373,13 +383,13 @@ def test_engines_draft_alike(make_model: Make, policy: StepPolicy, selection: Se
             one.begin_round(held, rows)
         for step in range(max(n_drafts)):
             active = rows & (np.array(n_drafts) > step)
-            places = torch.from_numpy(40 + held + step)
+            places = torch.from_numpy(40 + held + step).to(model.device)
             fed = torch.stack([text[row, held[row] + min(step, n_drafts[row])] for row in range(2)])
             both(lambda one, fed=fed, places=places, active=active: one.draft(fed, places, active), active)  # type: ignore[misc]
         flat = [(row, held[row] + j) for row in range(2) if going[row] for j in range(n_drafts[row] + 1)]
         of_rows, own = (np.array(column) for column in zip(*flat, strict=True))
         tokens = text[torch.from_numpy(of_rows), torch.from_numpy(own)]
-        places = torch.from_numpy(40 + own)
+        places = torch.from_numpy(40 + own).to(model.device)
         both(
             lambda one, tokens=tokens, places=places, of_rows=of_rows: one.verify(tokens, places, of_rows),  # type: ignore[misc]
             np.arange(len(flat)),

@@ -20,6 +20,7 @@ from policies import (
     CosineThreshold,
     FixedStride,
     LearnedLogistic,
+    NeverFull,
     RefreshKeys,
     Selection,
     StepPolicy,
@@ -53,8 +54,8 @@ class Hopper:
         return torch.device("cpu")
 
 
-def decode(policy: StepPolicy, selection: Selection, dtype: torch.dtype, rows: int) -> None:
-    """One step of one layer in the shape of Llama-3.1-8B's attention."""
+def decode(policy: StepPolicy, selection: Selection, dtype: torch.dtype, rows: int, exact: bool = False) -> None:
+    """One step, or one round, of one layer in the shape of Llama-3.1-8B's attention."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -66,9 +67,11 @@ def decode(policy: StepPolicy, selection: Selection, dtype: torch.dtype, rows: i
     )
     model = LlamaForCausalLM(config).to(dtype).eval()
     tokens = torch.randint(1, 64, (rows, 600))
-    with torch.no_grad(), recycled(model, policy, selection):
+    with torch.no_grad(), recycled(model, policy, selection, exact=exact):
         cache = model(tokens, use_cache=True).past_key_values
-        model(tokens[:, :1], past_key_values=cache, use_cache=True)
+        # The second round chooses its sets by the votes of the first.
+        for _ in range(3 if exact else 1):
+            model(tokens[:, :1], past_key_values=cache, use_cache=True)
 
 
 def age(selection: Selection) -> None:
@@ -92,6 +95,7 @@ def main() -> None:
     decode(BudgetConstrained(LOGISTIC, 0.1), Selection.unpooled(256), torch.bfloat16, 1)
     decode(RefreshKeys(FixedStride(10)), Selection(256), torch.float32, 2)
     decode(CosineThreshold(0.5, 2.5), Selection(256, ranking="accumulated"), torch.float16, 2)
+    decode(NeverFull(), Selection(256), torch.bfloat16, 2, exact=True)
     age(Selection(256))
     age(Selection(256, ranking="decayed"))
     for name, kernel in compiled.values():

@@ -64,7 +64,7 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
     unit_modes[:] = torch.tensor([modes.FULL if fresh else modes.RECYCLED for fresh in case.fresh])
     # Of the cache's tokens all but the last are the prompt's.
     start, sizes = (torch.tensor(x, dtype=torch.int32, device=device) for x in (case.starts, case.sizes))
-    cached, n_prompt = Cached(start, zeros(1)), n - 1
+    cached, n_prompt = Cached(start, torch.zeros_like(start), torch.ones_like(start)), n - 1
     sets = Sets(
         positions=zeros(units, k) if before is None else before.to(device).clone(),
         scores=zeros(units, k, dtype=torch.float32),
@@ -87,7 +87,7 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
     score[(n_programs,)](
         unit_modes, mode, cached, weights, search.scores, unpooled, search.counts, units, n_prompt, places,
         KV_HEADS=kv_heads, GROUP=group, UNITS=units_to, BACKWARD=selection.pool_backward,
-        FORWARD=selection.pool_forward, EDGE=8, MEAN=selection.group == "mean", **how,
+        FORWARD=selection.pool_forward, EDGE=8, MEAN=selection.group == "mean", VOTED=False, **how,
     )  # fmt: skip
     pick[(n_programs,)](
         unit_modes, mode, cached, sizes, search, units, n_prompt, places,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from triton.runtime import interpreter
 
 from policies import (
+    AlwaysFull,
     BudgetConstrained,
     CosineThreshold,
     FixedStride,
@@ -28,7 +29,7 @@ from policies import (
 from policies.arrays import Array
 from policies.signals import StepSignals
 from recycler import Prompt, record_trace
-from recycler.decode.cuda import engine
+from recycler.decode.cuda import drafting, engine
 from recycler.decode.engine_run import EngineRun
 from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
@@ -43,6 +44,7 @@ SELECTION = Selection(12, sinks=2, window=4, pool_forward=1)
 N_NEW = 6
 LOGISTIC = LearnedLogistic(("age", "query_drift", "step_drift", "refresh_loss"), (0.3, 1.0, 0.2, 1.0), -1.8)
 BUDGET = BudgetConstrained(LOGISTIC, 0.3)
+BUDGET_OF_COSINE = BudgetConstrained(CosineThreshold(0.99), 0.3)
 # Calls that make the host wait for a GPU; copies between the two do as well.
 _WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero")
 _COPIES = ("aten.copy_", "aten._to_copy")
@@ -69,6 +71,10 @@ class Held(Tensor):
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
+
+    def tolist(self) -> list[Any]:
+        Held.waits.append("tolist")
+        return self.held.tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()
@@ -98,7 +104,9 @@ def call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     leaves = asked is not None and torch.device(asked).type == "cpu"
     if there and foreign and name not in _COPIES:
         raise RuntimeError(f"{name}: tensors on the GPU and on the CPU.")
-    if there and (name in _WAITS or (name in _COPIES and (foreign or leaves))):
+    # What is sent from the host without waiting for it is copied to a place of the driver's at once.
+    is_sent = bool(foreign) and not leaves and (kwargs.get("non_blocking") or any(arg is True for arg in args))
+    if there and (name in _WAITS or (name in _COPIES and (foreign or leaves) and not is_sent)):
         Held.waits.append(name)
     result = function(*tree_map(held, args), **tree_map(held, dict(kwargs) | ({"device": "cpu"} if asked else {})))
     known = {id(tensor.held): tensor for tensor in there}
@@ -118,8 +126,9 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, on_engine: Make) -> Iterator[None]:
     monkeypatch.setattr(decoder_parts, "_WEIGHTS", (nn.Parameter, Held))
     # Such tensors have no inference mode, and no streams.
     monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad())
-    monkeypatch.setattr(engine, "_on", lambda device: torch.no_grad())
-    monkeypatch.setattr(engine, "stream_for", lambda device, purpose: None)
+    for module in (engine, drafting):
+        monkeypatch.setattr(module, "on_gpu", lambda device: torch.no_grad())
+        monkeypatch.setattr(module, "stream_for", lambda device, purpose: None)
     launch = interpreter.GridExecutor.__call__
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,13 +164,19 @@ def moved(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def generate(
-    model: PreTrainedModel, tokens: Tensor, policy: StepPolicy, selection: Selection = SELECTION, *, fast: bool
+    model: PreTrainedModel,
+    tokens: Tensor,
+    policy: StepPolicy,
+    selection: Selection = SELECTION,
+    *,
+    fast: bool,
+    exact: bool = False,
 ) -> tuple[list[list[int]], Receipt]:
     """Greedily, with left padding of the second row."""
     mask = torch.ones_like(tokens)
     mask[1, :5] = 0
     how = {"attention_mask": mask, "max_new_tokens": N_NEW, "do_sample": False, "pad_token_id": 0}
-    with recycled(model, policy, selection, fast=fast) as session:
+    with recycled(model, policy, selection, fast=fast, exact=exact) as session:
         found = model.generate(tokens, **how)
     return found.cpu().tolist(), session.receipt()
 
@@ -216,6 +231,33 @@ def test_tokens_and_receipts_are_those_of_the_cpu_and_the_host_waits_for_no_step
     for name in ("full_steps", "keys_only_steps", "tokens_read", "tokens_dense"):
         np.testing.assert_equal(getattr(receipt, name), getattr(on_cpu, name), err_msg=name)
     assert 0 < receipt.full_share < 1
+
+
+def test_a_round_is_launched_without_waiting_and_its_text_is_the_stock_decoders(
+    model: PreTrainedModel, make_tokens: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[str] = []
+
+    def watch(name: str) -> None:
+        stock = getattr(drafting.CudaDrafting, name)
+
+        def call(self: drafting.CudaDrafting, *args: Any) -> Any:
+            Held.waits.clear()
+            result = stock(self, *args)
+            waits.extend(Held.waits)
+            return result
+
+        monkeypatch.setattr(drafting.CudaDrafting, name, call)
+
+    for name in ("begin_round", "draft", "verify"):
+        watch(name)
+    tokens = make_tokens(20, rows=2)
+    full, _ = generate(model, tokens, AlwaysFull(), fast=False)
+    found, receipt = generate(moved(model), Held(tokens), BUDGET_OF_COSINE, fast=True, exact=True)
+    assert (found, receipt.engine) == (full, "cuda")
+    assert receipt.rounds is not None
+    assert receipt.rounds.n_drafts > receipt.rounds.n_accepted > 0
+    assert waits == []
 
 
 def test_policies_that_are_no_programs_are_asked_on_the_host(model: PreTrainedModel, make_tokens: Make) -> None:

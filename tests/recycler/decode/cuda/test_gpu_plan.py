@@ -29,11 +29,13 @@ def test_stages_run_identities_hold_and_a_second_run_goes_on(
     identities = sys.modules["gpu_identities"]
     # The others are engines' contract; here it counts that the claims are asked.
     monkeypatch.setattr(identities, "_POLICIES", identities._POLICIES[-1:])
-    first = plan.main(minutes=8, out=out, only="identities,recording")
+    first = plan.main(minutes=8, out=out, only=["identities", "recording"])
     assert (first["failed"], first["identities_that_fail"]) == ([], [])
     before = json.loads(out.read_text())["stages"]
-    assert len(before["identities"]) == 7
-    second = plan.main(minutes=8, out=out, only="bandwidth,identities,beside stock, batch 1,attention")
+    assert len(before["identities"]) == 12
+    second = plan.main(
+        minutes=8, out=out, only=["bandwidth", "identities", "beside stock, batch 1", "exact, batch 1", "attention"]
+    )
     assert second["failed"] == []
     after = json.loads(out.read_text())
     assert after["rehearsed"]
@@ -41,6 +43,7 @@ def test_stages_run_identities_hold_and_a_second_run_goes_on(
     rows = {row["case"]: row for row in after["stages"]["beside stock, batch 1 x 50"]}
     assert rows["engine, never full"]["engine"] == "cuda"
     assert rows["generate"]["engine"] == "transformers"
+    assert after["stages"]["exact, batch 1 x 50"][-1]["acceptance"] == "simulated"
 
 
 def test_the_page_is_what_was_measured(command: Callable[[str], Any]) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gpu
 
 Make = Callable[..., Any]
 LOGISTIC = LearnedLogistic(
-    ("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.1, 3.0, 0.2, 1.0, 0.5), -1.5
+    ("age", "query_drift", "step_drift", "refresh_loss", "refresh_churn"), (0.1, 3.0, 0.2, 1.0, 0.5), -6.0
 )
 BUDGET = BudgetConstrained(CosineThreshold(0.99), 0.2)
 POLICIES = [FixedStride(4), BUDGET, LOGISTIC, RefreshKeys(BUDGET)]

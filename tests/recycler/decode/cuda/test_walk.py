@@ -67,7 +67,8 @@ def run(case: Case, device: torch.device, *, n_programs: int = 3, tile: int = 16
     unit_modes = torch.tensor(case.modes, dtype=torch.int8, device=device)
     cached = Cached(
         start=torch.tensor(case.starts, dtype=torch.int32, device=device),
-        n_own=torch.tensor([n - case.n_prompt - 1], dtype=torch.int32, device=device),
+        n_own=torch.full((rows,), n - case.n_prompt - 1, dtype=torch.int32, device=device),
+        going=torch.ones(rows, dtype=torch.int32, device=device),
     )
     cache = Cache(
         *prompt,
@@ -89,6 +90,7 @@ def run(case: Case, device: torch.device, *, n_programs: int = 3, tile: int = 16
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
+        "QUERIES": 1,
         "UNITS": 1 << (units - 1).bit_length(),
         "TILE": tile,
         "READS_VALUES": values,
