@@ -16,7 +16,7 @@ from traces.reporting.whole_file import write_text
 _DOCS = Path(__file__).parents[1] / "docs"
 _HEAD = """# The engine on a GPU: measured
 
-`python benchmarks/gpu.py` on GPUs lent for fifteen minutes in all, a model with random weights in the shape of
+`python benchmarks/gpu.py` on GPUs lent for half an hour in all, a model with random weights in the shape of
 Llama-3.1-8B in bf16, k = 2,048; written by `python benchmarks/gpu_report.py` from
 [results/gpu.json](results/gpu.json). How the engine is built, and what these numbers mean, is in [gpu.md](gpu.md).
 
@@ -49,6 +49,8 @@ def _stage(name: str, found: Any) -> Iterator[str]:
         yield from _identities(found)
     elif name.startswith(("engine", "beside")):
         yield from _rows(found)
+    elif name.startswith("exact"):
+        yield from _exact(found)
     elif name.startswith("kernels"):
         yield from _kernels(found)
     elif name == "recording":
@@ -93,6 +95,20 @@ def _rows(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"{ideal} | {stock} | "
             f"{row['peak_gb']:.1f} |"
         )
+
+
+def _exact(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "Exact decoding, with drafts that hold as often as the default model's (simulated: these weights are random):"
+    yield ""
+    yield from (
+        "| rows x context | who decodes | ms per token | x always full | tokens per round | ms per round | GB taken |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    )
+    full_ms = next(row["step_ms"] for row in found if row["case"] == "engine, every unit full")
+    for row in found:
+        at, gain = f"{row['batch']} x {row['context_tokens']:,}", full_ms / row["step_ms"]
+        rounds = f"{row['tokens_per_round']:.2f} | {row['round_ms']:.1f}" if "round_ms" in row else " | "
+        yield f"| {at} | {row['case']} | {row['step_ms']:.2f} | {gain:.2f} | {rounds} | {row['peak_gb']:.1f} |"
 
 
 def _kernels(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

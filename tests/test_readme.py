@@ -156,3 +156,13 @@ def test_what_the_readme_says_of_exact_decoding_was_measured() -> None:
     (told,) = re.findall(r"at 2,000 and 8,000 tokens it has ([\d.]+) and ([\d.]+) of the\s+speed", text)
     times = {(row["batch"], row["context_tokens"], row["case"]): row["times_full"] for row in found["times"]}
     assert list(told) == [f"{times[1, context, 'exact, 8']:.2f}" for context in (2000, 8000)]
+
+    runs = json.loads((README.parent / "docs/results/gpu.json").read_text(encoding="utf-8"))
+    stages = next(run["stages"] for run in runs if "exact, batch 1 x 131072" in run["stages"])
+    (*ms, once, twice) = re.findall(
+        r"takes ([\d.]+) ms at 1 x 131,072 and ([\d.]+) at 8 x 65,536, ([\d.]+) and ([\d.]+) times as fast", text
+    )[0]
+    for at, told_ms, gain in (("1 x 131072", ms[0], once), ("8 x 65536", ms[1], twice)):
+        rows = {row["case"]: row["step_ms"] for row in stages[f"exact, batch {at}"]}
+        exact_ms = rows["exact, 8 drafts"]
+        assert [told_ms, gain] == [f"{exact_ms:.1f}", f"{rows['engine, every unit full'] / exact_ms:.2f}"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from recycler.decode.cuda import machine
 from recycler.decode.cuda.machine import Machine
 from recycler.model.decoder_parts import NotCovered
 
@@ -35,6 +36,11 @@ def test_a_tile_is_never_too_small_for_a_matrix_product() -> None:
 def test_a_machine_that_cannot_be_is_refused(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         Machine(**wrong)
+
+
+def test_the_launches_of_every_known_device_can_be() -> None:
+    for launch in machine._TUNED.values():
+        assert Machine(1, **launch).walk_stages > 0
 
 
 def test_torch_for_rocm_whose_devices_are_called_cuda_is_left_to_the_plain_path(
