@@ -11,10 +11,8 @@ import torch
 from recycler.model.decoder_parts import NotCovered
 
 # How `walk` is launched best, by the name of a device, as `benchmarks/gpu.py --only walk` found there; others have the
-# defaults of `Machine`.
-_TUNED: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {"NVIDIA H200": {"tile_bytes": 16384, "walk_warps": 4, "walk_stages": 3}}
-)
+# defaults of `Machine`. Bytes of a tile, warps, stages.
+_TUNED: Mapping[str, tuple[int, int, int]] = MappingProxyType({"NVIDIA H200": (16384, 4, 3)})
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Machine:
                 "it has run on NVIDIA's GPUs only, and this is torch for ROCm, which calls its devices cuda"
             )
         found = torch.cuda.get_device_properties(device)
-        return cls(2 * found.multi_processor_count, **_TUNED.get(found.name, {}))
+        return cls(2 * found.multi_processor_count, *_TUNED.get(found.name, ()))
 
     def tile_tokens(self, head_dim: int, dtype: torch.dtype) -> int:
         """Tokens of a tile, a power of 2 and at least 16, the least that `tl.dot` takes."""

@@ -40,7 +40,7 @@ def test_a_machine_that_cannot_be_is_refused(wrong: dict[str, Any], sentence: st
 
 def test_the_launches_of_every_known_device_can_be() -> None:
     for launch in machine._TUNED.values():
-        assert Machine(1, **launch).walk_stages > 0
+        assert Machine(1, *launch).walk_stages > 0
 
 
 def test_torch_for_rocm_whose_devices_are_called_cuda_is_left_to_the_plain_path(
