@@ -24,6 +24,7 @@ from policies import (
     Selection,
     StepPolicy,
 )
+from policies.stops import FixedDrafts
 from recycler import recycled
 from recycler.decode import engines
 from recycler.decode.cuda.engine import CudaEngine
@@ -48,6 +49,7 @@ class IdentitySizes:
         context_tokens: Of the prompt.
         steps: Decode steps.
         k: Tokens of a set.
+        drafts: Of a round.
     """
 
     hidden: int = 4096
@@ -58,11 +60,12 @@ class IdentitySizes:
     context_tokens: int = 1501
     steps: int = 40
     k: int = 256
+    drafts: int = 8
 
     @classmethod
     def of(cls, device: torch.device) -> IdentitySizes:
         """An 8B model's attention on a GPU, a tiny model's in the interpreter."""
-        return cls() if device.type == "cuda" else cls(32, 16, 2, 1, 1, 44, 4, 40)
+        return cls() if device.type == "cuda" else cls(32, 16, 2, 1, 1, 44, 4, 40, 2)
 
 
 class _Forced(LogitsProcessor):
@@ -134,7 +137,8 @@ class _Subject:
         if policy is None:
             done, receipt = model.generate(tokens, **asked), None  # type: ignore[operator]
         else:
-            with recycled(model, policy, Selection.unpooled(k or self._sizes.k), fast=fast, exact=exact) as session:
+            rule = FixedDrafts(self._sizes.drafts) if exact else False
+            with recycled(model, policy, Selection.unpooled(k or self._sizes.k), fast=fast, exact=rule) as session:
                 done = model.generate(tokens, **asked)  # type: ignore[operator]
             receipt = session.receipt()
         said = done.sequences[:, tokens.shape[1] :]

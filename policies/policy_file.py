@@ -14,8 +14,9 @@ from typing import Any
 from policies.base import StepPolicy
 from policies.schema import FORMATS, policy_file_problem
 from policies.selection import Selection
-from policies.serialize import policy_from_json, policy_to_json
+from policies.serialize import policy_from_json, policy_to_json, stop_from_json, stop_to_json
 from policies.shown import sentence, shown
+from policies.stops.base import StopRule
 from policies.strict_json import json_problem, read_json
 from policies.version import written_by
 
@@ -74,6 +75,7 @@ class PolicyFile:
             before 0.2. It lies with the provenance in the file.
         horizon_steps: Decode steps of the outputs that it was tuned and confirmed on: what it does beyond is not known.
             None if the file does not say; format 1, of 0.1, says it among the results in its provenance.
+        stop: When a round of exact decoding ends; None if that was not tuned.
     """
 
     policy: StepPolicy
@@ -82,6 +84,7 @@ class PolicyFile:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     written_by: str | None = field(default_factory=written_by, compare=False)
     horizon_steps: int | None = None
+    stop: StopRule | None = None
 
     def __post_init__(self) -> None:
         check_fits(self.policy, self.model)
@@ -137,6 +140,7 @@ class PolicyFile:
             "selection": self.selection.to_json(),
             "model": dataclasses.asdict(self.model),
             "horizon_steps": self.horizon_steps,
+            **({} if self.stop is None else {"stop": stop_to_json(self.stop)}),
             "provenance": {**self.provenance, **by},
         }
 
@@ -169,6 +173,7 @@ class PolicyFile:
             horizon_steps=values.get(
                 "horizon_steps", _horizon_of_format_1(provenance) if values["format"] < 2 else None
             ),
+            stop=None if values.get("stop") is None else stop_from_json(values["stop"]),
             provenance=provenance,
             written_by=by,
         )

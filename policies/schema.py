@@ -10,6 +10,7 @@ from typing import Any
 
 from policies.registry import BUILT_IN, policy_class
 from policies.selection import GroupPooling, Ranking
+from policies.stops.registry import RULES
 
 _TYPES: dict[str, dict[str, Any]] = {
     "StepPolicy": {"$ref": "#/$defs/policy"},
@@ -17,10 +18,13 @@ _TYPES: dict[str, dict[str, Any]] = {
     "float": {"type": "number"},
     "int": {"type": "integer"},
     "tuple[str, ...]": {"type": "array", "items": {"type": "string"}},
+    "tuple[float, ...]": {"type": "array", "items": {"type": "number"}},
     "tuple[int, ...]": {"type": "array", "items": {"type": "integer"}},
     "tuple[PerUnit, ...]": {"type": "array", "items": {"$ref": "#/$defs/per_unit"}},
 }
 
+
+_EVERY_KIND: tuple[type[Any], ...] = (*BUILT_IN, *RULES.built_in)
 
 # Of policy files that are read; the last is written. Format 1, of 0.1, has no horizon.
 FORMATS = (1, 2)
@@ -43,6 +47,10 @@ def policy_file_schema() -> dict[str, Any]:
                 "oneOf": [count, {"type": "null"}],
             },
             "policy": {"$ref": "#/$defs/policy"},
+            "stop": {
+                "description": "When a round of exact decoding ends; null if that was not tuned.",
+                "oneOf": [{"$ref": "#/$defs/stop"}, {"type": "null"}],
+            },
             "selection": {
                 "type": "object",
                 "required": ["k"],
@@ -91,19 +99,9 @@ def policy_file_schema() -> dict[str, Any]:
                     },
                 ],
             },
-            "policy": {
-                "type": "object",
-                "required": ["kind"],
-                "properties": {"kind": {"type": "string"}},
-                "allOf": [
-                    {
-                        "if": {"properties": {"kind": {"const": policy.kind}}},
-                        "then": {"$ref": f"#/$defs/{policy.kind}"},
-                    }
-                    for policy in BUILT_IN
-                ],
-            },
-            **{policy.kind: _kind_schema(policy) for policy in BUILT_IN},
+            "policy": _any_kind(BUILT_IN),
+            "stop": _any_kind(RULES.built_in),
+            **{one.kind: _kind_schema(one) for one in _EVERY_KIND},
         },
     }
 
@@ -113,6 +111,8 @@ def policy_file_problem(values: Any) -> str | None:
     if isinstance(values, dict) and isinstance(values.get("policy"), dict):
         try:
             _check_kinds(values["policy"])
+            if isinstance(values.get("stop"), dict) and isinstance(values["stop"].get("kind"), str):
+                RULES.named(values["stop"]["kind"])
         except ValueError as error:
             return str(error)
     if isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] not in FORMATS:
@@ -134,6 +134,18 @@ def _check_kinds(values: dict[str, Any]) -> None:
     for value in values.values():
         if isinstance(value, dict):
             _check_kinds(value)
+
+
+def _any_kind(built_in: tuple[type[Any], ...]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["kind"],
+        "properties": {"kind": {"type": "string"}},
+        "allOf": [
+            {"if": {"properties": {"kind": {"const": one.kind}}}, "then": {"$ref": f"#/$defs/{one.kind}"}}
+            for one in built_in
+        ],
+    }
 
 
 def _kind_schema(policy: type) -> dict[str, Any]:

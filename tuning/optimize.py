@@ -44,6 +44,7 @@ from tuning.confirm.results import Measured, TuningResult
 from tuning.confirm.winners import choose_winners
 from tuning.divide.set_sizes import size_sets
 from tuning.divide.tuning_data import TuningData, check_budget, unit_cost
+from tuning.exact import round_costs_of, tuned_exactly
 from tuning.families import FAMILIES, families_named
 from tuning.replay.trace_batch import TraceBatch
 from tuning.report.files import write_report, write_results
@@ -103,10 +104,23 @@ def main(
     kl_cap: Annotated[
         float | None, typer.Option(help="Nats up to which a prompt counts in the certificate; default: 4 x --max-kl.")
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Then choose when exact decoding stops drafting too: exact.json, as python -m tuning.exact."
+        ),
+    ] = False,
+    costs: Annotated[
+        str | None,
+        typer.Option(help="With --exact: milliseconds of a draft, a verification, a token in it; default: measured."),
+    ] = None,
 ) -> dict[str, Any]:
     """Record, tune every family at the budget, confirm the winners in closed loop, export the best policy."""
     stages = Stages()
     asked = _asked(max_kl, confidence, kl_cap)
+    if costs is not None and not exact:
+        raise ValueError(f"--costs {costs} are of exact decoding, and there is no --exact.")
+    of_rounds = round_costs_of(costs)
     most = budget if budget is not None else _BUDGET if asked is None else 1.0
     check_budget(most)
     # Searching at one budget whatever the limit, and at the usual one, shares its trials with other runs.
@@ -178,10 +192,15 @@ def main(
 
         stages.begin("report")
         policy_path = out / "policy.json"
-        policy_file(result, recorded.tuned_on, seed, weights_sample(loaded.model)).write(policy_path)
+        exported = policy_file(result, recorded.tuned_on, seed, weights_sample(loaded.model))
+        exported.write(policy_path)
         write_results(result, out)
         report = write_report(result, out)
         print_table(result, Console())
+        tuned_exact = {}
+        if exact:
+            stages.begin("exact")
+            tuned_exact = {"exact": tuned_exactly(loaded, exported, split, out / "exact.json", costs=of_rounds)}
         seconds = stages.end()
         print(", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
         best = result.best.measured
@@ -203,6 +222,7 @@ def main(
             "seconds": round(sum(seconds.values()), 1),
             "stages_s": seconds,
             **({} if result.certificate is None else {"certificate": result.certificate.to_json()}),
+            **tuned_exact,
         }
 
 

@@ -3,5 +3,6 @@
 from policies.stops.base import DraftSignals, StopRule
 from policies.stops.confident_drafts import ConfidentDrafts
 from policies.stops.fixed_drafts import FixedDrafts
+from policies.stops.learned_drafts import LearnedDrafts
 
-__all__ = ["ConfidentDrafts", "DraftSignals", "FixedDrafts", "StopRule"]
+__all__ = ["ConfidentDrafts", "DraftSignals", "FixedDrafts", "LearnedDrafts", "StopRule"]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from policies import PolicyFile, Selection, StepPolicy, check_fits
+from policies.stops import StopRule
 from recycler.model.shape import model_shape
 from recycler.model.weights_digest import weights_sample
 
@@ -23,12 +24,14 @@ class Asked:
         selection: How sets are chosen.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
         notes: Sentences on how the model differs from the one that the policy was tuned on.
+        stop: When a round of exact decoding ends, if a policy file says so.
     """
 
     policy: StepPolicy
     selection: Selection
     horizon_steps: int | None
     notes: tuple[str, ...]
+    stop: StopRule | None = None
 
     @classmethod
     def of(
@@ -45,6 +48,7 @@ class Asked:
                 or policy or selection has the parameters of another model shape.
         """
         shape, note = model_shape(model), ""
+        stop: StopRule | None = None
         if isinstance(policy, (str, Path)):
             policy = PolicyFile.read(policy)
         if isinstance(policy, PolicyFile):
@@ -52,6 +56,7 @@ class Asked:
             note = policy.note_on_weights(weights_sample(model), shape.id) if policy.weights else ""
             selection = policy.selection if selection is None else selection
             horizon_steps = policy.horizon_steps if horizon_steps is None else horizon_steps
+            stop = policy.stop
             policy = policy.policy
         if not isinstance(policy, StepPolicy):
             raise ValueError(
@@ -64,7 +69,7 @@ class Asked:
             )
         check_fits(policy, shape)
         check_fits(selection, shape)
-        return cls(policy, selection, horizon_steps, (note,) if note else ())
+        return cls(policy, selection, horizon_steps, (note,) if note else (), stop)
 
 
 def model_of(target: Any) -> PreTrainedModel:

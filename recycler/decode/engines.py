@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from policies import StepPolicy
 from recycler.decode.cache import KvLayer
-from recycler.decode.engine import Decoding, Engine
+from recycler.decode.engine import Decoding, Drafting, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.plain.decoding import PlainEngine
 from recycler.model.decoder_parts import NotCovered
@@ -48,6 +48,18 @@ def engine_for(model: PreTrainedModel) -> Engine:
             raise NotCovered(f"the cuda engine needs triton, which is not installed ({error})") from error
         return CudaEngine(model)
     raise NotCovered(f"there is no engine for {model.device.type} yet")
+
+
+def begin_drafting(model: PreTrainedModel, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> Drafting:
+    """Begin to draft and verify on the model's engine, or on the plain path; arguments as of `Engine.begin_drafts`.
+
+    Raises:
+        NotCovered: If the model has layers that cannot take back drafts.
+    """
+    try:
+        return engine_for(model).begin_drafts(layers, first, policy)
+    except NotCovered:
+        return PlainEngine(model).begin_drafts(layers, first, policy)
 
 
 def begin_decoding(

@@ -65,7 +65,7 @@ def recycled(
             several of them at once, which pays where reading the cache takes long. A forward returns full attention's
             logits then, however a caller samples from them, up to rounding in sums of another order; those of a
             bfloat16 model on the CPU engine are the engine's own, whose activations are in float32. Rounds end by
-            `FixedDrafts(8)`, or by a rule that is given instead of True.
+            the policy file's rule, or `FixedDrafts(8)` if it has none, or by a rule that is given instead of True.
         audit: Steps after which they are repeated, all at once, with full attention, again and again; None for never.
             The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
             and sets and schedule begin anew, as after a prompt: accounts too, a policy's burst included. What is left
@@ -109,7 +109,7 @@ def recycled(
         raise ValueError(
             "exact decoding is no way from full attention: leave out audit and govern_kl, which measure it."
         )
-    rule = exact if isinstance(exact, StopRule) else FixedDrafts(_DRAFTS) if exact else None
+    rule = exact if isinstance(exact, StopRule) else (asked.stop or FixedDrafts(_DRAFTS)) if exact else None
     governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
     if governor is not None and audit is None:
         audit = _GOVERNED_STEPS

@@ -188,7 +188,10 @@ class Rounds(Decoding):
             tokens = torch.where(repeats, tokens, logits.argmax(-1))
             drafted.append(tokens)
             n += going
-            signals = _signals(logits, n_drafts, self._stop.reads_distributions)
+            if self._stop.reads_distributions:
+                signals = draft_signals(logits, n_drafts)
+            else:
+                signals = DraftSignals(np.full(len(n), float(n_drafts)), *np.full((3, len(n)), np.nan))
             survival = survival * self._stop.acceptance(signals)
             going = going & ~self._stop.decide(signals, survival) & (room > n_drafts + 1)
             # Those of rows that have stopped stay where the model has positions.
@@ -220,13 +223,11 @@ def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
-def _signals(logits: Tensor, n_drafts: int, reads_distributions: bool) -> DraftSignals:
-    """What is known of the most likely token of each row; of its distribution only where somebody reads it."""
-    so_far = np.full(len(logits), float(n_drafts))
-    if not reads_distributions:
-        return DraftSignals(so_far, *np.full((3, len(logits)), np.nan))
+def draft_signals(logits: Tensor, n_drafts: int) -> DraftSignals:
+    """What is known of the most likely token of each row, the latest of so many drafts."""
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     best, _ = log_p.topk(2, dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     margin = best[:, 0] - best[:, 1]
-    return DraftSignals(so_far, *torch.stack([best[:, 0].exp(), margin, entropy]).double().cpu().numpy())
+    shown = torch.stack([best[:, 0].exp(), margin, entropy]).double().cpu().numpy()
+    return DraftSignals(np.full(len(logits), float(n_drafts)), *shown)

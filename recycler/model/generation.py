@@ -54,6 +54,7 @@ def generate_tokens(
     temperature: float = 0.0,
     seed: int = 0,
     streamer: TokenStream | None = None,
+    ends: bool = True,
 ) -> Generation:
     """Continue a text with the model as it is, or as a `with recycled(...)` around the call makes it.
 
@@ -66,6 +67,7 @@ def generate_tokens(
             temperature.
         seed: Of the drawing.
         streamer: Is given the prompt, then each new token as soon as it is known.
+        ends: False lets a text go on after what would end it, as after any other token.
 
     Raises:
         ValueError: If the model has too few positions.
@@ -76,6 +78,9 @@ def generate_tokens(
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if not ends:
+        # An id must be given, and the last one is reserved or rare.
+        drawing["eos_token_id"] = int(model.config.vocab_size) - 1
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = model.generate(  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -9,10 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.stops import ConfidentDrafts, DraftSignals, FixedDrafts, StopRule
+from policies import ModelShape, NeverFull, PolicyFile, Selection
+from policies.serialize import stop_from_json, stop_to_json
+from policies.stops import ConfidentDrafts, DraftSignals, FixedDrafts, LearnedDrafts, StopRule, registry
 from policies.stops.base import MOST_DRAFTS
+from policies.stops.learned_drafts import FEATURES
 
-RULES: tuple[StopRule, ...] = (FixedDrafts(1), FixedDrafts(6), ConfidentDrafts(), ConfidentDrafts(0.0, 9))
+LEARNED = LearnedDrafts(FEATURES, (-0.1, 0.4, 1.2, -0.3), 2.5, 0.4, 12)
+RULES: tuple[StopRule, ...] = (
+    FixedDrafts(1),
+    FixedDrafts(6),
+    ConfidentDrafts(),
+    ConfidentDrafts(0.0, 9),
+    LEARNED,
+    LearnedDrafts((), (), 50.0, 0.5, 256),
+)
 
 
 def signals(n_drafts: int, probability: float = 0.9, n_rows: int = 2) -> DraftSignals:
@@ -30,12 +42,48 @@ def n_drafted(rule: StopRule, probabilities: list[float]) -> int:
 
 
 def test_every_kind_has_an_example() -> None:
-    assert {type(rule) for rule in RULES} == set(StopRule.__subclasses__())
+    assert {type(rule) for rule in RULES} == set(StopRule.__subclasses__()) == set(registry.RULES.built_in)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_round_ends_by_its_most_drafts(rule: StopRule) -> None:
-    assert n_drafted(rule, [1.0] * MOST_DRAFTS) == rule.most_drafts
+    n_drafts = n_drafted(rule, [1.0] * MOST_DRAFTS)
+    assert n_drafts == rule.most_drafts if rule is not LEARNED else 1 <= n_drafts <= rule.most_drafts
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_policy_file_has_the_rule_that_was_written(rule: StopRule) -> None:
+    shape = ModelShape("m", 1, 1, 1, 8)
+    file = PolicyFile(NeverFull(), Selection(40), shape, stop=rule)
+    values = json.loads(json.dumps(file.to_json()))
+    assert PolicyFile.from_json(values).stop == rule == stop_from_json(json.loads(json.dumps(stop_to_json(rule))))
+    assert "stop" not in PolicyFile(NeverFull(), Selection(40), shape).to_json()
+
+
+@pytest.mark.parametrize(
+    ("stop", "problem"),
+    [
+        ({"kind": "asks_a_friend"}, "unknown stop rule kind 'asks_a_friend': known are confident_drafts, fixed_drafts"),
+        ({"kind": "fixed_drafts", "n_drafts": 0}, "from 1 to 256 tokens, not 0"),
+        ({"kind": "fixed_drafts"}, "n_drafts"),
+        ({"n_drafts": 3}, "stop"),
+        ([], "stop"),
+    ],
+)
+def test_a_policy_file_with_no_rule_in_the_place_of_one_is_refused(stop: object, problem: str) -> None:
+    values = PolicyFile(NeverFull(), Selection(40), ModelShape("m", 1, 1, 1, 8)).to_json() | {"stop": stop}
+    with pytest.raises(ValueError, match=problem):
+        PolicyFile.from_json(values)
+
+
+@given(st.floats(0, 1), st.floats(0, 30), st.floats(0, 12), st.integers(1, 256))
+def test_a_learned_chance_is_one(probability: float, margin: float, entropy: float, n_drafts: int) -> None:
+    shown = DraftSignals(*(np.array([float(number)]) for number in (n_drafts, probability, margin, entropy)))
+    (chance,) = LEARNED.acceptance(shown)
+    assert 0 <= chance <= 1
+    # A surer draft of the same place is no less likely to hold.
+    (surer,) = LEARNED.acceptance(DraftSignals(shown.n_drafts, shown.probability, shown.margin + 1, shown.entropy))
+    assert surer >= chance
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -63,6 +111,11 @@ def test_confident_rounds_end_where_the_product_falls_below_the_limit(chances: l
         (lambda: ConfidentDrafts(1.1), "probability in .0, 1., not 1.1"),
         (lambda: ConfidentDrafts(float("nan")), "not nan"),
         (lambda: ConfidentDrafts(0.5, 0), "not 0"),
+        (lambda: LearnedDrafts(("mood",), (1.0,), 0.0, 0.5, 4), "unknown feature 'mood'"),
+        (lambda: LearnedDrafts(("entropy", "entropy"), (1.0, 1.0), 0.0, 0.5, 4), "must differ"),
+        (lambda: LearnedDrafts(("entropy",), (), 0.0, 0.5, 4), "1 features of drafts have 0 weights"),
+        (lambda: LearnedDrafts((), (), float("inf"), 0.5, 4), "must be finite, not inf"),
+        (lambda: LearnedDrafts((), (), 0.0, 1.5, 4), "not 1.5"),
     ],
 )
 def test_numbers_that_no_round_can_have_are_refused(make: Callable[[], StopRule], problem: str) -> None:

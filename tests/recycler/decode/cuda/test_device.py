@@ -28,6 +28,7 @@ from policies import (
 )
 from policies.arrays import Array
 from policies.signals import StepSignals
+from policies.stops import FixedDrafts, StopRule
 from recycler import Prompt, record_trace
 from recycler.decode.cuda import drafting, engine
 from recycler.decode.engine_run import EngineRun
@@ -170,7 +171,7 @@ def generate(
     selection: Selection = SELECTION,
     *,
     fast: bool,
-    exact: bool = False,
+    exact: StopRule | bool = False,
 ) -> tuple[list[list[int]], Receipt]:
     """Greedily, with left padding of the second row."""
     mask = torch.ones_like(tokens)
@@ -253,7 +254,7 @@ def test_a_round_is_launched_without_waiting_and_its_text_is_the_stock_decoders(
         watch(name)
     tokens = make_tokens(20, rows=2)
     full, _ = generate(model, tokens, AlwaysFull(), fast=False)
-    found, receipt = generate(moved(model), Held(tokens), BUDGET_OF_COSINE, fast=True, exact=True)
+    found, receipt = generate(moved(model), Held(tokens), BUDGET_OF_COSINE, fast=True, exact=FixedDrafts(2))
     assert (found, receipt.engine) == (full, "cuda")
     assert receipt.rounds is not None
     assert receipt.rounds.n_drafts > receipt.rounds.n_accepted > 0

@@ -1,0 +1,187 @@
+"""What becomes of drafts: rounds along a model's own texts, what each draft showed, and whether it held."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from policies import AlwaysFull, Selection, StepPolicy
+from policies.stops import DraftSignals, StopRule
+from recycler.decode.engine import Drafting
+from recycler.decode.engines import begin_drafting
+from recycler.decode.read_prompt import ReadPrompt, read_prompt
+from recycler.decode.recycled import recycled
+from recycler.decode.round_counts import RoundCounts
+from recycler.decode.rounds import draft_signals
+from recycler.model.generation import generate_tokens
+from recycler.model.loading import LoadedModel
+from recycler.prompts import Prompt
+from traces.drafted_rounds import DraftedRounds, MeasuredRounds, RoundCosts
+
+# Of verifications that are timed: with few tokens, and with many.
+_FEW, _MANY = 2, 17
+
+
+@torch.no_grad()
+def drafted_rounds(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    policy: StepPolicy,
+    selection: Selection,
+    *,
+    n_tokens: int,
+    n_drafts: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    desc: str = "drafting",
+) -> DraftedRounds:
+    """Let a model go on from prompts in rounds, as `Rounds` does, each of so many drafts.
+
+    Args:
+        loaded: The model.
+        prompts: Of one length; their continuations are not read. They decode side by side.
+        policy: Who decides in drafts.
+        selection: How sets are chosen.
+        n_tokens: Tokens that each text has at least.
+        n_drafts: Drafts of a round.
+        temperature: 0 for the most likely token at every place; else tokens are drawn, and a draft holds that is drawn.
+        seed: Of what is drawn.
+        desc: For the progress bar.
+    """
+    drafting, tokens, n_prompt = _begun(loaded, prompts, policy, selection, n_tokens + n_drafts)
+    rows, device = np.arange(len(prompts)), tokens.device
+    everyone, held = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
+    generator = torch.Generator().manual_seed(seed)
+    shown: list[np.ndarray] = []
+    n_held: list[np.ndarray] = []
+    with tqdm(total=n_tokens, desc=desc, unit="token") as progress:
+        while held.min() < n_tokens:
+            drafting.begin_round(held, everyone)
+            drafted, of_round = [tokens], []
+            for n in range(1, n_drafts + 1):
+                places = torch.from_numpy(n_prompt + held + n - 1).to(device)
+                logits = drafting.draft(drafted[-1], places, everyone)
+                drafted.append(logits.argmax(-1))
+                signals = draft_signals(logits, n)
+                of_round.append((signals.n_drafts, signals.probability, signals.margin, signals.entropy))
+            # Rows that have their tokens go on, so that all rounds have as many.
+            flat, of_rows = torch.stack(drafted, dim=1), np.repeat(rows, n_drafts + 1)
+            places = torch.from_numpy(n_prompt + held[:, None] + np.arange(n_drafts + 1)).to(device)
+            logits = drafting.verify(flat.flatten(), places.flatten(), of_rows)
+            chosen = _chosen(logits, temperature, generator).unflatten(0, (len(rows), -1))
+            holds = (chosen[:, :-1] == flat[:, 1:]).cpu().numpy()
+            n = holds.cumprod(1).sum(1)
+            tokens = chosen[torch.arange(len(rows)), torch.from_numpy(n)]
+            shown.append(np.array(of_round).transpose(2, 0, 1))
+            n_held.append(n)
+            before = held.min()
+            held = held + n + 1
+            progress.update(int(min(held.min(), n_tokens) - before))
+    signals = DraftSignals(*np.concatenate(shown).transpose(2, 0, 1))
+    return DraftedRounds(signals, np.concatenate(n_held), np.tile(rows, len(n_held)))
+
+
+@torch.no_grad()
+def round_costs(
+    loaded: LoadedModel, prompt: Prompt, policy: StepPolicy, selection: Selection, *, repeats: int = 7
+) -> RoundCosts:
+    """Time drafts and verifications of one row on this machine; medians, after two rounds that make ready."""
+    drafting, tokens, n_prompt = _begun(loaded, [prompt], policy, selection, _MANY)
+    one, held = np.ones(1, dtype=bool), np.zeros(1, dtype=np.int64)
+    drafts_ms: list[float] = []
+    verified_ms: dict[int, list[float]] = {_FEW: [], _MANY: []}
+
+    def timed(launch: object) -> float:
+        began = time.perf_counter()
+        launch()  # type: ignore[operator]
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) * 1e3
+
+    for turn in range(repeats + 2):
+        for n in verified_ms:
+            drafting.begin_round(held, one)
+            for j in range(n - 1):
+                place = torch.full((1,), n_prompt + j, device=tokens.device)
+                took = timed(lambda place=place: drafting.draft(tokens, place, one))
+                if turn >= 2:
+                    drafts_ms.append(took)
+            places = n_prompt + torch.arange(n, device=tokens.device)
+            rows = np.zeros(n, dtype=np.int64)
+            took = timed(lambda n=n, places=places, rows=rows: drafting.verify(tokens.expand(n), places, rows))
+            if turn >= 2:
+                verified_ms[n].append(took)
+    few, many = (statistics.median(took) for took in verified_ms.values())
+    token_ms = max(0.0, (many - few) / (_MANY - _FEW))
+    return RoundCosts(statistics.median(drafts_ms), max(0.0, few - _FEW * token_ms), token_ms)
+
+
+def exact_beside_full(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    policy: StepPolicy,
+    selection: Selection,
+    rule: StopRule,
+    *,
+    n_tokens: int,
+) -> MeasuredRounds:
+    """Time exact decoding and the same engine with every unit full, in turns, text by text."""
+    seconds, steps, n_equal, counted = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0, RoundCounts()
+    for prompt in tqdm(prompts, desc="exact beside full", unit="prompt"):
+        texts = {}
+        for in_rounds in (True, False):
+            decides, exact = (policy, rule) if in_rounds else (AlwaysFull(), False)
+            with recycled(loaded, decides, selection, exact=exact) as session:
+                run = generate_tokens(
+                    loaded.model,
+                    prompt.tokens[: prompt.n_prompt_tokens].tolist(),
+                    max_new_tokens=n_tokens,
+                    ends=False,
+                )
+            texts[in_rounds] = run.tokens
+            seconds[in_rounds] += run.decode_s
+            steps[in_rounds] += n_tokens - 1
+            counted += session.receipt().rounds or RoundCounts()
+        n_equal += texts[True] == texts[False]
+    return MeasuredRounds(
+        exact_ms=1e3 * seconds[True] / steps[True],
+        full_ms=1e3 * seconds[False] / steps[False],
+        tokens_per_round=counted.tokens_per_round,
+        n_equal=n_equal,
+        n_texts=len(prompts),
+    )
+
+
+def _begun(
+    loaded: LoadedModel, prompts: Sequence[Prompt], policy: StepPolicy, selection: Selection, n_steps: int
+) -> tuple[Drafting, Tensor, int]:
+    """Drafting after prompts side by side, the first token of each text, and the prompts' length."""
+    lengths = {prompt.n_prompt_tokens for prompt in prompts}
+    if len(lengths) != 1:
+        raise ValueError(f"prompts that draft side by side have one length, not {sorted(lengths)}.")
+    model = loaded.model
+    read = [
+        read_prompt(
+            model,
+            torch.as_tensor(prompt.tokens[: prompt.n_prompt_tokens].astype("int64"), device=model.device),
+            n_steps,
+            prompt_queries=[selection.prompt_queries],
+        )
+        for prompt in prompts
+    ]
+    together, n_rows = ReadPrompt.side_by_side(read), len(prompts)
+    drafting = begin_drafting(model, together.caches(n_rows), together.first_sets(selection, n_rows), policy)
+    return drafting, together.logits.argmax(-1), together.n_tokens
+
+
+def _chosen(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    chances = (logits.float() / temperature).softmax(-1).cpu()
+    return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)

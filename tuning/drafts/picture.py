@@ -1,0 +1,40 @@
+"""The picture of what drafts come to: tokens for the time, against the drafts of a round."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from traces.reporting import picture_style as style
+from tuning.drafts.choose import expected, fixed_rules
+from tuning.drafts.results import DraftsResult
+
+
+def draw_drafts(result: DraftsResult) -> Figure:
+    """Draw rounds of every length on the tuning prompts, by drafter, and what was chosen, on the held-out ones."""
+    figure = style.new_figure(
+        "Exact decoding", "tokens of full attention's own text, for the time of rounds; 1 is always full", (9.6, 5.2)
+    )
+    axes = figure.add_subplot()
+    style.style_axes(axes, "", "drafts per round", "times as fast as always full")
+    for drafter in result.drafters:
+        rules = fixed_rules(drafter.rounds.most_drafts)
+        full_ms = float(drafter.costs.round_ms(0))
+        gains = [full_ms * expected(rule, drafter.rounds, drafter.costs).tokens_per_ms for rule in rules]
+        axes.plot(np.arange(1, len(rules) + 1), gains, label=f"fixed, {drafter.name}")
+    best, full_ms = result.best, float(result.best.costs.round_ms(0))
+    points = (
+        ("chosen, tuning prompts", "o", best.tuned.drafts_per_round, full_ms * best.tuned.tokens_per_ms),
+        (
+            "chosen, held-out, predicted",
+            "s",
+            result.predicted.drafts_per_round,
+            full_ms * result.predicted.tokens_per_ms,
+        ),
+        ("chosen, held-out, measured", "*", result.predicted.drafts_per_round, result.measured.gain),
+    )
+    for label, marker, drafts, gain in points:
+        axes.plot(drafts, gain, marker, color=style.INK, markersize=9, label=label)
+    axes.axhline(1, color=style.GREY, linewidth=1, linestyle=":")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
