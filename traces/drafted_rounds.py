@@ -37,14 +37,16 @@ class RoundCosts:
         draft_ms: A draft.
         verify_ms: A verification, but for what grows with its tokens.
         token_ms: What it takes for each token, drafts and the first.
+        full_ms: A step with every unit full, which decodes the same text without drafts.
     """
 
     draft_ms: float
     verify_ms: float
     token_ms: float
+    full_ms: float
 
     def __post_init__(self) -> None:
-        for name in ("draft_ms", "verify_ms", "token_ms"):
+        for name in ("draft_ms", "verify_ms", "token_ms", "full_ms"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0 and finite, not {getattr(self, name)}.")
         if self.draft_ms + self.verify_ms + self.token_ms == 0:

@@ -50,8 +50,8 @@ def main(
     costs: Annotated[
         str | None,
         typer.Option(
-            help="Milliseconds of a draft, of a verification, and of each token that it verifies, as 5.2,9.5,0.2: of "
-            "the machine and context where it will run; default: measured here, of one row."
+            help="Milliseconds of a draft, of a verification, of each token that it verifies, and of a full step, as "
+            "5.8,12,0.2,11.3: of the machine and context where it will run; default: measured here, of one row."
         ),
     ] = None,
 ) -> dict[str, Any]:
@@ -157,16 +157,17 @@ def round_costs_of(asked: str | None) -> RoundCosts | None:
     """What `--costs` gives.
 
     Raises:
-        ValueError: If it is not three numbers from 0 on.
+        ValueError: If it is not four numbers from 0 on.
     """
     if asked is None:
         return None
     try:
-        draft_ms, verify_ms, token_ms = (float(number) for number in asked.split(","))
-        return RoundCosts(draft_ms, verify_ms, token_ms)
+        draft_ms, verify_ms, token_ms, full_ms = (float(number) for number in asked.split(","))
+        return RoundCosts(draft_ms, verify_ms, token_ms, full_ms)
     except ValueError as error:
         raise ValueError(
-            f"costs are milliseconds of a draft, a verification and each token in it, as 5.2,9.5,0.2, not {asked!r}."
+            f"costs are milliseconds of a draft, a verification, each token in it, and a full step, as 5.8,12,0.2,11.3, "
+            f"not {asked!r}."
         ) from error
 
 
@@ -177,11 +178,11 @@ def _print(result: DraftsResult) -> None:
         table.add_column(name)
     for one in result.drafters:
         costs = one.costs
-        gain = one.tuned.tokens_per_ms * float(costs.round_ms(0))
+        gain = one.tuned.tokens_per_ms * costs.full_ms
         took = f"{costs.draft_ms:.1f}, {costs.verify_ms:.1f}, {costs.token_ms:.2f}"
         table.add_row(one.name, str(one.rule.kind), took, f"{one.tuned.tokens_per_round:.2f}", f"{gain:.2f}")
     console.print(table)
-    predicted = result.predicted.tokens_per_ms * float(result.best.costs.round_ms(0))
+    predicted = result.predicted.tokens_per_ms * result.best.costs.full_ms
     console.print(
         f"held-out texts: {measured.tokens_per_round:.2f} tokens per round, {measured.exact_ms:.1f} ms per token "
         f"beside {measured.full_ms:.1f} always full: {measured.gain:.2f} times as fast (predicted {predicted:.2f}); "

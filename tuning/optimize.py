@@ -112,7 +112,7 @@ def main(
     ] = False,
     costs: Annotated[
         str | None,
-        typer.Option(help="With --exact: milliseconds of a draft, a verification, a token in it; default: measured."),
+        typer.Option(help="With --exact: as in python -m tuning.exact; default: measured."),
     ] = None,
 ) -> dict[str, Any]:
     """Record, tune every family at the budget, confirm the winners in closed loop, export the best policy."""

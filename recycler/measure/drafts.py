@@ -19,6 +19,7 @@ from recycler.decode.read_prompt import ReadPrompt, read_prompt
 from recycler.decode.recycled import recycled
 from recycler.decode.round_counts import RoundCounts
 from recycler.decode.rounds import draft_signals
+from recycler.decode.rows import decode_rows
 from recycler.model.generation import generate_tokens
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
@@ -119,7 +120,21 @@ def round_costs(
                 verified_ms[n].append(took)
     few, many = (statistics.median(took) for took in verified_ms.values())
     token_ms = max(0.0, (many - few) / (_MANY - _FEW))
-    return RoundCosts(statistics.median(drafts_ms), max(0.0, few - _FEW * token_ms), token_ms)
+    full_ms = statistics.median(_full_ms(loaded, prompt, selection, 2 * repeats))
+    return RoundCosts(statistics.median(drafts_ms), max(0.0, few - _FEW * token_ms), token_ms, full_ms)
+
+
+def _full_ms(loaded: LoadedModel, prompt: Prompt, selection: Selection, n_steps: int) -> list[float]:
+    read = _read(loaded, [prompt], selection, n_steps + 2)
+    rows = decode_rows(loaded.model, read, [AlwaysFull()], selection)
+    token, took = read.logits.argmax(-1), []
+    for _ in range(n_steps + 2):
+        began = time.perf_counter()
+        token = rows.step(token).logits.argmax(-1)
+        if token.is_cuda:
+            torch.cuda.synchronize()
+        took.append((time.perf_counter() - began) * 1e3)
+    return took[2:]
 
 
 def exact_beside_full(
@@ -162,6 +177,14 @@ def _begun(
     loaded: LoadedModel, prompts: Sequence[Prompt], policy: StepPolicy, selection: Selection, n_steps: int
 ) -> tuple[Drafting, Tensor, int]:
     """Drafting after prompts side by side, the first token of each text, and the prompts' length."""
+    together, n_rows = _read(loaded, prompts, selection, n_steps), len(prompts)
+    if together.passing is not None:
+        raise ValueError(f"{loaded.id} has layers that pass through, which take no drafts back.")
+    drafting = begin_drafting(loaded.model, together.caches(n_rows), together.first_sets(selection, n_rows), policy)
+    return drafting, together.logits.argmax(-1), together.n_tokens
+
+
+def _read(loaded: LoadedModel, prompts: Sequence[Prompt], selection: Selection, n_steps: int) -> ReadPrompt:
     lengths = {prompt.n_prompt_tokens for prompt in prompts}
     if len(lengths) != 1:
         raise ValueError(f"prompts that draft side by side have one length, not {sorted(lengths)}.")
@@ -175,9 +198,7 @@ def _begun(
         )
         for prompt in prompts
     ]
-    together, n_rows = ReadPrompt.side_by_side(read), len(prompts)
-    drafting = begin_drafting(model, together.caches(n_rows), together.first_sets(selection, n_rows), policy)
-    return drafting, together.logits.argmax(-1), together.n_tokens
+    return ReadPrompt.side_by_side(read)
 
 
 def _chosen(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

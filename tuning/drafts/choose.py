@@ -10,9 +10,11 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from policies.stops import DraftSignals, FixedDrafts, LearnedDrafts, StopRule
-from policies.stops.learned_drafts import FEATURES, draft_features
+from policies.stops.learned_drafts import draft_features
 from traces.drafted_rounds import DraftedRounds, RoundCosts
 
+# What a chance is learned from. The number of drafts is not: rounds that a rule ends earlier have other numbers.
+_FITTED = ("log_probability", "log_margin", "entropy")
 # Limits of the chance that a round's drafts all hold.
 _LIMITS = (
     0.02,
@@ -53,28 +55,36 @@ class Expected:
     tokens_per_ms: float
 
 
-def n_drafted(rule: StopRule, rounds: DraftedRounds) -> np.ndarray:
-    """Drafts after which a rule ends each round, int64 `(rounds,)`; those of rounds that it would go on with, all."""
-    n_rounds, most = rounds.signals.n_drafts.shape
-    ended = np.full(n_rounds, most)
-    goes_on, survival = np.ones(n_rounds, dtype=bool), np.ones(n_rounds)
-    for j in range(most):
-        shown = DraftSignals(*(getattr(rounds.signals, field.name)[:, j] for field in dataclasses.fields(DraftSignals)))
-        survival = survival * rule.acceptance(shown)
-        stops = goes_on & rule.decide(shown, survival)
-        ended[stops] = j + 1
-        goes_on &= ~stops
-    return ended
-
-
 def expected(rule: StopRule, rounds: DraftedRounds, costs: RoundCosts) -> Expected:
-    """What a rule would have made of rounds that were drafted to their end.
+    """What a rule would have made of texts whose rounds were drafted to their end.
 
-    A round that ends earlier lets the next one begin elsewhere; how often drafts hold is taken to be the same there.
+    A round that the rule ends while all drafts hold lets the next one begin at the token that follows, whose drafts are
+    known too; that their sets would then be newer is left out. What is drafted after a wrong draft, until the rule
+    notices, is paid for. Where a known round ends, so does the rule's.
     """
-    drafts = n_drafted(rule, rounds)
-    tokens = 1 + np.minimum(drafts, rounds.n_held)
-    return Expected(tokens.mean(), drafts.mean(), float(tokens.sum() / costs.round_ms(drafts).sum()))
+    n_rounds, most = rounds.signals.n_drafts.shape
+    rows, start, n = np.arange(n_rounds), np.zeros(n_rounds, dtype=np.int64), np.zeros(n_rounds, dtype=np.int64)
+    survival, goes_on = np.ones(n_rounds), np.ones(n_rounds, dtype=bool)
+    n_tokens = n_drafts = n_ended = 0
+    while goes_on.any():
+        # Of rows that have ended the last draft is looked at again, and nothing follows from it.
+        at = np.minimum(start + n, most - 1)
+        n = n + goes_on
+        signals = rounds.signals
+        shown = DraftSignals(
+            n.astype(np.float64), signals.probability[rows, at], signals.margin[rows, at], signals.entropy[rows, at]
+        )
+        survival = survival * rule.acceptance(shown)
+        ends = goes_on & (rule.decide(shown, survival) | (start + n == most))
+        n_tokens += int((1 + np.minimum(n, rounds.n_held - start))[ends].sum())
+        n_drafts += int(n[ends].sum())
+        n_ended += int(ends.sum())
+        following = start + n + 1
+        goes_on = goes_on & (~ends | ((following <= rounds.n_held) & (following < most)))
+        start, n = np.where(ends, following, start), np.where(ends, 0, n)
+        survival = np.where(ends, 1.0, survival)
+    took_ms = n_ended * (costs.verify_ms + costs.token_ms) + n_drafts * (costs.draft_ms + costs.token_ms)
+    return Expected(n_tokens / n_ended, n_drafts / n_ended, n_tokens / took_ms)
 
 
 def fixed_rules(most: int) -> list[FixedDrafts]:
@@ -93,13 +103,13 @@ def learned_rules(rounds: DraftedRounds) -> list[LearnedDrafts]:
     if holds.all() or not holds.any():
         return []
     shown = DraftSignals(*(getattr(rounds.signals, field.name)[asked] for field in dataclasses.fields(DraftSignals)))
-    columns = np.stack(draft_features(shown, FEATURES), axis=1)
+    columns = np.stack(draft_features(shown, _FITTED), axis=1)
     mean, scale = columns.mean(0), columns.std(0) + 1e-9
     fitted = LogisticRegression(C=1.0, max_iter=1000).fit((columns - mean) / scale, holds)
     weights = fitted.coef_[0] / scale
     bias = float(fitted.intercept_[0] - weights @ mean)
     numbers = tuple(float(weight) for weight in weights)
-    return [LearnedDrafts(FEATURES, numbers, bias, limit, most) for limit in _LIMITS]
+    return [LearnedDrafts(_FITTED, numbers, bias, limit, most) for limit in _LIMITS]
 
 
 def best_rule(rules: Sequence[StopRule], rounds: DraftedRounds, costs: RoundCosts) -> tuple[StopRule, Expected]:

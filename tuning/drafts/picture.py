@@ -19,10 +19,10 @@ def draw_drafts(result: DraftsResult) -> Figure:
     style.style_axes(axes, "", "drafts per round", "times as fast as always full")
     for drafter in result.drafters:
         rules = fixed_rules(drafter.rounds.most_drafts)
-        full_ms = float(drafter.costs.round_ms(0))
+        full_ms = drafter.costs.full_ms
         gains = [full_ms * expected(rule, drafter.rounds, drafter.costs).tokens_per_ms for rule in rules]
         axes.plot(np.arange(1, len(rules) + 1), gains, label=f"fixed, {drafter.name}")
-    best, full_ms = result.best, float(result.best.costs.round_ms(0))
+    best, full_ms = result.best, result.best.costs.full_ms
     points = (
         ("chosen, tuning prompts", "o", best.tuned.drafts_per_round, full_ms * best.tuned.tokens_per_ms),
         (

@@ -84,7 +84,7 @@ class DraftsResult:
                 for one in self.drafters
             ],
             "predicted": dataclasses.asdict(self.predicted),
-            "predicted_gain": self.predicted.tokens_per_ms * float(best.costs.round_ms(0)),
+            "predicted_gain": self.predicted.tokens_per_ms * best.costs.full_ms,
             "best_fixed": {"stop": stop_to_json(rule), **dataclasses.asdict(of_fixed)},
             "measured": dataclasses.asdict(self.measured) | {"gain": self.measured.gain},
         }

@@ -75,12 +75,13 @@ def test_what_is_drawn_holds_less_often_than_what_is_most_likely(loaded: LoadedM
 def test_costs_are_of_this_machine_and_add_up(loaded: LoadedModel) -> None:
     costs = round_costs(loaded, prompts(1)[0], NeverFull(), SELECTION, repeats=2)
     assert costs.draft_ms > 0
+    assert costs.full_ms > 0
     assert costs.verify_ms + costs.token_ms > 0
-    assert RoundCosts(5.0, 9.0, 0.5).round_ms(8) == 8 * 5 + 9 + 9 * 0.5
+    assert RoundCosts(5.0, 9.0, 0.5, 11.0).round_ms(8) == 8 * 5 + 9 + 9 * 0.5
 
 
-@pytest.mark.parametrize(("costs", "problem"), [((-1, 1, 1), "draft_ms"), ((0, 0, 0), "takes no time")])
-def test_costs_that_cannot_be_are_refused(costs: tuple[float, float, float], problem: str) -> None:
+@pytest.mark.parametrize(("costs", "problem"), [((-1, 1, 1, 1), "draft_ms"), ((0, 0, 0, 1), "takes no time")])
+def test_costs_that_cannot_be_are_refused(costs: tuple[float, float, float, float], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         RoundCosts(*costs)
 

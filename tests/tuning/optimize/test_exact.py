@@ -33,10 +33,10 @@ def test_the_file_drafts_by_its_rule_and_its_text_is_full_attentions(
 ) -> None:
     written = tmp_path / "exact.json"
     asked = ("--policy", out / "policy.json", "--model", model, "--out", written, "--tokens", 24, "--most-drafts", 5)
-    code, told, err = tune(*asked, "--context-tokens", 160, "--costs", "5.2,9.5,0.2")
+    code, told, err = tune(*asked, "--context-tokens", 160, "--costs", "5.2,9.5,0.2,11")
     assert code == 0, err
     result = json.loads(told.splitlines()[-1])
-    assert result["costs"] == {"draft_ms": 5.2, "verify_ms": 9.5, "token_ms": 0.2}
+    assert result["costs"] == {"draft_ms": 5.2, "verify_ms": 9.5, "token_ms": 0.2, "full_ms": 11}
     assert result["measured"]["n_equal"] == result["measured"]["n_texts"] == 6
     assert (tmp_path / "exact.png").stat().st_size > 0
     file = PolicyFile.read(written)
@@ -56,7 +56,7 @@ def test_the_file_drafts_by_its_rule_and_its_text_is_full_attentions(
     assert all(torch.equal(text, stock) for text in texts)
 
 
-@pytest.mark.parametrize("costs", ["5", "5,6", "5,6,x", "1,2,-3", "0,0,0"])
+@pytest.mark.parametrize("costs", ["5", "5,6,7", "5,6,x,9", "1,2,-3,4", "0,0,0,1"])
 def test_costs_that_cannot_be_are_one_sentence(costs: str) -> None:
     code, _, err = tune("--costs", costs)
     assert code != 0
@@ -67,7 +67,7 @@ def test_costs_that_cannot_be_are_one_sentence(costs: str) -> None:
 def test_optimize_goes_on_to_exact_decoding(
     first: Run, copied: Path, model: Path, sizes: tuple[str, ...], optimize: Callable[..., Run]
 ) -> None:
-    run = optimize("--model", model, "--out", copied, "--budget", "0.2", *sizes, "--exact", "--costs", "5,9,0.2")
+    run = optimize("--model", model, "--out", copied, "--budget", "0.2", *sizes, "--exact", "--costs", "5,9,0.2,11")
     assert run.code == 0, run.err
     assert PolicyFile.read(copied / "exact.json").stop is not None
     assert PolicyFile.read(copied / "policy.json").stop is None
@@ -75,6 +75,6 @@ def test_optimize_goes_on_to_exact_decoding(
 
 
 def test_costs_without_exact_decoding_are_refused(optimize: Callable[..., Run]) -> None:
-    run = optimize("--costs", "5,9,0.2")
+    run = optimize("--costs", "5,9,0.2,11")
     assert run.code != 0
     assert "there is no --exact" in run.err
