@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from policies import NeverFull, PolicyFile, Selection, StepPolicy
+from policies.stops import StopRule
 from recycler.measure.drafts import drafted_rounds, exact_beside_full, round_costs
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.shape import check_positions, model_shape
@@ -166,21 +168,33 @@ def round_costs_of(asked: str | None) -> RoundCosts | None:
         return RoundCosts(draft_ms, verify_ms, token_ms, full_ms)
     except ValueError as error:
         raise ValueError(
-            f"costs are milliseconds of a draft, a verification, each token in it, and a full step, as 5.8,12,0.2,11.3, "
+            f"costs are milliseconds of a draft, a verification, each token in it and a full step, as 5.8,12,0.2,11, "
             f"not {asked!r}."
         ) from error
 
 
+def _named(rule: StopRule) -> str:
+    limit = getattr(rule, "least_survival", None)
+    return f"{rule.kind}, at most {rule.most_drafts}" + ("" if limit is None else f", survival {limit:g}")
+
+
 def _print(result: DraftsResult) -> None:
-    console, measured = Console(), result.measured
+    # Piped, the table is as wide as it needs to be; a terminal has its own width.
+    console, measured = Console(width=None if sys.stdout.isatty() else 110), result.measured
     table = Table(title="Exact decoding, tuning prompts", title_justify="left")
-    for name in ("drafts by", "rounds end by", "ms: draft, verification, token", "tokens per round", "x always full"):
+    for name in (
+        "drafts by",
+        "rounds end by",
+        "ms: draft, verification, token, full step",
+        "tokens per round",
+        "x always full",
+    ):
         table.add_column(name)
     for one in result.drafters:
         costs = one.costs
         gain = one.tuned.tokens_per_ms * costs.full_ms
-        took = f"{costs.draft_ms:.1f}, {costs.verify_ms:.1f}, {costs.token_ms:.2f}"
-        table.add_row(one.name, str(one.rule.kind), took, f"{one.tuned.tokens_per_round:.2f}", f"{gain:.2f}")
+        took = f"{costs.draft_ms:.1f}, {costs.verify_ms:.1f}, {costs.token_ms:.2f}, {costs.full_ms:.1f}"
+        table.add_row(one.name, _named(one.rule), took, f"{one.tuned.tokens_per_round:.2f}", f"{gain:.2f}")
     console.print(table)
     predicted = result.predicted.tokens_per_ms * result.best.costs.full_ms
     console.print(

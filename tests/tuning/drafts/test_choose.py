@@ -26,7 +26,7 @@ def rounds_of(n_rounds: int = 400, most: int = 12, seed: int = 0, tells: bool = 
 
 
 def test_a_fixed_rule_comes_to_what_its_length_says() -> None:
-    # Of twelve drafts five hold: rounds of two begin at the tokens 0, 3 and, the last one in vain, at 6, which is wrong.
+    # Of twelve drafts five hold: rounds of two begin at the tokens 0 and 3, and the token 6 is another than drafted.
     rounds = rounds_of(1)
     rounds = DraftedRounds(rounds.signals, np.array([5]), rounds.text)
     found = expected(FixedDrafts(2), rounds, COSTS)
