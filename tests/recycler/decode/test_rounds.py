@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -104,6 +105,32 @@ def test_so_is_every_other_text(make_model: Make, how: dict[str, Any], fast: boo
     model, tokens = make_model(), a_batch()
     text, _ = exactly(model, tokens, NeverFull(), FixedDrafts(5), fast, **how)
     assert torch.equal(text, generated(model, tokens, **how))
+
+
+@pytest.mark.parametrize(("exact", "holds"), [(FixedDrafts(2), True), (False, False)], ids=["exact", "approximate"])
+@torch.no_grad()
+def test_what_is_drawn_has_full_attentions_distribution(make_model: Make, exact: StopRule | bool, holds: bool) -> None:
+    """Three tokens in a row, of which a round gives the last; approximate decoding shows that the test can fail."""
+    model, n_rows, heat = make_model(), 4000, 0.3
+    prompt, vocabulary = a_batch((0,), 40), torch.arange(model.config.vocab_size)
+    with recycled(model, NeverFull(), SELECTION, exact=exact):
+        drawn = generated(model, prompt.expand(n_rows, -1), 3, do_sample=True, top_k=0, temperature=heat)[:, 40:]
+
+    def chances(after: Tensor) -> Tensor:
+        texts = torch.cat([prompt.expand(len(after), -1), after], dim=1)
+        logits: Tensor = model(texts).logits[:, -1]
+        return (logits / heat).softmax(-1)
+
+    pairs = torch.cartesian_prod(vocabulary, vocabulary)
+    of_two = chances(prompt[:, :0])[0, :, None] * chances(vocabulary[:, None])
+    expected = (of_two.flatten()[:, None] * chances(pairs)).flatten().numpy() * n_rows
+    n = len(vocabulary)
+    seen = np.bincount((drawn[:, 0] * n * n + drawn[:, 1] * n + drawn[:, 2]).numpy(), minlength=n**3)
+    # What is rare is one cell.
+    often = expected >= 5
+    cells = [np.append(counts[often], counts[~often].sum()) for counts in (seen, expected)]
+    assert often.sum() > 20
+    assert (chisquare(*cells).pvalue > 1e-3) == holds
 
 
 @pytest.mark.parametrize("fast", FAST)
