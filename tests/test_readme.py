@@ -166,3 +166,13 @@ def test_what_the_readme_says_of_exact_decoding_was_measured() -> None:
         rows = {row["case"]: row["step_ms"] for row in stages[f"exact, batch {at}"]}
         exact_ms = rows["exact, 8 drafts"]
         assert [told_ms, gain] == [f"{exact_ms:.1f}", f"{rows['engine, every unit full'] / exact_ms:.2f}"]
+
+    tuned = json.loads((README.parent / "docs/results/exact-tuned.json").read_text(encoding="utf-8"))["runs"][1:]
+    told = re.findall(
+        r"predicted to be\s+([\d.]+) and ([\d.]+) times always full, "
+        r"where the best number of drafts has ([\d.]+) and ([\d.]+)",
+        text,
+    )
+    fixed = [run["best_fixed"]["tokens_per_ms"] * run["costs"]["full_ms"] for run in tuned]
+    assert list(told[0]) == [f"{gain:.2f}" for gain in (*(run["predicted_gain"] for run in tuned), *fixed)]
+    assert all(run["measured"]["n_equal"] == run["measured"]["n_texts"] for run in tuned)

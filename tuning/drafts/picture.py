@@ -10,7 +10,7 @@ from tuning.drafts.choose import expected, fixed_rules
 from tuning.drafts.results import DraftsResult
 
 
-def draw_drafts(result: DraftsResult) -> Figure:
+def draw_drafts(result: DraftsResult, costs_of_here: bool) -> Figure:
     """Draw rounds of every length on the tuning prompts, by drafter, and what was chosen, on the held-out ones."""
     figure = style.new_figure(
         "Exact decoding", "tokens of full attention's own text, for the time of rounds; 1 is always full", (9.6, 5.2)
@@ -23,7 +23,7 @@ def draw_drafts(result: DraftsResult) -> Figure:
         gains = [full_ms * expected(rule, drafter.rounds, drafter.costs).tokens_per_ms for rule in rules]
         axes.plot(np.arange(1, len(rules) + 1), gains, label=f"fixed, {drafter.name}")
     best, full_ms = result.best, result.best.costs.full_ms
-    points = (
+    points: tuple[tuple[str, str, float, float], ...] = (
         ("chosen, tuning prompts", "o", best.tuned.drafts_per_round, full_ms * best.tuned.tokens_per_ms),
         (
             "chosen, held-out, predicted",
@@ -33,8 +33,12 @@ def draw_drafts(result: DraftsResult) -> Figure:
         ),
         ("chosen, held-out, measured", "*", result.predicted.drafts_per_round, result.measured.gain),
     )
+    rule, of_fixed = result.fixed
+    points += (("best fixed, held-out, predicted", "D", rule.most_drafts, full_ms * of_fixed.tokens_per_ms),)
     for label, marker, drafts, gain in points:
-        axes.plot(drafts, gain, marker, color=style.INK, markersize=9, label=label)
+        # What was measured here says nothing of costs of another machine.
+        if costs_of_here or not label.endswith("measured"):
+            axes.plot(drafts, gain, marker, color=style.INK, markersize=9, label=label)
     axes.axhline(1, color=style.GREY, linewidth=1, linestyle=":")
     axes.legend(frameon=False, fontsize=9)
     return figure
