@@ -24,7 +24,9 @@ from recycler.model.loading import load_model
 from recycler.model.shape import model_shape
 from recycler.model.versions import versions
 from recycler.tasks import TASKS, task_prompts
+from traces.pictures import write_picture
 from traces.reporting.command import run_command
+from traces.reporting.folder_lock import folder_locked
 from traces.reporting.whole_file import write_text
 
 # Shown along the continuation, beside the policies under evaluation.
@@ -74,9 +76,10 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write results to {out}: {error.strerror}.") from error
-    rivals = competitors(loaded, shape, files[0], _named(methods), out, context_tokens, steps, seed)
-    comparison = compare(loaded, todo, [*rivals, *tested], Store(out / "outcomes"))
-    return report(comparison, loaded.id, k, context_tokens, rivals, tested, out)
+    with folder_locked(out):
+        rivals = competitors(loaded, shape, files[0], _named(methods), out, context_tokens, steps, seed)
+        comparison = compare(loaded, todo, [*rivals, *tested], Store(out / "outcomes"))
+        return report(comparison, loaded.id, k, context_tokens, rivals, tested, out)
 
 
 def report(
@@ -112,9 +115,9 @@ def report(
     caption = f"{model_id}, k = {k} tokens, {context_tokens:,} tokens of context, {n_prompts} prompts"
     by_step = curves(comparison.outcomes, list(dict.fromkeys(row.method for row in rows)))
     if any(row.task == ALL_TASKS for row in rows):
-        draw_ranking(rows, named, caption).savefig(out / "ranking.png", dpi=110)
-        draw_pareto(rows, named, caption).savefig(out / "pareto.png", dpi=110)
-    draw_curves(by_step, [*named, *_CURVES], caption).savefig(out / "curves.png", dpi=110)
+        write_picture(draw_ranking(rows, named, caption), out / "ranking.png")
+        write_picture(draw_pareto(rows, named, caption), out / "pareto.png")
+    write_picture(draw_curves(by_step, [*named, *_CURVES], caption), out / "curves.png")
     last_line = {"model": model_id, "k": k, "context_tokens": context_tokens, "rows": rows_to_json(rows)}
     everything = {
         **last_line,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from recycler.prompts import Prompt
 from recycler.record.one_prompt import heads_at_once, record_trace, trace_header
 from traces import TraceFile, TraceHeader, write_trace
 from traces.reporting.differences import differences
+from traces.reporting.folder_lock import folder_locked
 from traces.trace_file import SUFFIX
 
 _WAY_OUT = "record into another folder, or remove the trace."
@@ -47,16 +49,19 @@ def record_prompts(
         The traces in the order of the prompts, those found included.
 
     Raises:
-        ValueError: As `find_recorded` and `record_trace` do, or if nothing can be written to `folder`.
+        ValueError: As `find_recorded` and `record_trace` do, or if nothing can be written to `folder`, or another
+            process records into it.
     """
     folder = Path(folder)
     recorded = find_recorded(loaded, prompts, selection, folder, max_age=max_age)
     missing = [prompt for prompt in prompts if prompt.name not in recorded]
     for prompt in missing:
         heads_at_once(loaded.model, prompt, selection, memory_mib)
-    _prepare(folder)
+    _make(folder)
     bar = tqdm(desc="recording", unit="prompt", total=len(prompts), initial=len(recorded), disable=not missing)
-    with bar as progress:
+    with folder_locked(folder) if missing else nullcontext(), bar as progress:
+        if missing:
+            _clear(folder)
         for prompt in missing:
             progress.set_postfix_str(prompt.name)
             trace = record_trace(
@@ -145,12 +150,23 @@ def _as_read(header: TraceHeader) -> TraceHeader:
     return TraceHeader.from_json(header.to_json())
 
 
-def _prepare(folder: Path) -> None:
-    try:
+def _make(folder: Path) -> None:
+    with _refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an interrupted recording left; nobody else's, as the folder is held."""
+    with _refused(folder):
         for partial in folder.glob("*" + SUFFIX + ".partial"):
             partial.unlink()
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"cannot write traces to {folder}: {error.strerror}.") from error

@@ -142,7 +142,7 @@ def test_what_is_recorded_is_skipped(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("--out", tmp_path, *KINDS)
     assert (code, result(out)["recorded"], result(out)["skipped"]) == (0, 1, 1)
     assert (tmp_path / "technical-000.safetensors").read_bytes() == kept
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["code-000.safetensors", "technical-000.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["code-000.safetensors", "technical-000.safetensors"]
 
     code, out, err = run("--out", tmp_path, *KINDS)
     assert (code, result(out)["recorded"], result(out)["skipped"], err) == (0, 0, 2, "")
@@ -199,7 +199,7 @@ def test_an_interrupt_keeps_what_is_whole(run: Run, tmp_path: Path, monkeypatch:
         patched.setattr(LlamaForCausalLM, "forward", interrupted)
         code, out, err = run("--out", tmp_path, *KINDS)
     assert (code, out, err.splitlines()[-1]) == (130, "", "interrupted")
-    assert [path.name for path in tmp_path.iterdir()] == ["technical-000.safetensors"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["technical-000.safetensors"]
     _, out, _ = run("--out", tmp_path, *KINDS)
     assert (result(out)["recorded"], result(out)["skipped"]) == (1, 1)
 

@@ -16,6 +16,8 @@ from recycler.prompts import Prompt
 from recycler.record.folder import find_recorded, record_prompts
 from recycler.record.one_prompt import record_trace
 from traces import TraceFile, write_trace
+from traces.reporting.folder_lock import folder_locked
+from traces.trace_file import SUFFIX
 
 SELECTION = Selection(k=12, sinks=2, window=4)
 N_PROMPT, N_STEPS, MAX_AGE = 40, 6, 4
@@ -77,8 +79,22 @@ def record(loaded: LoadedModel, prompts: list[Prompt], folder: Path, **changed: 
     return record_prompts(loaded, prompts, options.pop("selection", SELECTION), folder, **options)
 
 
+def test_two_processes_do_not_record_into_one_folder(loaded: LoadedModel, prompts: list[Prompt], folder: Path) -> None:
+    record(loaded, prompts[:1], folder)
+    half_written = folder / f"c{SUFFIX}.partial"
+    half_written.write_text("of the other process")
+    with folder_locked(folder):
+        with pytest.raises(ValueError, match=r"in use by process \d+"):
+            record(loaded, prompts, folder)
+        # Where nothing is to be recorded nobody is in the way.
+        record(loaded, prompts[:1], folder)
+        assert half_written.exists()
+    record(loaded, prompts, folder)
+    assert not half_written.exists()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
 def test_every_prompt_becomes_the_trace_that_record_trace_makes(
