@@ -37,7 +37,8 @@ class Receipt:
             unit-step counts under both.
         longest_steps: Decode steps of the longest output.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
-        notes: Sentences on how the model differs from the one that the policy was tuned on.
+        notes: Sentences on how the model differs from the one that the policy was tuned on, and on rows whose logits
+            were no numbers.
         audited_kl: float32 `(n,)`: of the row-steps that were audited, the divergence of the next token's distribution
             from full attention's, in nats.
         audit_tokens_read: What audits read of the cache, in tokens per unit, summed over rows.

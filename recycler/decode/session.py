@@ -152,9 +152,11 @@ class Session:
                 stepped = self._run.step(call)
             else:
                 stepped = self._plainly(call, stock, args, kwargs)
+            logits = stepped[0] if isinstance(stepped, tuple) else stepped.logits
+            assert logits is not None
+            self._turns.see(logits[:, -1])
             if self._auditor is not None:
-                assert stepped.logits is not None
-                self._auditor.note(call, stepped.logits)
+                self._auditor.note(call, logits)
                 if self._auditor.is_due:
                     self._audit(self._auditor, stock, call.arguments["past_key_values"])
             return stepped

@@ -8,8 +8,10 @@ from collections import deque
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from recycler.decode.governor import GovernedWindow
+from recycler.decode.not_numbers import NotNumbers
 from recycler.decode.receipt import Receipt
 from recycler.decode.tally import Tally
 
@@ -42,11 +44,16 @@ class Turns:
         self._units, self._horizon_steps, self._notes = units, horizon_steps, notes
         self._all, self._turn = Tally(units), Tally(units)
         self._ended: deque[Receipt] = deque(maxlen=_MOST_TURNS)
+        self._not_numbers, self._said = NotNumbers(), dict[str, None]()
         self.why_plain = ""
 
     def add(self, run: Run) -> None:
         """Add a run that has ended to the turn."""
         run.add_to(self._turn)
+
+    def see(self, logits: Tensor) -> None:
+        """Watch the logits of a step, `(rows, vocabulary)`, for what is no number."""
+        self._not_numbers.see(logits)
 
     def add_audit(self, kl: np.ndarray, tokens_read: int, window: GovernedWindow | None) -> None:
         """Add an audit to the turn, as `Tally.add_audit`."""
@@ -56,7 +63,10 @@ class Turns:
         """End the turn, if there were steps in it; whether there were."""
         if not self._turn.n_steps:
             return False
+        self._not_numbers.tell()
         receipt, self._turn = self._receipt_of_turn(self._turn), Tally(self._units)
+        self._said |= dict.fromkeys(self._not_numbers.sentences())
+        self._not_numbers = NotNumbers()
         self._all.add(receipt)
         self._ended.append(receipt)
         return True
@@ -65,7 +75,7 @@ class Turns:
         """Of all turns, the one under way and its run among them."""
         tally = copy.deepcopy(self._all)
         tally.add(self._current(run))
-        return self._receipt_of(tally)
+        return self._receipt_of(tally, tuple(self._said | dict.fromkeys(self._not_numbers.sentences())))
 
     def each(self, run: Run | None) -> tuple[Receipt, ...]:
         """A receipt for each turn, the one under way among them: the last 100 of them."""
@@ -86,7 +96,8 @@ class Turns:
 
     def _receipt_of_turn(self, turn: Tally) -> Receipt:
         # Its runs are parts of one output.
-        return dataclasses.replace(self._receipt_of(turn), longest_steps=turn.n_steps)
+        receipt = self._receipt_of(turn, self._not_numbers.sentences())
+        return dataclasses.replace(receipt, longest_steps=turn.n_steps)
 
-    def _receipt_of(self, tally: Tally) -> Receipt:
-        return tally.receipt(self.why_plain, self._horizon_steps, self._notes)
+    def _receipt_of(self, tally: Tally, more_notes: tuple[str, ...]) -> Receipt:
+        return tally.receipt(self.why_plain, self._horizon_steps, (*self._notes, *more_notes))

@@ -1,0 +1,44 @@
+"""Rows whose logits are no numbers: their batch goes on, and somebody is told."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+
+class NotNumbers:
+    """Watches the logits of an output. What a device saw is told when somebody asks, so that no step waits."""
+
+    def __init__(self) -> None:
+        self._n_steps = 0
+        # Step of each row's first NaN; -1 for none.
+        self._since: Tensor | None = None
+        self._n_told = 0
+
+    def see(self, logits: Tensor) -> None:
+        """Look at a step, `(rows, vocabulary)`; on the CPU a row that turns bad warns at once."""
+        bad = logits.isnan().any(-1)
+        if self._since is None or len(self._since) != len(bad):
+            self._since = torch.full((len(bad),), -1, dtype=torch.int64, device=bad.device)
+        self._n_steps += 1
+        self._since = torch.where(bad & (self._since < 0), self._n_steps, self._since)
+        if bad.device.type == "cpu" and bad.any():
+            self.tell()
+
+    def sentences(self) -> tuple[str, ...]:
+        """One for each bad row."""
+        since = [] if self._since is None else self._since.tolist()
+        return tuple(
+            f"row {row} has NaN among its logits from step {step} on: what it wrote from there means nothing."
+            for row, step in enumerate(since)
+            if step > 0
+        )
+
+    def tell(self) -> None:
+        """Warn of rows that nobody was warned of yet."""
+        found = self.sentences()
+        if len(found) > self._n_told:
+            self._n_told = len(found)
+            warnings.warn(" ".join(found), stacklevel=2)

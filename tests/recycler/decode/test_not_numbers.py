@@ -1,0 +1,76 @@
+"""A row whose numbers are none does not stop its batch, and somebody is told."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from policies import FixedStride, Selection
+from recycler.decode.not_numbers import NotNumbers
+from recycler.decode.recycled import recycled
+
+Make = Callable[..., Any]
+SELECTION = Selection(9, 1, 3)
+POISON = 60
+
+
+@pytest.fixture
+def model(make_model: Make) -> PreTrainedModel:
+    """A token of its vocabulary has an embedding of NaN; it is never generated."""
+    model = copy.deepcopy(make_model())
+    head = model.lm_head.weight.detach().clone()
+    model.get_input_embeddings().weight.data[POISON] = float("nan")
+    model.lm_head.weight = torch.nn.Parameter(head)
+    return model
+
+
+def generate(model: PreTrainedModel, tokens: torch.Tensor, fast: bool, **how: Any) -> tuple[list[list[int]], Any]:
+    with recycled(model, FixedStride(3), SELECTION, fast=fast, **how) as session:
+        text = model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=59, pad_token_id=0)  # type: ignore[operator]
+        again = session.turns()[-1]
+    return text[:, tokens.shape[1] :].tolist(), (session.receipt(), again)
+
+
+@pytest.mark.parametrize("how", [{}, {"exact": True}], ids=["approximate", "exact"])
+@pytest.mark.parametrize("fast", [True, False], ids=["cpu", "plain"])
+def test_a_bad_row_is_told_of_and_the_others_are_as_alone(model: PreTrainedModel, fast: bool, how: Any) -> None:
+    tokens = torch.randint(1, 59, (3, 30), generator=torch.Generator().manual_seed(1))
+    tokens[1, 12] = POISON
+    with pytest.warns(UserWarning, match="^row 1 has NaN among its logits from step 1 on") as warned:
+        texts, (receipt, turn) = generate(model, tokens, fast, **how)
+    assert len([one for one in warned if "NaN among" in str(one.message)]) == 1
+    assert [note for note in receipt.notes if "NaN" in note] == [note for note in turn.notes if "NaN" in note]
+    assert sum("row 1 has NaN" in note for note in receipt.notes) == 1
+    assert any("row 1 has NaN" in note for note in receipt.to_json()["notes"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for row in (0, 2):
+            assert generate(model, tokens[row : row + 1], fast, **how)[0][0] == texts[row]
+
+
+def test_the_first_bad_step_counts_and_each_row_is_warned_of_once() -> None:
+    watch = NotNumbers()
+    logits = torch.zeros(2, 5)
+    watch.see(logits)
+    assert watch.sentences() == ()
+    logits[1, 3] = float("nan")
+    with pytest.warns(UserWarning, match="row 1 has NaN among its logits from step 2 on"):
+        watch.see(logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch.see(logits)
+    assert watch.sentences() == (
+        "row 1 has NaN among its logits from step 2 on: what it wrote from there means nothing.",
+    )
+
+
+def test_infinities_are_numbers() -> None:
+    watch = NotNumbers()
+    watch.see(torch.tensor([[float("-inf"), 1.0]]))
+    assert watch.sentences() == ()
