@@ -120,10 +120,9 @@ def _first_tokens(contexts: list[int], k: int) -> list[dict[str, Any]]:
 def _print(result: dict[str, Any]) -> None:
     console = Console(highlight=False, width=140)
     for one in result["first_token"]:
-        console.print(
-            f"{one['context_tokens']:,} tokens: first token after {one['recycled_s']:.2f} s, stock "
-            f"{one['stock_s']:.2f}; second after {one['recycled_second_ms']:.0f} ms more, stock {one['stock_second_ms']:.0f}"
-        )
+        stock = f"stock {one['stock_s']:.2f} s and {one['stock_second_ms']:.0f} ms"
+        first, second = f"{one['recycled_s']:.2f} s", f"{one['recycled_second_ms']:.0f} ms"
+        console.print(f"{one['context_tokens']:,} tokens: first token {first}, second {second} later; {stock}")
     table = Table()
     names = [name for name in result["rows"][0] if name != "case"]
     for name in ("case", *names):
