@@ -139,6 +139,19 @@ def test_what_the_readme_says_of_a_gpu_was_measured() -> None:
     assert list(factors) == [f"{times:.1f}" for times in expected]
 
 
+def test_what_the_readme_says_of_other_peoples_code_was_measured() -> None:
+    found = json.loads((README.parent / "docs/results/peers.json").read_text(encoding="utf-8"))
+    text = README.read_text(encoding="utf-8").partition("**Beside other people's own code**")[2]
+    (as_many, *theirs) = re.findall(
+        r"reads \((\d+)\): StreamingLLM ([\d.]+), ExpectedAttention ([\d.]+), TOVA ([\d.]+), SnapKV ([\d.]+) nats", text
+    )[0]
+    assert as_many == str(found["as_many"])
+    of_theirs = found["theirs"][as_many]
+    assert theirs == [f"{of_theirs[name]:.3f}" for name in ("StreamingLLM", "ExpectedAttention", "TOVA", "SnapKV")]
+    (ours,) = re.findall(r"k = 128, \*\*([\d.]+)\*\*", text)
+    assert ours == f"{found['ours']['tuned on 512 steps']['kl']:.3f}"
+
+
 def test_every_path_that_the_readme_names_exists() -> None:
     text = README.read_text(encoding="utf-8")
     paths = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
