@@ -28,9 +28,9 @@ $(ENV)/.ready: pyproject.toml constraints.txt
 optimize: env
 	$(PY) -m tuning.optimize --budget 0.1 --out $(OUT)
 
-# Tests use one thread each. Files stay together: fixtures of a file are made once.
+# Tests use one thread each. Files stay together: fixtures of a file are made once; tests/conftest.py says which begin.
 test: env
-	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Damaged files, kills, full disks, interrupts, threads: 85 minutes on two cores; make attack MINUTES=20 for a share.
 MINUTES ?= 85
