@@ -52,11 +52,9 @@ class RoundCosts:
         if self.draft_ms + self.verify_ms + self.token_ms == 0:
             raise ValueError("a round that takes no time says nothing of when to end it.")
 
-    def round_ms(self, n_drafts: np.ndarray | float) -> np.ndarray:
-        """What rounds of so many drafts take."""
-        drafts = np.asarray(n_drafts, dtype=np.float64)
-        took: np.ndarray = drafts * self.draft_ms + self.verify_ms + (drafts + 1) * self.token_ms
-        return took
+    def round_ms(self, n_drafts: float) -> float:
+        """What a round of so many drafts takes; of a mean of them, the mean."""
+        return n_drafts * self.draft_ms + self.verify_ms + (n_drafts + 1) * self.token_ms
 
 
 @dataclass(frozen=True)

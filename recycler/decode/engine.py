@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 from torch import Tensor
@@ -105,6 +105,19 @@ class Drafting(ABC):
     @abstractmethod
     def totals(self) -> Totals:
         """What drafts did since the prompt."""
+
+
+def refuse_measured_sets(needs: Set[str]) -> None:
+    """What fast engines say to drafts of a policy that reads measures of new sets.
+
+    Args:
+        needs: Signals that the policy reads.
+
+    Raises:
+        NotCovered: If a verification, which chooses the sets, does not measure what it reads of them.
+    """
+    if unmeasured := needs & {"refresh_mass", "refresh_overlap"}:
+        raise NotCovered(f"it does not measure the sets that a verification chooses: {', '.join(sorted(unmeasured))}")
 
 
 class Engine(ABC):

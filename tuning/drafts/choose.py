@@ -83,8 +83,8 @@ def expected(rule: StopRule, rounds: DraftedRounds, costs: RoundCosts) -> Expect
         goes_on = goes_on & (~ends | ((following <= rounds.n_held) & (following < most)))
         start, n = np.where(ends, following, start), np.where(ends, 0, n)
         survival = np.where(ends, 1.0, survival)
-    took_ms = n_ended * (costs.verify_ms + costs.token_ms) + n_drafts * (costs.draft_ms + costs.token_ms)
-    return Expected(n_tokens / n_ended, n_drafts / n_ended, n_tokens / took_ms)
+    drafts_per_round = n_drafts / n_ended
+    return Expected(n_tokens / n_ended, drafts_per_round, n_tokens / (n_ended * costs.round_ms(drafts_per_round)))
 
 
 def fixed_rules(most: int) -> list[FixedDrafts]:

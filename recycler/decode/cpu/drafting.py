@@ -13,8 +13,7 @@ from recycler.decode.cpu import dense
 from recycler.decode.cpu.arrays import Array, Fed, Scratch
 from recycler.decode.cpu.many import Asking, ManyScratch, attend_many, many_scratch
 from recycler.decode.cpu.votes import choose_by_votes
-from recycler.decode.engine import Drafting
-from recycler.model.decoder_parts import NotCovered
+from recycler.decode.engine import Drafting, refuse_measured_sets
 from recycler.model.threads import kernel_threads
 
 if TYPE_CHECKING:
@@ -36,10 +35,7 @@ class CpuDrafting(Drafting):
     """
 
     def __init__(self, steps: CpuDecoding, needs: Set[str]) -> None:
-        if unmeasured := needs & {"refresh_mass", "refresh_overlap"}:
-            raise NotCovered(
-                f"it does not measure the sets that a verification chooses: {', '.join(sorted(unmeasured))}"
-            )
+        refuse_measured_sets(needs)
         self._steps = steps
         rows, kv_heads = len(steps.start), steps.units[0].filled.shape[1]
         # Tokens of each row since the prompt that its last round left, and whether there was one.

@@ -14,8 +14,7 @@ from recycler.decode.counts import Totals
 from recycler.decode.cuda.arrays import Cached
 from recycler.decode.cuda.step_graph import StepGraph, on_gpu, stream_for
 from recycler.decode.cuda.verification import Remembered, Verification
-from recycler.decode.engine import Drafting
-from recycler.model.decoder_parts import NotCovered
+from recycler.decode.engine import Drafting, refuse_measured_sets
 
 if TYPE_CHECKING:
     from recycler.decode.cuda.engine import CudaDecoding
@@ -35,10 +34,7 @@ class CudaDrafting(Drafting):
     """
 
     def __init__(self, steps: CudaDecoding, needs: Set[str]) -> None:
-        if unmeasured := needs & {"refresh_mass", "refresh_overlap"}:
-            raise NotCovered(
-                f"it does not measure the sets that a verification chooses: {', '.join(sorted(unmeasured))}"
-            )
+        refuse_measured_sets(needs)
         self._steps = steps
         rows, device = steps.sizes.rows, steps.state.start.device
         self._device = device

@@ -47,6 +47,19 @@ def first_tile(program, n_tiles, n_programs):
 
 
 @triton.jit
+def share_of_program(tiles):
+    """First tile of this program's share of all units' tiles, and one past its last; equal if it has none."""
+    n_tiles = tl.sum(tiles)
+    n_programs = tl.minimum(tl.num_programs(0), n_tiles)
+    program = tl.program_id(0)
+    tile, last = 0, 0
+    if program < n_programs:
+        tile = first_tile(program, n_tiles, n_programs)
+        last = first_tile(program + 1, n_tiles, n_programs)
+    return tile, last
+
+
+@triton.jit
 def program_of(tile, n_tiles, n_programs):
     """The program whose share a tile is in."""
     return (((tile + 1).to(tl.int64) * n_programs - 1) // n_tiles).to(tl.int32)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from recycler.decode.cuda.own_tokens import own_tokens
 from recycler.decode.cuda.prepare import mean_query
-from recycler.decode.cuda.shares import first_tile, tiles_of_units
+from recycler.decode.cuda.shares import share_of_program, tiles_of_units
 from recycler.decode.cuda.walk import row_of_query
 
 
@@ -90,13 +90,7 @@ def vote(
     own_room = tl.load(cache.room)
     tiles = tiles_of_units(modes, filled, cached, n_units, n_prompt, KV_HEADS, UNITS, TILE)
     ends = tl.cumsum(tiles)
-    n_tiles = tl.sum(tiles)
-    n_programs = tl.minimum(tl.num_programs(0), n_tiles)
-    program = tl.program_id(0)
-    tile, last = 0, 0
-    if program < n_programs:
-        tile = first_tile(program, n_tiles, n_programs)
-        last = first_tile(program + 1, n_tiles, n_programs)
+    tile, last = share_of_program(tiles)
 
     head_of, token_of = tl.arange(0, HEADS * TOKENS) // TOKENS, tl.arange(0, HEADS * TOKENS) % TOKENS
     asks = (head_of < GROUP) & (token_of < QUERIES)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from recycler.decode.cuda.own_tokens import own_tokens
-from recycler.decode.cuda.shares import RECYCLED, first_tile, program_of, tiles_of_units
+from recycler.decode.cuda.shares import RECYCLED, program_of, share_of_program, tiles_of_units
 
 # The largest logit of no tokens.
 NOTHING = tl.constexpr(-1e30)
@@ -64,13 +64,8 @@ def walk(
     own_room = tl.load(cache.room)
     tiles = tiles_of_units(modes, sets.filled, cached, n_units, n_prompt, KV_HEADS, UNITS, TILE)
     ends = tl.cumsum(tiles)
-    n_tiles = tl.sum(tiles)
-    n_programs = tl.minimum(tl.num_programs(0), n_tiles)
     program = tl.program_id(0)
-    tile, last = 0, 0
-    if program < n_programs:
-        tile = first_tile(program, n_tiles, n_programs)
-        last = first_tile(program + 1, n_tiles, n_programs)
+    tile, last = share_of_program(tiles)
 
     member = tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD_DIM)
