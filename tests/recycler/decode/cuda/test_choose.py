@@ -58,8 +58,7 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
 
     logits = torch.full((units, group, places), float("nan"), device=device)
     logits[:, :, :n] = case.logits.flatten(0, 1).to(device)
-    seen = torch.arange(n) >= torch.tensor(case.starts)[:, None]
-    normaliser = case.logits.masked_fill(~seen[:, None, None], float("-inf")).logsumexp(-1).flatten(0, 1).to(device)
+    normaliser = normalisers(case).to(device)
     unit_modes = zeros(units, dtype=torch.int8)
     unit_modes[:] = torch.tensor([modes.FULL if fresh else modes.RECYCLED for fresh in case.fresh])
     # Of the cache's tokens all but the last are the prompt's.
@@ -100,6 +99,12 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
     return Chosen(*(x.cpu().numpy() for x in (sets.positions, sets.scores, sets.filled, mass, overlap, search.counts)))
 
 
+def normalisers(case: Case) -> Tensor:
+    """Logs of the sums of queries' exponentials, float32 `(units, group)`: what a walk leaves, and scores are made of."""
+    seen = torch.arange(case.logits.shape[-1]) >= torch.tensor(case.starts)[:, None]
+    return case.logits.masked_fill(~seen[:, None, None], float("-inf")).logsumexp(-1).flatten(0, 1)
+
+
 def assert_as_reference(case: Case, chosen: Chosen) -> None:
     """Same places, same scores; mass and overlap with an old set of place 0, k times."""
     rows, kv_heads, group, n = case.logits.shape
@@ -110,7 +115,8 @@ def assert_as_reference(case: Case, chosen: Chosen) -> None:
         start, size = case.starts[unit // kv_heads], case.sizes[unit % kv_heads]
         logits = case.logits.flatten(0, 1)[unit].clone()
         logits[:, :start] = float("-inf")
-        weights = logits.softmax(-1)
+        # Out of the normaliser that kernels get: a float32 near 64 tells no weights apart that differ by 4e-6.
+        weights = (logits - normalisers(case)[unit][:, None]).clamp(max=0).exp()
         scores = token_scores(weights, case.selection)
         expected = select(scores[None], replace(case.selection, k=size), start, n)
         places = sorted(expected.positions[expected.filled].tolist())
@@ -149,6 +155,16 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 def test_sets_are_those_of_the_plain_path(device: torch.device, case: Case) -> None:
     assert_as_reference(case, choose(case, device))
+
+
+def test_of_two_weights_that_their_normalisers_do_not_tell_apart_the_later_token_is_taken(device: torch.device) -> None:
+    logits = torch.full((1, 1, 2, 20), -60.0)
+    # 1 - e^-13 and 1 - e^-19, both 1 out of a float32 normaliser.
+    logits[0, 0, 0, [11, 1]], logits[0, 0, 1, [1, 15]] = torch.tensor([64.0, 51.0]), torch.tensor([65.0, 46.0])
+    case = Case(logits, (0,), Selection(1, 0, 0, 0, 0), (1,), (True,))
+    chosen = choose(case, device)
+    assert chosen.positions[0].tolist() == [11]
+    assert_as_reference(case, chosen)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
