@@ -100,7 +100,7 @@ def choose(case: Case, device: torch.device, n_programs: int = 3, before: Tensor
 
 
 def normalisers(case: Case) -> Tensor:
-    """Logs of the sums of queries' exponentials, float32 `(units, group)`: what a walk leaves, and scores are made of."""
+    """What a walk leaves, and scores are made of: float32 `(units, group)`, logs of sums of exponentials."""
     seen = torch.arange(case.logits.shape[-1]) >= torch.tensor(case.starts)[:, None]
     return case.logits.masked_fill(~seen[:, None, None], float("-inf")).logsumexp(-1).flatten(0, 1)
 
