@@ -23,7 +23,6 @@ from recycler.model.shape import model_shape
 from recycler.record.one_prompt import heads_at_once, n_voters, traced_prompt
 from recycler.record.step_attention import StepAttention, watch_steps
 from recycler.sets.recycled_set import select
-from recycler.sets.scores import token_scores
 from traces import TraceFile, TraceFolder
 from traces.reporting.command import run_command
 from traces.sensitivity import Sensitivity
@@ -127,7 +126,7 @@ def _of_prompt(loaded: LoadedModel, file: TraceFile) -> np.ndarray:
         weights.append(attention.weights[:, :, rows].mean(1))
         widest = torch.full((len(rows), 1), int(sizes.max()))
         # The largest set of every unit, sorted, so that a smaller one is its beginning.
-        scores = token_scores(attention.choosing[:, rows], selection)
+        scores = attention.scores(selection)[:, rows]
         orders.append(select(scores, selection, 0, attention.ends[rows], widest).positions)
 
     watch_steps(

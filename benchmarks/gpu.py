@@ -25,7 +25,7 @@ import torch
 import triton
 import typer
 from decode_bench import copy_gb_per_s, read_gb_per_s
-from gpu_exact import exact
+from gpu_exact import exact, kernels_of_rounds
 from gpu_identities import IdentitySizes, identities
 from gpu_kernels import attention_calls, kernels_of_steps, tune_walk
 from gpu_timings import Sizes, TimedModel, recording
@@ -119,6 +119,7 @@ def _plan(device: torch.device, sizes: Sizes) -> list[Stage]:
                 Stage(f"beside stock, {at}", 100, lambda b=batch, c=context: timed.rows(b, c)),
                 Stage(f"exact, {at}", 40, lambda b=batch, c=context: exact(timed, b, c)),
                 Stage(f"kernels, {at}", 15, lambda b=batch, c=context: kernels_of_steps(timed, b, c)),
+                Stage(f"kernels of rounds, {at}", 20, lambda b=batch, c=context: kernels_of_rounds(timed, b, c)),
             )
         ),
         Stage("recording", 30, lambda: recording(timed)),

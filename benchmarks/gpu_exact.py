@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from decode_bench import Bench, Case
+from gpu_kernels import profiled
 from gpu_timings import FULL, TENTH, TimedModel
 
 from policies import NeverFull
@@ -31,18 +32,25 @@ def exact(timed: TimedModel, batch: int, context: int) -> list[dict[str, Any]]:
     cases = [
         Case("engine, every unit full", FULL.policy),
         Case("engine, cosine under a budget of 0.1", TENTH.policy),
-        *(
-            Case(
-                f"exact, {n} drafts",
-                NeverFull(),
-                exact=FixedDrafts(n if on_gpu else 2),
-                # Kernels are compiled in a first round and captured in a second.
-                uncounted_steps=4 * (n + 1) if on_gpu else 2,
-            )
-            for n in (_DRAFTS if on_gpu else _DRAFTS[:1])
-        ),
+        *(_of_drafts(n, on_gpu) for n in (_DRAFTS if on_gpu else _DRAFTS[:1])),
     ]
     return [_row(bench, case, batch, context) for case in cases]
+
+
+def kernels_of_rounds(timed: TimedModel, batch: int, context: int) -> list[dict[str, Any]]:
+    """The kernels of rounds, per token."""
+    with _as_often_as_recorded():
+        return [profiled(timed, _of_drafts(_DRAFTS[0], timed.device.type == "cuda"), batch, context)]
+
+
+def _of_drafts(n: int, on_gpu: bool) -> Case:
+    return Case(
+        f"exact, {n} drafts",
+        NeverFull(),
+        exact=FixedDrafts(n if on_gpu else 2),
+        # Kernels are compiled in a first round and captured in a second.
+        uncounted_steps=4 * (n + 1) if on_gpu else 2,
+    )
 
 
 def _row(bench: Bench, case: Case, batch: int, context: int) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def _exact(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _kernels(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     first = found[0]
     at = f"{first['batch']} x {first['context_tokens']:,}"
-    yield f"Kernels of a step, {at}, microseconds each (how many a step), the profiler beside them:"
+    of, digits = ("token", 1) if first["case"].startswith("exact") else ("step", 0)
+    yield f"Kernels of a {of}, {at}, microseconds each (how many a {of}), the profiler beside them:"
     yield ""
     names = list(dict.fromkeys(kernel["kernel"] for case in found for kernel in case["kernels"][:16]))
     yield f"| kernel | {' | '.join(case['case'].removeprefix('engine, ') for case in found)} |"
@@ -125,7 +126,7 @@ def _kernels(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             here = [one for one in case["kernels"] if one["kernel"] == name]
             # Names are cut: kernels of one beginning come together.
             n, us = (sum(one[part] for one in here) for part in ("per_step", "us_per_step"))
-            cells.append(f"{us / n:.1f} ({n:.0f})" if n else "")
+            cells.append(f"{us / n:.1f} ({n:.{digits}f})" if n else "")
         yield f"| `{name[:60]}` | {' | '.join(cells)} |"
     yield f"| all, at work | {' | '.join(format(case['busy_us_per_step'], ',.0f') for case in found)} |"
 

@@ -63,11 +63,12 @@ def record_trace(
     n_steps = prompt.n_steps
     if chunk_tokens is None and model.device.type == "cpu":
         chunk_tokens = _CPU_CHUNK_TOKENS
+    # On the model's device until all is done: to fetch each layer's would let a GPU wait.
     arrays = {
-        name: np.empty((n_steps, len(header.ages), *shape.units), dtype=np.float32)
+        name: torch.empty((n_steps, len(header.ages), *shape.units), device=model.device)
         for name in ("recovered_mass", "query_similarity", "overlap")
     }
-    fresh_mass = np.empty((n_steps + 1, *shape.units), dtype=np.float32)
+    arrays["fresh_mass"] = torch.empty((n_steps + 1, *shape.units), device=model.device)
 
     def watch(layer: int, heads: slice, attention: StepAttention) -> None:
         sizes = unit_sizes(selection, layer, attention.query.device)
@@ -76,7 +77,7 @@ def record_trace(
         arrays["recovered_mass"][:, :, layer, heads] = _by_step(aged.recovered_mass)[1:]
         arrays["query_similarity"][:, :, layer, heads] = _by_step(_similarity(unit_query, header.ages))[1:]
         arrays["overlap"][:, :, layer, heads] = _by_step(aged.overlap)[1:]
-        fresh_mass[:, layer, heads] = _by_step(fresh)
+        arrays["fresh_mass"][:, layer, heads] = _by_step(fresh)
 
     logits = watch_steps(
         model,
@@ -90,9 +91,8 @@ def record_trace(
     return Trace(
         header=header,
         tokens=prompt.tokens,
-        fresh_mass=fresh_mass,
         token_log_prob=_token_log_prob(logits, step_tokens),
-        **arrays,
+        **{name: array.cpu().numpy() for name, array in arrays.items()},
     )
 
 
@@ -192,18 +192,18 @@ def _similarity(query: Tensor, ages: Sequence[int]) -> Tensor:
     """Cosines of queries `(heads, rows, head_dim)` with earlier ones, `(heads, rows, ages)` as in `AgedSets`."""
     heads, rows, _ = query.shape
     unit_query = normalize(query, dim=-1)
-    found = query.new_full((heads, rows, len(ages)), float("nan"))
-    for column, age in enumerate(ages):
-        found[:, age:, column] = (unit_query[:, age:] * unit_query[:, : max(rows - age, 0)]).sum(-1)
-        # Rows too young for this age, and old enough for the one before: the first row's query stands there.
-        young = slice(ages[column - 1] + 1 if column else 1, min(age, rows))
-        found[:, young, column] = (unit_query[:, young] * unit_query[:, :1]).sum(-1)
+    found, row = query.new_full((heads, rows, len(ages)), float("nan")), torch.arange(rows, device=query.device)
+    for column, (age, before) in enumerate(zip(ages, (0, *ages), strict=False)):
+        of = slice(before + 1, None)
+        # Where rows are too young for this age, and old enough for the one before, the first row's query stands.
+        earlier = unit_query[:, (row[of] - age).clamp(min=0)]
+        found[:, of, column] = (unit_query[:, of] * earlier).sum(-1)
     return found
 
 
-def _by_step(values: Tensor) -> np.ndarray:
+def _by_step(values: Tensor) -> Tensor:
     """`(heads, rows, ...)` to `(rows, ..., heads)`."""
-    return values.movedim(0, -1).float().cpu().numpy()
+    return values.movedim(0, -1)
 
 
 def _token_log_prob(logits: Tensor, step_tokens: Tensor) -> np.ndarray:

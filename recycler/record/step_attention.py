@@ -35,7 +35,6 @@ class StepAttention:
     Attributes:
         query: `(heads, group, rows, head_dim)`, those of the rows.
         weights: `(heads, group, rows, tokens)`: attention of the rows.
-        choosing: `(heads, rows, group, tokens)`: attention that chooses the sets of the rows.
         ends: int64 `(rows, 1)`: tokens that each row sees.
     """
 
@@ -50,11 +49,15 @@ class StepAttention:
         del logits
         self._first = first + n_voters - 1
         self.ends = ends[n_voters - 1 :]
-        votes = weights[:, :, :n_voters].sum(2)
+        self._votes = weights[:, :, :n_voters].sum(2) if n_voters > 1 else None
         self.weights = weights[:, :, n_voters - 1 :]
-        self.choosing = self.weights.transpose(1, 2)
-        if n_voters > 1:
-            self.choosing = torch.cat([votes[:, None], self.choosing[:, 1:]], dim=1)
+
+    def scores(self, selection: Selection) -> Tensor:
+        """By which each row chooses its set, `(heads, rows, tokens)`."""
+        scores = token_scores(self.weights.transpose(1, 2), selection)
+        if self._votes is not None:
+            scores[:, 0] = token_scores(self._votes, selection)
+        return scores
 
     def sets(
         self, selection: Selection, ages: Sequence[int], sizes: Tensor | None, *, apart: int = 1
@@ -70,7 +73,7 @@ class StepAttention:
         Returns:
             The aged sets, and what each new one recovers, `(heads, rows)` in [0, 1].
         """
-        chosen = select(token_scores(self.choosing, selection), selection, 0, self.ends, sizes)
+        chosen = select(self.scores(selection), selection, 0, self.ends, sizes)
         # Sums of parts of a distribution: rounding may leave [0, 1] by an ulp.
         fresh_mass = chosen.recovered_mass(self.weights.transpose(1, 2)).clamp_(0, 1)
         return age_sets(chosen, self.weights, self._first, ages, apart=apart), fresh_mass

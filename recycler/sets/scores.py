@@ -67,7 +67,9 @@ def probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
 
     The logits may be overwritten.
     """
-    return masked(logits, allowed).softmax(-1)
+    if allowed is not None:
+        logits = masked(logits, allowed)
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
