@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def benchmark() -> Callable[[str], Any]:
+def benchmark_module() -> Callable[[str], Any]:
     """Imports a benchmark, which is a command and in no package, by its name."""
 
     def module(name: str) -> Any:

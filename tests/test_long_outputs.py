@@ -15,9 +15,9 @@ RESULT: dict[str, Any] = json.loads((ROOT / "docs" / "results" / "long-outputs.j
 
 
 @pytest.fixture(scope="module")
-def report(benchmark: Callable[[str], Any]) -> Any:
+def report(benchmark_module: Callable[[str], Any]) -> Any:
     """The module that wrote `docs/long_outputs.md`."""
-    return benchmark("long_outputs_report")
+    return benchmark_module("long_outputs_report")
 
 
 def test_the_page_is_what_the_benchmark_writes_of_its_json(report: Any) -> None:
@@ -37,9 +37,9 @@ def test_the_readmes_table_has_rows_of_the_json(report: Any) -> None:
     assert set(lines) == {head, rows[0], *told}
 
 
-def test_the_page_on_timing_is_what_the_benchmark_writes_of_its_json(benchmark: Callable[[str], Any]) -> None:
+def test_the_page_on_timing_is_what_the_benchmark_writes_of_its_json(benchmark_module: Callable[[str], Any]) -> None:
     result = json.loads((ROOT / "docs" / "results" / "timing.json").read_text(encoding="utf-8"))
-    assert (ROOT / "docs" / "timing.md").read_text(encoding="utf-8") == benchmark("timing_report").report(result)
+    assert (ROOT / "docs" / "timing.md").read_text(encoding="utf-8") == benchmark_module("timing_report").report(result)
 
 
 def test_what_the_readme_says_of_kinds_left_out_was_measured() -> None:

@@ -14,9 +14,9 @@ ROWS = {name: line for line in PAGE.splitlines() if (name := "".join(re.findall(
 
 
 @pytest.fixture(scope="module")
-def models(benchmark: Callable[[str], Any]) -> Any:
+def models(benchmark_module: Callable[[str], Any]) -> Any:
     """The command that wrote the page."""
-    return benchmark("models")
+    return benchmark_module("models")
 
 
 def test_the_page_has_all_families(models: Any) -> None:

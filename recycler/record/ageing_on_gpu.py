@@ -119,7 +119,7 @@ def age_in_one_kernel(
     if kept is None:
         # Nobody asks for a single head's.
         probabilities, group = probabilities.mean(1, keepdim=True), 1
-    with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
+    with torch.cuda.device(device) if probabilities.is_cuda else nullcontext():
         _age[(heads, rows)](
             chosen.positions.to(torch.int32).contiguous(),
             chosen.scores.contiguous(),

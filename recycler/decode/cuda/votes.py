@@ -10,6 +10,8 @@ from recycler.decode.cuda.prepare import mean_query
 from recycler.decode.cuda.shares import share_of_program, tiles_of_units
 from recycler.decode.cuda.walk import row_of_query
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def take_in(
@@ -82,7 +84,8 @@ def vote(
         votes: float32 `(units, places)`: gets the sums.
         scaling: Factor on query x key.
         HEADS: A power of 2 from GROUP on.
-        TOKENS: A power of 2 from QUERIES on, so that `tl.dot` takes HEADS x TOKENS rows.
+        TOKENS: A power of 2 from QUERIES on, so that `tl.dot` takes HEADS x TOKENS columns: one of a row's threads has
+            several of them, and sums without asking other warps.
         TILE: Tokens of a tile.
     """
     MEMBERS: tl.constexpr = GROUP * QUERIES
@@ -113,9 +116,9 @@ def vote(
             mask=asks[:, None],
             other=0,
         )
-        total = tl.load(normaliser + unit * MEMBERS + member, mask=asks, other=float("inf"))
-        votes_here = asks & (token_of < tl.load(n_asking + row))
-        last_seen = end - QUERIES + token_of
+        total = tl.load(normaliser + unit * MEMBERS + member, mask=asks, other=0) * LOG2_E
+        # Those that have no vote see nothing.
+        last_seen = tl.where(asks & (token_of < tl.load(n_asking + row)), end - QUERIES + token_of, -1)
         for t in range(tile - unit_first, stop - unit_first):
             place = first + t * TILE + in_tile
             seen = place < end
@@ -123,10 +126,9 @@ def vote(
             in_prompt = (place < n_prompt)[:, None]
             keys = tl.where(in_prompt, cache.prompt_key + prompt_base + offset, own_key + own_base + offset)
             k = tl.load(keys, mask=seen[:, None], other=0)
-            logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-            attention = tl.exp(tl.minimum(logit - total[:, None], 0.0))
-            counts = votes_here[:, None] & (place[None, :] <= last_seen[:, None])
-            summed = tl.sum(tl.where(counts, attention, 0.0).reshape(HEADS, TOKENS, TILE), 1)
-            pooled = tl.sum(summed, 0) / GROUP if MEAN else tl.max(summed, 0)
+            logit = tl.dot(k, tl.trans(q), input_precision="ieee") * (scaling * LOG2_E)
+            attention = tl.where(place[:, None] <= last_seen[None, :], tl.exp2(logit - total[None, :]), 0.0)
+            summed = tl.sum(attention.reshape(TILE, HEADS, TOKENS), 2)
+            pooled = tl.sum(summed, 1) / GROUP if MEAN else tl.max(summed, 1)
             tl.store(votes + unit.to(tl.int64) * places + place, pooled, mask=seen)
         tile = stop

@@ -20,8 +20,8 @@ SELECTION = Selection(k=N_PROMPT + N_STEPS, sinks=1, window=2)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["Gemma 3", "Llama 4", "LFM2 (hybrid)", "Qwen3-Next (hybrid)", "GPT-OSS"])
-def test_rows_of_several_prompts_step_as_the_model_reads(benchmark: Callable[[str], Any], family: str) -> None:
-    model: PreTrainedModel = benchmark("models").FAMILIES[family].model()
+def test_rows_of_several_prompts_step_as_the_model_reads(benchmark_module: Callable[[str], Any], family: str) -> None:
+    model: PreTrainedModel = benchmark_module("models").FAMILIES[family].model()
     texts = torch.randint(1, 96, (2, N_PROMPT + N_STEPS), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = torch.cat([model(text[None]).logits for text in texts])

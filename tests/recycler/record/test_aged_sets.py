@@ -20,7 +20,7 @@ from recycler.sets.scores import token_scores
 
 def chosen_sets(weights: Tensor, first: int, selection: Selection) -> RecycledSet:
     """The set that each row of `(heads, group, rows, tokens)` chooses."""
-    row_end = first + 1 + torch.arange(weights.shape[2])[:, None]
+    row_end = first + 1 + torch.arange(weights.shape[2], device=weights.device)[:, None]
     return select(token_scores(weights.transpose(1, 2), selection), selection, 0, row_end)
 
 

@@ -20,6 +20,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Where this package is not installed, it is on the path.
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    # Nor may it find a GPU, whose driver would be asked instead.
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
-def command(benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def command(benchmark_module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Imports a benchmark beside the others, which it imports by name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return benchmark
+    return benchmark_module
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses for a GPU")
