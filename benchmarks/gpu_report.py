@@ -16,7 +16,7 @@ from traces.reporting.whole_file import write_text
 _DOCS = Path(__file__).parents[1] / "docs"
 _HEAD = """# The engine on a GPU: measured
 
-`python benchmarks/gpu.py` on GPUs lent for half an hour in all, a model with random weights in the shape of
+`python benchmarks/gpu.py` on GPUs lent for three quarters of an hour in all, a model with random weights in the shape of
 Llama-3.1-8B in bf16, k = 2,048; written by `python benchmarks/gpu_report.py` from
 [results/gpu.json](results/gpu.json). How the engine is built, and what these numbers mean, is in [gpu.md](gpu.md).
 
@@ -167,10 +167,10 @@ def draw(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = style.new_figure(
         "Milliseconds per step on a GPU",
         "random weights in the shape of Llama-3.1-8B, bf16, k = 2,048; ticks: floors",
-        (12.5, 4.6),
+        (12.5, 8),
     )
     for place, ((batch, context), (machine, rows)) in enumerate(sorted(sizes.items())):
-        axes = figure.add_subplot(1, len(sizes), place + 1)
+        axes = figure.add_subplot(2, -(-len(sizes) // 2), place + 1)
         style.style_axes(axes, f"{machine}, {batch} x {context:,} tokens", "ms per step", "")
         shown = [row for row in rows if "error" not in row and not row["case"].endswith("context k")]
         shown.sort(key=lambda row: -row["step_ms"])

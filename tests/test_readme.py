@@ -171,7 +171,7 @@ def test_what_the_readme_says_of_exact_decoding_was_measured() -> None:
     assert list(told) == [f"{times[1, context, 'exact, 8']:.2f}" for context in (2000, 8000)]
 
     runs = json.loads((README.parent / "docs/results/gpu.json").read_text(encoding="utf-8"))
-    stages = next(run["stages"] for run in runs if "exact, batch 1 x 131072" in run["stages"])
+    stages = next(run["stages"] for run in reversed(runs) if "exact, batch 1 x 131072" in run["stages"])
     (*ms, once, twice) = re.findall(
         r"takes ([\d.]+) ms at 1 x 131,072 and ([\d.]+) at 8 x 65,536, ([\d.]+) and ([\d.]+) times as fast", text
     )[0]
