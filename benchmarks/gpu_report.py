@@ -16,8 +16,8 @@ from traces.reporting.whole_file import write_text
 _DOCS = Path(__file__).parents[1] / "docs"
 _HEAD = """# The engine on a GPU: measured
 
-`python benchmarks/gpu.py` on GPUs lent for three quarters of an hour in all, a model with random weights in the shape of
-Llama-3.1-8B in bf16, k = 2,048; written by `python benchmarks/gpu_report.py` from
+`python benchmarks/gpu.py` on GPUs lent for three quarters of an hour in all, a model with random weights in the shape
+of Llama-3.1-8B in bf16, k = 2,048; written by `python benchmarks/gpu_report.py` from
 [results/gpu.json](results/gpu.json). How the engine is built, and what these numbers mean, is in [gpu.md](gpu.md).
 
 Floor: weights and what is read of the cache, at the speed that a sum over memory reaches. Ideal: the full share x time
