@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +134,7 @@ class PolicyFile:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The values that `write` puts into the file."""
+        """The values that `write` puts into the file, beside their digest."""
         by = {} if self.written_by is None else {"written_by": self.written_by}
         return {
             "format": FORMAT,
@@ -146,7 +148,7 @@ class PolicyFile:
 
     @classmethod
     def from_json(cls, values: Any) -> PolicyFile:
-        """Read what `to_json` made.
+        """Read what `to_json` made, or what `write` wrote: values that do not match their digest are warned of.
 
         Raises:
             ValueError: With one sentence on what is wrong, of at most 300 characters.
@@ -164,6 +166,12 @@ class PolicyFile:
         problem = policy_file_problem(values)
         if problem is not None:
             raise ValueError(problem)
+        if values.get("digest", digest := digest_of(values)) != digest:
+            warnings.warn(
+                "this policy file was edited since it was written: its values do not match its digest. If that was "
+                'meant, remove "digest" from it.',
+                stacklevel=4,
+            )
         provenance = dict(values.get("provenance", {}))
         by = provenance.pop("written_by", None)
         return cls(
@@ -180,7 +188,8 @@ class PolicyFile:
 
     def write(self, path: Path | str) -> None:
         """Write the file beside its place, then rename it there; after an error nothing is left beside it."""
-        path, text = Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        path, values = Path(path), self.to_json()
+        text = json.dumps(values | {"digest": digest_of(values)}, indent=1, allow_nan=False) + "\n"
         partial = path.with_name(f"{uuid.uuid4().hex[:12]}.{path.name}.partial")
         try:
             partial.write_text(text, encoding="utf-8")
@@ -210,6 +219,12 @@ class PolicyFile:
             return cls.from_json(values)
         except ValueError as error:
             raise ValueError(sentence(f"{path}: {error}")) from error
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """Digest of the values of a policy file, whatever their order and layout; it tells slips, and is no signature."""
+    told = {name: value for name, value in values.items() if name != "digest"}
+    return "sha256:" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _horizon_of_format_1(provenance: Mapping[str, Any]) -> int | None:

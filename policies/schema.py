@@ -86,6 +86,10 @@ def policy_file_schema() -> dict[str, Any]:
                 },
             },
             "provenance": {"type": "object", "properties": {"written_by": {"type": "string"}}},
+            "digest": {
+                "description": "Of all else, as it was written (`policies.policy_file.digest_of`); may be left out.",
+                "type": "string",
+            },
         },
         "$defs": {
             "per_unit": {

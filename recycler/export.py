@@ -17,6 +17,7 @@ from recycler.decode.custom_generate import POLICY_NAME
 from recycler.model.default_model import DEFAULT_MODEL_ID, default_model_folder
 from recycler.model.shape import model_shape
 from traces.reporting.command import run_command
+from traces.reporting.whole_file import errors_named
 
 _GENERATE = '''"""Decodes by the policy of this folder: needs the package recycled-attention."""
 
@@ -53,7 +54,7 @@ def main(
         raise ValueError(f"{out} is there already: choose another --out, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, because a rename is atomic only inside one file system.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as temporary:
+    with errors_named(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
         for path in sorted(source.iterdir()):

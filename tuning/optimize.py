@@ -81,7 +81,8 @@ def main(
     candidates: Annotated[int, typer.Option(help="Candidates per family compared in closed loop.", min=1)] = 2,
     seed: Annotated[int, typer.Option(help="Of prompts and search.")] = 0,
     storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL for a shared study; default: a file in the output folder.")
+        str | None,
+        typer.Option(help="Optuna storage URL, or journal:///path, of a shared study; default: a file in --out."),
     ] = None,
     k: Annotated[
         str, typer.Option(help="Tokens of the recycled set, where traces are recorded; 5% is a share of the context.")

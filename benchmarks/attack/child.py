@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -84,30 +83,3 @@ def wait(child: int, seconds: float) -> int:
 def run_main(main: Callable[..., Any], *arguments: object) -> None:
     """Run a command as its own process would; ends in SystemExit."""
     run_command(main, [str(argument) for argument in arguments])
-
-
-def mount_small_disk(folder: Path, n_bytes: int) -> None:
-    """Mount a disk of so many bytes over a folder, for this process and its children only.
-
-    Raises:
-        OSError: If mounting is not allowed here.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_user, new_mounts = 0x10000000, 0x00020000
-    user, group = os.getuid(), os.getgid()
-    _check(libc.unshare(new_user | new_mounts))
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
-    resize(folder, n_bytes, flags=0)
-
-
-def resize(folder: Path, n_bytes: int, *, flags: int = 32) -> None:
-    """Give a disk that was mounted here another size (32 remounts)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    _check(libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, f"size={n_bytes}".encode()))
-
-
-def _check(result: int) -> None:
-    if result:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

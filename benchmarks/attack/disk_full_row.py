@@ -1,4 +1,4 @@
-"""Recording and tuning on a disk that fills up."""
+"""Commands on a disk that fills up."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from benchmarks.attack.child import fork, mount_small_disk, resize
+from benchmarks.attack.child import fork
+from benchmarks.attack.full_disk import fail_writes_after, mount_small_disk, resize
 from benchmarks.attack.guarded import MOST_CHARACTERS
 from benchmarks.attack.row import Row
-from benchmarks.attack.runs import COMMANDS, pick, results, run, unfinished
-from benchmarks.attack.tiny import save_tiny_model
+from benchmarks.attack.runs import COMMANDS, make_ready, pick, results, run, run_again, unfinished
 
 _PAGE, _LARGE = 4096, 2**28
 
@@ -25,8 +25,7 @@ class DiskFull(Row):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._model = folder / "model"
-        fork(lambda: save_tiny_model(self._model), folder / "log")
+        self._model = make_ready(folder)
         self._whole, self._pages = {}, {}
         for command in COMMANDS:
             out = folder / command
@@ -47,19 +46,27 @@ class DiskFull(Row):
 
     def _attack(self, command: str, disk: Path, pages: int) -> None:
         """In a child, which sees the disk alone; raises what is found."""
-        mount_small_disk(disk, pages * _PAGE)
+        is_mounted = mount_small_disk(disk, pages * _PAGE)
         out, log = disk / "out", self.folder / "inner"
-        ended = fork(partial(run, command, self._model, out), log)
+
+        def run_on_it() -> None:
+            if not is_mounted:
+                fail_writes_after(disk, pages * _PAGE)
+            run(command, self._model, out)
+
+        ended = fork(run_on_it, log)
         if ended.code not in (0, 2):
             raise RuntimeError(f"ended with {ended.code}: {ended.last}")
         if ended.code == 2 and (len(ended.last) > MOST_CHARACTERS or str(disk) not in ended.last):
             raise RuntimeError(f"the refusal names no file, or is long: {ended.last}")
         if wrong := unfinished(out):
             raise RuntimeError(f"{wrong[0]} is half a file")
-        if left := [path.name for path in out.rglob("*.partial")]:
+        beside = [path.name for path in disk.iterdir() if path != out]
+        if left := [path.name for path in out.rglob("*.partial")] + beside:
             raise RuntimeError(f"{left[0]} was left behind")
-        resize(disk, _LARGE)
-        again = fork(partial(run, command, self._model, out), log)
+        if is_mounted:
+            resize(disk, _LARGE)
+        again = fork(partial(run_again, command, self._model, out), log)
         if again.code:
             raise RuntimeError(f"with space it ended with {again.code}: {again.last}")
         if results(command, out) != self._whole[command]:

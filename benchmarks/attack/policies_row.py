@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from policies import (
     SentenceBoundary,
     StepPolicy,
 )
+from policies.policy_file import digest_of
 from recycler.decode.recycled import recycled
 from recycler.model.shape import model_shape
 
@@ -59,20 +61,25 @@ class Policies(Row):
         self._prompt = torch.randint(1, 200, (1, 50), generator=torch.Generator().manual_seed(1))
         shape = model_shape(self._model, "tiny")
         provenance = {"traces": ["sha256:abc"], "budget": 0.1, "closed_loop": {"steps": 64, "kl": 0.02}}
-        self._files = [
-            PolicyFile(policy, _SELECTIONS[i % 3], shape, provenance, horizon_steps=None if i % 2 else 512).to_json()
-            for i, policy in enumerate(_POLICIES)
-        ]
+        self._files = []
+        for i, policy in enumerate(_POLICIES):
+            path = folder / "whole.json"
+            PolicyFile(policy, _SELECTIONS[i % 3], shape, provenance, horizon_steps=None if i % 2 else 512).write(path)
+            self._files.append(json.loads(path.read_text()))
         self._decode(PolicyFile.from_json(self._files[0]), True)
 
     def case(self, rng: random.Random) -> str | None:
         path = self.folder / "policy.json"
         content = damaged_text(rng.choice(self._files), rng)
         path.write_bytes(content)
-        file, wrong = guarded(lambda: PolicyFile.read(path))
-        if wrong is None and file is not None:
+        read, wrong = guarded(lambda: _read(path))
+        if wrong is None and read is not None:
+            file, is_warned = read
             # Read in the way of any other program.
-            wrong = _difference(json.loads(content), json.loads(json.dumps(file.to_json())))
+            held = json.loads(content)
+            if is_warned != ("digest" in held and held["digest"] != digest_of(held)):
+                wrong = f"it was {'' if is_warned else 'not '}said that the digest does not match"
+            wrong = wrong or _difference(held, json.loads(json.dumps(file.to_json())))
             fast = rng.random() < 0.5
             wrong = wrong or guarded(lambda: self._decode(file, fast))[1]
         return wrong and f"{wrong} | {content[:200]!r}"
@@ -82,10 +89,20 @@ class Policies(Row):
             self._model.generate(self._prompt, max_new_tokens=9, do_sample=False)  # type: ignore[operator]
 
 
+def _read(path: Path) -> tuple[PolicyFile, bool]:
+    """The file, and whether it was said that its digest does not match."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", RuntimeWarning)
+        file = PolicyFile.read(path)
+    return file, any("digest" in str(one.message) for one in said)
+
+
 def _difference(held: Any, written: Any) -> str | None:
     """Where a file holds another value than what was written back after reading it."""
     defaults = dataclasses.asdict(Selection(held["selection"]["k"], window=0, sinks=0)) | {"sinks": 4, "window": 32}
     held["selection"] = {**json.loads(json.dumps(defaults)), **held["selection"]}
+    held.pop("digest", None)
     for values in (held, written):
         # What is written is of the newest format, which says where the steps came from.
         values.pop("format")

@@ -18,6 +18,7 @@ from traces import TraceFile
 from tuning.divide.tuning_data import TuningData
 from tuning.families import FAMILIES
 from tuning.replay.trace_batch import TraceBatch
+from tuning.search.shared_storage import shared_storage
 from tuning.search.study import search_family
 
 _N_TRIALS = 12
@@ -34,7 +35,7 @@ class Workers(Row):
             file.unlink()
         arrays, header = tiny_trace("one", "prose", "tiny", 0)
         save(self.folder / "one.safetensors", arrays, json.dumps(header))
-        storage = f"sqlite:///{self.folder}/study.db"
+        storage = rng.choice(("sqlite", "journal")) + f":///{self.folder}/study"
         # In a child: compiled replay has threads, which a fork does not copy.
         children = [
             start(lambda seed=seed: self._search(storage, seed), self.folder / f"log{seed}") for seed in range(3)
@@ -44,9 +45,9 @@ class Workers(Row):
         codes = [wait(child, 120) for child in children[1:]]
         logs = [(self.folder / f"log{seed}").read_text().strip().splitlines()[-1:] for seed in (1, 2)]
         if killed not in (0, KILLED) or codes != [0, 0]:
-            return f"workers ended with {killed} (killed), {codes}: {logs}"
+            return f"{storage.partition(':')[0]}: workers ended with {killed} (killed), {codes}: {logs}"
         ended = fork(lambda: _check(storage), self.folder / "log")
-        return None if ended.code == 0 else f"the study ended with {ended.last}"
+        return None if ended.code == 0 else f"the study of {storage} ended with {ended.last}"
 
     def _search(self, storage: str, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -57,7 +58,7 @@ class Workers(Row):
 
 
 def _check(storage: str) -> None:
-    trials = optuna.load_study(study_name="one", storage=storage).get_trials()
+    trials = optuna.load_study(study_name="one", storage=shared_storage(storage)).get_trials()
     n_complete = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
     if n_complete < _N_TRIALS:
         raise RuntimeError(f"{n_complete} complete trials of {_N_TRIALS}")

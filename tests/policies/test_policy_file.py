@@ -46,10 +46,29 @@ class TestWriteAndRead:
     def test_the_file_is_plain_json_with_the_designed_keys(self, file: PolicyFile, tmp_path: Path) -> None:
         file.write(tmp_path / "policy.json")
         values = json.loads((tmp_path / "policy.json").read_text(encoding="utf-8"))
-        assert list(values) == ["format", "policy", "selection", "model", "horizon_steps", "provenance"]
+        assert list(values) == ["format", "policy", "selection", "model", "horizon_steps", "provenance", "digest"]
         assert values["format"] == 2
         assert values["selection"]["group"] == "mean"
         assert values["model"] == {"id": "tiny", "layers": 2, "kv_heads": 3, "query_heads": 6, "head_dim": 8}
+
+    def test_a_file_that_was_edited_says_so_and_is_read(self, file: PolicyFile, tmp_path: Path) -> None:
+        path = tmp_path / "policy.json"
+        file.write(path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["selection"]["k"] = 65
+        path.write_text(json.dumps(values))
+        with pytest.warns(UserWarning, match="its values do not match its digest"):
+            assert PolicyFile.read(path).selection.k == 65
+        # As the sentence says.
+        del values["digest"]
+        assert PolicyFile.from_json(values).selection.k == 65
+
+    def test_another_order_or_layout_is_no_edit(self, file: PolicyFile, tmp_path: Path) -> None:
+        path = tmp_path / "policy.json"
+        file.write(path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(dict(reversed(values.items())), indent=7))
+        assert PolicyFile.read(path) == file
 
     def test_what_has_a_default_may_be_left_out(self, file: PolicyFile) -> None:
         values = file.to_json() | {"selection": {"k": 64}}

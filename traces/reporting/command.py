@@ -41,7 +41,9 @@ def run_command(
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
-        _fail(f"error: the disk is full and {error.filename} was not written: make room, and run it again.", 2)
+        # Of a copy the second name is that of what was to be written.
+        name = error.filename2 or error.filename
+        _fail(f"error: the disk is full and {name} was not written: make room, and run it again.", 2)
     except Exception as error:
         # The parser's own complaints; their base class has moved between typer releases.
         if not hasattr(error, "format_message"):

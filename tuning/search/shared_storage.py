@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
+
+from tuning.search.study_file import study_storage
+
+_JOURNAL = "journal:///"
 
 # Tables are made by whoever comes first; all others find them half made.
 _TRIES = 20
@@ -18,9 +23,15 @@ _SECONDS_LOCKED = 60
 def shared_storage(url: str) -> BaseStorage:
     """Open the storage behind a URL, and make its tables if nobody else does.
 
+    Args:
+        url: As Optuna takes them, or `journal:///path` for a file of Optuna's journal, which may lie on a network file
+            system.
+
     Raises:
         ValueError: If it cannot be opened.
     """
+    if url.startswith(_JOURNAL):
+        return study_storage(Path("/", url.removeprefix(_JOURNAL)))
     for tries_left in reversed(range(_TRIES)):
         try:
             if url.startswith("sqlite"):
