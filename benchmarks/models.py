@@ -66,9 +66,9 @@ _HEAD_OF_PAGE = """\
 Which architectures of transformers are recycled, and how: `python benchmarks/models.py` writes this page, and a test
 fails where a line is no longer true. Each line is of a tiny random model, mostly with four layers.
 
-- **Decodes on**: the engine that takes its decode steps on a CPU. The plain path runs every model whose attention goes
-  through transformers' `AttentionInterface`, with the model's own modules; soft-capping and attention sinks are
-  computed there.
+- **Decodes on**: what takes its decode steps on a CPU. `cpu` is the engine, `cpu_modules` its attention between the
+  model's own modules, `plain` the path that runs every model whose attention goes through transformers'
+  `AttentionInterface`. Soft-capping and attention sinks are computed in all that meet them.
 - **Recycled**: layers that attend to the whole context. Layers with a window, chunks, convolutions or a recurrence read
   a bounded part of it whatever its length: they **pass through** untouched and are no units, so a budget is one of the
   recycled layers. A model all of whose layers have a window is recycled as long as the context lies within it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,17 +150,21 @@ class KvLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return 0 if self.key is None else self.key.n_tokens
 
 
-def growing_layers(cache: DynamicCache) -> list[KvLayer]:
-    """Replace a cache's layers by ones that grow in place, and return them.
+def growing_layers(cache: DynamicCache, indices: Collection[int] | None = None) -> list[KvLayer]:
+    """Replace a cache's layers, or some of them, by ones that grow in place, and return them.
 
     Raises:
-        TypeError: If a layer is of another kind than a plain `DynamicLayer`; nothing is replaced then.
+        TypeError: If one of them is of another kind than a plain `DynamicLayer`, or holds no tokens; nothing is
+            replaced then.
     """
-    for layer in cache.layers:
+    chosen = range(len(cache.layers)) if indices is None else sorted(indices)
+    layers = [cache.layers[index] if index < len(cache.layers) else None for index in chosen]
+    for layer in layers:
         if type(layer) not in (DynamicLayer, KvLayer):
             raise TypeError(type(layer).__name__)
-    grown = [layer if isinstance(layer, KvLayer) else _grown(layer) for layer in cache.layers]
-    cache.layers[:] = grown
+    grown = [layer if isinstance(layer, KvLayer) else _grown(layer) for layer in layers]
+    for index, layer in zip(chosen, grown, strict=True):
+        cache.layers[index] = layer
     return grown
 
 

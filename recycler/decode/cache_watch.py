@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recycler.model.decoder_parts import NotCovered
+
 CACHE_CHANGED = (
     "the KV cache changed between two decode steps (rows reordered, tokens removed, or another cache): "
     "beam search and assisted decoding cannot run recycled; use greedy search or sampling."
@@ -35,7 +37,14 @@ class CacheWatch:
         self._remember(key)
 
     def check(self, key: Tensor | None) -> None:
-        """Raise unless the keys are those seen last."""
+        """Raise unless the keys are those seen last.
+
+        Raises:
+            NotCovered: If these are other numbers than attention reads, as the latents of MLA (arXiv 2405.04434) are.
+            ValueError: If they are not.
+        """
+        if key is not None and (key.shape[1], key.shape[3]) != self._last_key.shape[1:]:
+            raise NotCovered("its cache holds something else than the keys that attention reads")
         same = key is not None and key.shape[0] == self._last_key.shape[0] and key.shape[2] >= self._end > 0
         if key is None or not same or not _same(key[:, :, self._end - 1], self._last_key):
             raise ValueError(CACHE_CHANGED)

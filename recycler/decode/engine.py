@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 
 import numpy as np
 from torch import Tensor
+from transformers import DynamicCache
 
 from policies import StepPolicy
 from recycler.decode.cache import KvLayer
@@ -124,18 +125,29 @@ class Engine(ABC):
     """A decoder for one model.
 
     Building one raises `NotCovered` if it does not run the model.
+
+    Attributes:
+        name: In receipts.
+        holds_weights: Whether it refers to the model's weights, and so follows no change of its modules.
+        why_modules: Why the model's own modules run, as a clause; empty if they do not.
     """
 
     name: str
+    holds_weights = True
+    why_modules = ""
 
     @abstractmethod
-    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> Decoding:
+    def begin(
+        self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, passing: DynamicCache | None = None
+    ) -> Decoding:
         """Start decoding after a prompt.
 
         Args:
-            layers: The cache, with the prompt in it; the engine appends to it.
+            layers: The cache of recycled layers, with the prompt in it; the engine appends to it.
             first: What the prompt left behind.
             policy: Who decides.
+            passing: The cache of layers that pass through; None if all are recycled, as in models that engines run
+                whose kernels do all of a step.
 
         Raises:
             NotCovered: If the engine does not run this.

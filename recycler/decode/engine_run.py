@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from recycler.decode.counts import dense_tokens
 from recycler.decode.engine import Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.forward_call import ForwardCall
+from recycler.decode.passing_layers import beside_recycled
 from recycler.decode.tally import Tally
 from recycler.model.decoder_parts import NotCovered
 
@@ -30,13 +33,16 @@ class EngineRun:
         call: The first of them.
         policy: Who decides.
         first: What the prompt left behind.
+        recycled: Indices of the recycled layers.
 
     Raises:
         NotCovered: If the engine does not run them.
         ValueError: If the cache is not the one that prefill filled.
     """
 
-    def __init__(self, engine: Engine, call: ForwardCall, policy: StepPolicy, first: FirstSets) -> None:
+    def __init__(
+        self, engine: Engine, call: ForwardCall, policy: StepPolicy, first: FirstSets, recycled: Collection[int]
+    ) -> None:
         cache = call.arguments.get("past_key_values")
         if cache is not None and not isinstance(cache, DynamicCache):
             raise NotCovered(f"it runs a DynamicCache, and this is a {type(cache).__name__}")
@@ -51,8 +57,9 @@ class EngineRun:
         self._device = call.tokens.device
         if cache.get_seq_length() != first.end or len(self._start) != rows:
             raise ValueError(CACHE_CHANGED)
+        before = list(cache.layers)
         try:
-            self._layers = growing_layers(cache)
+            self._layers = growing_layers(cache, recycled)
         except TypeError as error:
             raise NotCovered(f"the cache has a {error}") from error
         self._cache = cache
@@ -62,7 +69,12 @@ class EngineRun:
         self._dtype = self._layers[0].dtype
         self._n_prompt = self._n_tokens
         self._mask: Tensor | None = None
-        self.decoding = engine.begin(self._layers, first, policy)
+        passing = None if len(recycled) == len(cache.layers) else beside_recycled(cache, recycled, first.end)
+        try:
+            self.decoding = engine.begin(self._layers, first, policy, passing)
+        except NotCovered:
+            cache.layers[:] = before
+            raise
 
     def add_to(self, tally: Tally) -> None:
         """Tell what was done so far.

@@ -21,7 +21,7 @@ class Begun(NamedTuple):
     Attributes:
         decoding: The decoding.
         engine: Name of its engine.
-        why_plain: Why it is the plain path, as a clause; empty if it is not.
+        why_plain: Why it is the plain path, or runs the model's own modules, as a clause; empty if it does not.
     """
 
     decoding: Decoding
@@ -40,7 +40,12 @@ def engine_for(model: PreTrainedModel) -> Engine:
             from recycler.decode.cpu.engine import CpuEngine
         except ImportError as error:
             raise NotCovered(f"the cpu engine needs numba, which is not installed ({error})") from error
-        return CpuEngine(model)
+        try:
+            return CpuEngine(model)
+        except NotCovered as reason:
+            from recycler.decode.cpu.modules import CpuModulesEngine
+
+            return CpuModulesEngine(model, str(reason))
     if model.device.type == "cuda":
         try:
             from recycler.decode.cuda.engine import CudaEngine
@@ -85,7 +90,7 @@ def begin_decoding(
     if fast:
         try:
             engine = engine_for(model)
-            return Begun(engine.begin(layers, first, policy), engine.name, "")
+            return Begun(engine.begin(layers, first, policy, passing), engine.name, engine.why_modules)
         except NotCovered as reason:
             why_plain = str(reason)
-    return Begun(PlainEngine(model, passing).begin(layers, first, policy), PlainEngine.name, why_plain)
+    return Begun(PlainEngine(model).begin(layers, first, policy, passing), PlainEngine.name, why_plain)

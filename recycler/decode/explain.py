@@ -52,7 +52,8 @@ class Explanation:
 
     def print(self, console: Console) -> None:
         """Print it as sentences."""
-        plainly = f": the plain path, because {self.why_plain}" if self.why_plain else ""
+        what = "the model's own modules" if self.engine == "cpu_modules" else "the plain path"
+        plainly = f": {what}, because {self.why_plain}" if self.why_plain else ""
         console.print(f"decode steps run on engine {self.engine}{plainly}")
         console.print(
             f"at most {self.full_share:.1%} of unit-steps run full, which reads at most {self.read_share:.1%} of what "
@@ -99,7 +100,8 @@ def explain(
     engine, why_plain = "plain", "" if fast else "fast is False"
     if fast:
         try:
-            engine = engine_for(model).name
+            found = engine_for(model)
+            engine, why_plain = found.name, found.why_modules
         except NotCovered as reason:
             why_plain = str(reason)
     sizes = np.broadcast_to(

@@ -86,11 +86,17 @@ class LastPrompt:
             return FirstSets.of(layers, np.full(1, self._start), self._end)
         return FirstSets.of(layers, self._start[:, 0, 0].cpu().numpy(), self._end)
 
-    def check(self, cache: Any) -> None:
+    def check(self, cache: Any, recycled: Mapping[int, int]) -> None:
         """Refuse a cache that is not as the prompt left it.
 
+        Args:
+            cache: The cache.
+            recycled: Which recycled layer each of its layers is, as in `recycled_layers`.
+
         Raises:
+            NotCovered: If it holds something else than the keys that attention reads.
             ValueError: If it is another.
         """
-        for watch, layer in zip(self._watches.values(), getattr(cache, "layers", ()), strict=False):
-            watch.check(layer.keys)
+        for index, layer in enumerate(getattr(cache, "layers", ())):
+            if index in recycled:
+                self._watches[recycled[index]].check(layer.keys)

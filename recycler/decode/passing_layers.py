@@ -39,13 +39,18 @@ class PassingLayers:
         return rows
 
     def _without_recycled(self, cache: DynamicCache) -> DynamicCache:
-        without = copy.copy(cache)
-        without.layers = list(cache.layers)
-        for index in self._recycled:
-            # A layer that attends to the tokens of another one has none of its own.
-            if getattr(cache.layers[index], "keys", None) is not None:
-                without.layers[index] = _Elsewhere(cache.get_seq_length(index))
-        return without
+        # A layer that attends to the tokens of another one has none of its own.
+        held = [index for index in self._recycled if getattr(cache.layers[index], "keys", None) is not None]
+        return beside_recycled(cache, held, cache.get_seq_length(held[0]) if held else 0)
+
+
+def beside_recycled(cache: DynamicCache, recycled: Collection[int], n_tokens: int) -> DynamicCache:
+    """A cache with the very layers of another one that pass through, and recycled ones that only count their tokens."""
+    without = copy.copy(cache)
+    without.layers = list(cache.layers)
+    for index in recycled:
+        without.layers[index] = _Elsewhere(n_tokens)
+    return without
 
 
 class _Elsewhere(DynamicLayer):  # type: ignore[no-untyped-call]

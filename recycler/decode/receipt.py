@@ -23,7 +23,7 @@ class Receipt:
     Attributes:
         engine: What computed the attention: "plain", or the name of an engine; both, joined by "+", if some prompts
             were decoded on one and some on the other.
-        why_plain: Why the plain path was taken, as a clause; empty if it was not.
+        why_plain: Why the plain path was taken, or the model's own modules ran, as a clause; empty if neither did.
         n_steps: Decode steps; prefill is none.
         n_rows: Rows of the largest batch.
         row_steps: Decode steps, each counted once per row of its batch.
@@ -172,7 +172,8 @@ class Receipt:
             budgets = " ".join(f"{100 * window.budget:.2g}" for window in self.governed)
             console.print(f"  governed: budgets between audits, in percent: {budgets}")
         if self.why_plain:
-            console.print(f"  the plain path was taken because {self.why_plain}")
+            ran = "the model's own modules ran" if self.engine == "cpu_modules" else "the plain path was taken"
+            console.print(f"  {ran} because {self.why_plain}")
         for note in (*self.notes, self.beyond_horizon):
             if note:
                 console.print(f"  {note}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from policies import StepPolicy
 from policies.stops import DraftSignals, StopRule
@@ -17,6 +18,7 @@ from recycler.decode.counts import Totals
 from recycler.decode.engine import Decoding, Drafting, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.round_counts import RoundCounts
+from recycler.model.decoder_parts import NotCovered
 
 # A row that is so many verified tokens ahead of the text takes no part in a round.
 _FAR_AHEAD_TOKENS = 32
@@ -56,10 +58,14 @@ class ExactEngine(Engine):
     """
 
     def __init__(self, engine: Engine, stop: StopRule, most_tokens: int) -> None:
-        self.name = engine.name
+        self.name, self.holds_weights, self.why_modules = engine.name, engine.holds_weights, engine.why_modules
         self._engine, self._stop, self._most_tokens = engine, stop, most_tokens
 
-    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> Rounds:
+    def begin(
+        self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, passing: DynamicCache | None = None
+    ) -> Rounds:
+        if passing is not None:
+            raise NotCovered("layers with a window or a recurrence do not take back what was drafted")
         drafting = self._engine.begin_drafts(layers, first, policy)
         return Rounds(drafting, self._stop, layers, first, self._most_tokens)
 

@@ -17,7 +17,6 @@ from policies import Selection, StepPolicy
 from policies.stops import StopRule
 from recycler.decode import engines
 from recycler.decode.audit import Auditor
-from recycler.decode.cache_watch import CACHE_CHANGED
 from recycler.decode.engine import Engine
 from recycler.decode.engine_run import EngineRun
 from recycler.decode.forward_call import ForwardCall
@@ -47,6 +46,10 @@ NOTHING_RECYCLED = (
 SPOILED = (
     "an audit was interrupted, and this KV cache holds neither the tokens before it nor those after it: read the text "
     "again with another cache."
+)
+STEPPED_INSIDE = (
+    "a decode step did not come through the model's forward, as those before it did: inner modules were called, or the "
+    "forward is another one since the prompt. Call the model itself, or use recycled(..., fast=False)."
 )
 MODEL_CHANGED = (
     "the model changed after its prompt was read: a module, a weight or a hook of it is another one, and a decode step "
@@ -105,7 +108,9 @@ class Session:
 
     def use(self, engine: Engine) -> None:
         """Run decode steps on an engine, as far as it covers them."""
-        self._engine, self._watch = self._in_rounds(engine), ModelWatch(self._model)
+        self._engine = self._in_rounds(engine)
+        self._watch = ModelWatch(self._model) if engine.holds_weights else None
+        self._turns.why_plain = engine.why_modules
 
     def stay_plain(self, reason: str) -> None:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
@@ -206,7 +211,7 @@ class Session:
             if self._run is None:
                 self._run = self._plain_run()
             if isinstance(self._run, EngineRun):
-                raise ValueError(CACHE_CHANGED)
+                raise ValueError(STEPPED_INSIDE)
             attended = self._run.attend(layer, query, keys, values, visible, scoring, self._fed)
             if not attended.recycled[0].numel():
                 # The very numbers of the stock function, so that always full is the stock decoder.
@@ -237,17 +242,19 @@ class Session:
             try:
                 if self._watch is not None and self._watch.has_changed:
                     self.use(engines.engine_for(self._model))
-                self._prompt.check(call.arguments.get("past_key_values"))
-                return EngineRun(self._engine, call, self._deciding, self._prompt.first_sets())
+                self._prompt.check(call.arguments.get("past_key_values"), self._layers)
+                return self._engine_run(self._engine, call)
             except NotCovered as reason:
-                self._turns.why_plain = str(reason)
+                self._turns.why_plain = self._engine.why_modules or str(reason)
         if self._exact is not None:
-            engine = self._in_rounds(PlainEngine(self._model, inside_of=self))
             try:
-                return EngineRun(engine, call, self._deciding, self._prompt.first_sets())
+                return self._engine_run(self._in_rounds(PlainEngine(self._model, inside_of=self)), call)
             except NotCovered as reason:
                 raise ValueError(f"exact decoding takes drafts back, and {reason}: leave out exact.") from reason
         return self._plain_run()
+
+    def _engine_run(self, engine: Engine, call: ForwardCall) -> EngineRun:
+        return EngineRun(engine, call, self._deciding, self._prompt.first_sets(), self._layers)
 
     def _in_rounds(self, engine: Engine) -> Engine:
         return engine if self._exact is None else ExactEngine(engine, self._exact, self._most_tokens)

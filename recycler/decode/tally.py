@@ -109,7 +109,7 @@ class Tally:
             tokens_read=self._tokens_read.copy(),
             tokens_dense=self._tokens_dense.copy(),
             reasons={reason: units.copy() for reason, units in self._reasons.items()},
-            why_plain=why_plain if "plain" in self._engines else "",
+            why_plain=why_plain if {"plain", "cpu_modules"} & set(self._engines) else "",
             longest_steps=self._longest_steps,
             horizon_steps=horizon_steps,
             notes=notes,

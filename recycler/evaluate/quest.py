@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from recycler.decode.counts import RunningTotals, Totals
 from recycler.decode.engine import Decoding
-from recycler.decode.plain.modules import forward_on_modules
+from recycler.decode.own_modules import forward_on_modules
 from recycler.decode.read_prompt import ReadPrompt
 from recycler.decode.rows import Rows
 from recycler.evaluate.method import Method

@@ -49,6 +49,20 @@ class LayerWeights(NamedTuple):
     down_bias: Array
 
 
+class Products(NamedTuple):
+    """What becomes of query x key; see `recycler.sets.scores.Scoring`.
+
+    Attributes:
+        scaling: Factor on it.
+        softcap: Logits become `softcap * tanh(logits / softcap)`; 0 for as they are.
+        sink_logits: Float `(kv_heads, group)`: of a sink that takes part of the output; or `(0, 0)`.
+    """
+
+    scaling: float
+    softcap: float
+    sink_logits: Array
+
+
 class Cache(NamedTuple):
     """All keys and values of a layer, as stored, in order of place.
 

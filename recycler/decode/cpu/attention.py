@@ -24,6 +24,7 @@ def attend_tokens(
     begin: int,
     end: int,
     scaling: float,
+    softcap: float,
     block: Any,
     highest: Any,
     total: Any,
@@ -42,6 +43,7 @@ def attend_tokens(
         begin: First token.
         end: One past the last.
         scaling: Factor on query x key.
+        softcap: As in `Products`.
         block: Float `(group, BLOCK_TOKENS)`, for intermediate results.
         highest: Float `(group,)`: the largest logit so far, `NOTHING` at first.
         total: Float `(group,)`: sum of exp(logit - highest) so far.
@@ -58,6 +60,8 @@ def attend_tokens(
         n = min(BLOCK_TOKENS, end - low)
         _logits(query, keys, next_read, ahead, low, n, scale, block)
         for head in range(group):
+            if softcap > 0:
+                _cap(block[head, :n], query.dtype.type(softcap))
             if keep_logits:
                 copy(block[head, :n], logits[head, first_logit + low : first_logit + low + n])
             _weigh(block[head, :n], head, highest, total, output)
@@ -76,6 +80,12 @@ def copy(source: Any, target: Any) -> None:
 def multiply(row: Any, factor: Any) -> None:
     for i in range(row.shape[0]):
         row[i] *= factor
+
+
+@helper(fastmath=True)
+def _cap(row: Any, softcap: Any) -> None:
+    for j in range(row.shape[0]):
+        row[j] = softcap * np.tanh(row[j] / softcap)
 
 
 @helper(fastmath=True)
@@ -151,6 +161,16 @@ def _add_values(weights: Any, values: Any, keys: Any, low: int, n: int, output: 
             a = weights[head, j]
             for d in range(head_dim):
                 output[head, d] += a * widen(values[low + j, d])
+
+
+@helper(fastmath=True)
+def leave_to_sinks(out: Any, normaliser: Any, sink_logits: Any) -> None:
+    """Take from a unit's attention, Float `(group, head_dim)`, what its sinks, Float `(group,)`, have of it."""
+    for head in range(out.shape[0]):
+        above = normaliser[head] - sink_logits[head]
+        # The sigmoid by e^-|x|: our exponential is for arguments up to 0.
+        shrunk = exp(-abs(above))
+        multiply(out[head], (1 if above > 0 else shrunk) / (1 + shrunk))
 
 
 @helper(fastmath={"contract"})

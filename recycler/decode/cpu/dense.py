@@ -71,6 +71,12 @@ def _rotate_and_measure(
     scratch: Scratch,
 ) -> None:
     _rotate_and_append(weights, cosine, sine, cache, fed, scratch)
+    measure_similarities(units, signals, rules, scratch)
+
+
+@helper(fastmath=True)
+def measure_similarities(units: Units, signals: Array, rules: Rules, scratch: Scratch) -> None:
+    """Cosines between the step's queries and earlier ones, as far as they are wanted."""
     if rules.wants_query_similarity:
         _cosine_similarity(scratch.unit_query, units.full_query, signals, QUERY_SIMILARITY)
     if rules.wants_step_similarity:

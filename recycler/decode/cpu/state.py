@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from policies import GroupPooling, Selection
 from recycler.decode.cache import GrowingTokens, KvLayer
-from recycler.decode.cpu.arrays import Array, Cache, LayerWeights, Rules, Scratch, Units
+from recycler.decode.cpu.arrays import Array, Cache, LayerWeights, Products, Rules, Scratch, Units
 from recycler.decode.cpu.attention import BLOCK_TOKENS
 from recycler.decode.first_sets import FirstSets
 from recycler.model.decoder_parts import NotCovered, bias_of
+from recycler.sets.scores import Scoring
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -32,6 +35,27 @@ def weight_array(weight: Tensor) -> Array:
     if not weight.is_contiguous():
         raise NotCovered("it reads weights row after row, and one of the model's lies otherwise")
     return as_array(weight)
+
+
+def float_type_of(dtype: torch.dtype) -> type:
+    """What kernels compute in for a model in some type.
+
+    Raises:
+        NotCovered: If there are none for it.
+    """
+    if dtype not in _DTYPES:
+        raise NotCovered(f"it runs {', '.join(map(str, _DTYPES))}, and the model is in {dtype}")
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def products_of(scoring: Scoring, float_type: type) -> Products:
+    """What becomes of query x key, as kernels are told."""
+    sinks = scoring.sink_logits
+    return Products(
+        scoring.scaling,
+        scoring.softcap or 0.0,
+        np.empty((0, 0), dtype=float_type) if sinks is None else sinks.detach().double().numpy().astype(float_type),
+    )
 
 
 def cache_of(key: GrowingTokens, value: GrowingTokens) -> Cache:
@@ -111,10 +135,12 @@ def first_units(
     )
 
 
-def scratch_of(weights: LayerWeights, units: Units, group: int, places: int, float_type: type) -> Scratch:
+def scratch_of(
+    units: Units, group: int, places: int, float_type: type, hidden: int = 0, intermediate: int = 0
+) -> Scratch:
+    """Room for a layer; `hidden` and `intermediate` are sizes of what kernels do besides attention, 0 for nothing."""
     rows, kv_heads, head_dim = units.full_query.shape
     k = units.positions.shape[-1]
-    hidden, intermediate = weights.norm.shape[0], weights.gate.shape[0]
     n_units, n_threads = rows * kv_heads, numba.config.NUMBA_NUM_THREADS
 
     def empty(*shape: int) -> Array:

@@ -6,8 +6,8 @@ import numpy as np
 from numba import prange
 
 from policies.compiled.kernel import helper
-from recycler.decode.cpu.arrays import Array, Cache, Rules, Scratch, Units
-from recycler.decode.cpu.attention import NOTHING, attend_tokens, merge
+from recycler.decode.cpu.arrays import Array, Cache, Products, Rules, Scratch, Units
+from recycler.decode.cpu.attention import NOTHING, attend_tokens, leave_to_sinks, merge
 from recycler.decode.cpu.compiled import kernel
 from recycler.decode.cpu.sets import admit, choose_set, group_scores, mark_set, measure_set
 from recycler.decode.modes import FULL, KEYS_ONLY, RECYCLED, SKIP
@@ -19,7 +19,7 @@ _REFRESH, _ATTEND = 0, 1
 @kernel(parallel=True, fastmath={"contract"})
 def attend(
     full: Array,
-    scaling: float,
+    products: Products,
     start: Array,
     cache: Cache,
     n_own: Array,
@@ -37,7 +37,7 @@ def attend(
 
     Args:
         full: bool `(rows, kv_heads)`: units that decided for a full step.
-        scaling: Factor on query x key.
+        products: What becomes of query x key.
         start: int64 `(rows,)`: place of each row's first token.
         cache: Of the layer.
         n_own: int64 `(rows,)`: own tokens in it, this step's included; 0 for rows that take no part in this step.
@@ -50,9 +50,11 @@ def attend(
     first_turn = _begin(full, start, cache, n_own, units, rules, scratch)
     for turn in range(first_turn, _ATTEND + 1):
         for thread in prange(n_threads):
-            _walk_share(np.int64(thread), n_threads, turn, scaling, start, cache, n_own, units, rules, scratch)
+            _walk_share(np.int64(thread), n_threads, turn, products, start, cache, n_own, units, rules, scratch)
         for thread in prange(n_threads):
-            _settle_share(np.int64(thread), n_threads, turn, start, cache, n_own, units, signals, rules, scratch)
+            _settle_share(
+                np.int64(thread), n_threads, turn, products, start, cache, n_own, units, signals, rules, scratch
+            )
 
 
 @helper()
@@ -97,7 +99,7 @@ def _walk_share(
     thread: int,
     n_threads: int,
     turn: int,
-    scaling: float,
+    products: Products,
     start: Array,
     cache: Cache,
     n_own: Array,
@@ -149,7 +151,8 @@ def _walk_share(
                 values,
                 begin,
                 stop,
-                scaling,
+                products.scaling,
+                products.softcap,
                 scratch.block[thread],
                 scratch.highest[thread, unit],
                 scratch.total[thread, unit],
@@ -197,6 +200,7 @@ def _settle_share(
     thread: int,
     n_threads: int,
     turn: int,
+    products: Products,
     start: Array,
     cache: Cache,
     n_own: Array,
@@ -220,6 +224,8 @@ def _settle_share(
             scratch.normaliser[unit],
             mode != KEYS_ONLY,
         )
+        if mode != KEYS_ONLY and products.sink_logits.shape[0] > 0:
+            leave_to_sinks(scratch.attended[row, head], scratch.normaliser[unit], products.sink_logits[head])
         _copy(scratch.unit_query[row], head, units.last_query[row], head)
         if mode == RECYCLED:
             units.stale[row, head] = False

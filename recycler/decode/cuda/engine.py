@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from policies import SIGNALS, GroupPooling, NotAProgram, StepPolicy
 from recycler.decode.cache import KvLayer, of_rows
@@ -64,7 +64,9 @@ class CudaEngine(Engine):
         self._weights = [layer_weights(layer) for layer in parts.layers]
         self._last = last_weights(parts)
 
-    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> CudaDecoding:
+    def begin(
+        self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, passing: DynamicCache | None = None
+    ) -> CudaDecoding:
         if first.selection.group == GroupPooling.LAYER_MEAN:
             raise NotCovered("it pools scores over the heads of a KV group, and the selection over those of a layer")
         # Tensors that all steps may write to, whatever mode the prompt was read in.

@@ -14,9 +14,9 @@ from recycler.decode.cache import KvLayer
 from recycler.decode.counts import Totals
 from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
+from recycler.decode.own_modules import forward_on_modules
 from recycler.decode.plain.attention import MaskedSets
 from recycler.decode.plain.drafting import PlainDrafting
-from recycler.decode.plain.modules import forward_on_modules
 from recycler.decode.plain.step import PlainUnits
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.shape import n_layers, recycled_layers
@@ -28,17 +28,18 @@ class PlainEngine(Engine):
 
     Args:
         model: The model; it is touched only during a step.
-        passing: The cache of layers that pass through; None if all are recycled.
         inside_of: Whose functions run in the place of the model's where steps are taken; None for nobody's.
     """
 
-    name = "plain"
+    name, holds_weights = "plain", False
 
-    def __init__(self, model: PreTrainedModel, passing: DynamicCache | None = None, inside_of: object = None) -> None:
-        self._model, self._passing, self._inside_of = model, passing, inside_of
+    def __init__(self, model: PreTrainedModel, inside_of: object = None) -> None:
+        self._model, self._inside_of = model, inside_of
 
-    def begin(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> PlainDecoding:
-        return PlainDecoding(self._model, layers, first, policy, self._passing)
+    def begin(
+        self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, passing: DynamicCache | None = None
+    ) -> PlainDecoding:
+        return PlainDecoding(self._model, layers, first, policy, passing)
 
     def begin_drafts(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> PlainDrafting:
         if len(recycled_layers(self._model)) < n_layers(self._model):

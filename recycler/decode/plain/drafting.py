@@ -14,8 +14,8 @@ from recycler.decode.cache import KvLayer
 from recycler.decode.counts import RunningTotals, Totals
 from recycler.decode.engine import Drafting
 from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_layer
+from recycler.decode.own_modules import forward_on_modules
 from recycler.decode.plain.attention import MaskedSets
-from recycler.decode.plain.modules import forward_on_modules
 from recycler.decode.plain.step import PlainUnits
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.shape import window_of_recycled_layers

@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 
 from policies import Selection, StepPolicy, StepSignals
 from recycler.decode import engines
+from recycler.decode.cpu.modules import CpuModulesEngine
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.engine import Engine
@@ -69,6 +70,7 @@ SUBJECTS = [
     # Sessions run the model's own forward then; rows of one prompt run on `PlainEngine`.
     Subject("plain", None, narrow=(torch.float32, torch.bfloat16, torch.float16)),
     Subject("cpu", engines.engine_for),
+    Subject("cpu_modules", lambda model: CpuModulesEngine(model, "a test asks for it")),
     # In float32, sums of another order.
     Subject(
         name="cuda",

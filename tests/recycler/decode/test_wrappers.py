@@ -150,7 +150,7 @@ def test_adapters_in_layers_are_recycled_as_their_merged_weights_are(
         with recycled(peft_model, NeverFull(), SELECTION) as session:
             assert write(name, tokens) == expected
         receipt = session.receipt()
-        assert (receipt.engine, receipt.n_steps) == ("plain", N_NEW - 1)
+        assert (receipt.engine, receipt.n_steps) == ("cpu_modules", N_NEW - 1)
         assert " is a peft.tuners." in receipt.why_plain
     with recycled(peft_model, FixedStride(1), SELECTION):
         assert write(peft_model, tokens) == stock
@@ -218,7 +218,7 @@ def test_what_changes_before_a_prompt_counts(
     assert expected != before
     receipt = session.turns()[1]
     weights_only = change in (other_weights, other_parameter)
-    assert receipt.engine == ("cpu" if weights_only else "plain")
+    assert receipt.engine == ("cpu" if weights_only else "cpu_modules")
     assert bool(receipt.why_plain) != weights_only
 
 
@@ -257,9 +257,14 @@ def test_hooks_of_accelerate_are_called_at_every_step(model: PreTrainedModel, to
             assert write(model, tokens) == expected
         receipt = session.receipt()
         where = "the model" if outer else "model.layers.0.self_attn.q_proj"
-        assert (receipt.engine, receipt.why_plain) == ("plain", f"{where} has hooks")
+        assert (receipt.engine, receipt.why_plain) == ("cpu_modules", f"{where} has hooks")
         assert len(calls) == receipt.n_steps + 1 == N_NEW
     with recycled(model, NeverFull(), SELECTION) as session:
+        if outer:
+            # What is taken off the model's forward takes ours off too.
+            with pytest.raises(ValueError, match="a decode step did not come through the model's forward"):
+                called(model, tokens, lambda: remove_hook_from_module(model, recurse=True), at=4)
+            return
         assert called(model, tokens, lambda: remove_hook_from_module(model, recurse=True), at=4) == expected
     assert session.receipt().n_steps == N_NEW - 1
 
@@ -321,7 +326,7 @@ def test_layers_that_are_no_plain_linears_are_the_models_own_business(
     with recycled(changed, FixedStride(1), SELECTION) as session:
         assert generated(changed, tokens) == stock
     receipt = session.receipt()
-    assert receipt.engine == "plain"
+    assert receipt.engine == "cpu_modules"
     assert re.match(why, receipt.why_plain)
 
 

@@ -72,7 +72,9 @@ def in_parts(
     logits = np.full((group, first_logit + len(keys) + 2), np.inf, dtype)
     for part, (begin, end) in enumerate(pairwise(cuts)):
         state = highest[part], total[part], output[part]
-        attend_tokens(query, keys, values, begin, end, scaling, block, *state, logits, first_logit, keep_logits, True)
+        attend_tokens(
+            query, keys, values, begin, end, scaling, 0.0, block, *state, logits, first_logit, keep_logits, True
+        )
     attention, normaliser = np.empty((group, head_dim), dtype), np.empty(group, dtype)
     merge(highest, total, output, attention, normaliser, True)
     return Result(attention, normaliser, logits)
@@ -127,6 +129,7 @@ def test_one_part_may_come_piece_by_piece(kind: str) -> None:
             0,
             high - low,
             0.1,
+            0.0,
             block,
             highest,
             total,
@@ -188,7 +191,7 @@ def test_without_values_logits_and_their_sum_are_the_same(kind: str) -> None:
     nobody = np.full_like(values, np.nan) if kind != "bfloat16" else np.full_like(values, 0x7FC0)
     for begin, end in ((0, 40), (40, 75)):
         state = highest[0], total[0], output[0]
-        attend_tokens(query, keys, nobody, begin, end, 0.3, block, *state, logits, 0, True, False)
+        attend_tokens(query, keys, nobody, begin, end, 0.3, 0.0, block, *state, logits, 0, True, False)
     attention, normaliser = np.full((3, 64), 7, dtype), np.empty(3, dtype)
     merge(highest, total, output, attention, normaliser, False)
     np.testing.assert_array_equal(logits[:, :75], whole.logits[:, :75])

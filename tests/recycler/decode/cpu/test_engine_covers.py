@@ -41,7 +41,6 @@ def test_a_plain_llama_is_covered(make_model: Make, make_tokens: Make) -> None:
             {},
             "it runs torch.float32, torch.bfloat16, torch.float64, and the model is in torch.float16",
         ),
-        ({"hidden_act": "gelu"}, {}, "it runs the activation silu, and this model has gelu"),
         ({}, {"cache_implementation": "static"}, "it runs a DynamicCache, and this is a StaticCache"),
         (
             {"family": "mistral", "sliding_window": 64},
@@ -50,12 +49,6 @@ def test_a_plain_llama_is_covered(make_model: Make, make_tokens: Make) -> None:
         ),
         ({}, {"output_hidden_states": True}, "the call passes output_hidden_states"),
         ({"attention": "eager"}, {"output_attentions": True}, "the call passes output_attentions"),
-        (
-            {"family": "gemma"},
-            {},
-            "it runs LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
-            "and this is GemmaForCausalLM",
-        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -68,6 +61,27 @@ def test_the_rest_runs_plain_and_the_receipt_says_why(
     assert (receipt.engine, receipt.why_plain) == ("plain", why)
     assert receipt.n_steps == 7
     assert torch.equal(found, generate(model, tokens, fast=False, **how)[1])
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ({"hidden_act": "gelu"}, "it runs the activation silu, and this model has gelu"),
+        (
+            {"family": "gemma"},
+            "it runs LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
+            "and this is GemmaForCausalLM",
+        ),
+    ],
+    ids=str,
+)
+def test_other_layers_run_as_the_models_own_around_compiled_attention(
+    make_model: Make, make_tokens: Make, made: dict[str, Any], why: str
+) -> None:
+    model, tokens = make_model(**made), make_tokens(20)
+    receipt, found = generate(model, tokens)
+    assert (receipt.engine, receipt.why_plain, receipt.n_steps) == ("cpu_modules", why, 7)
+    assert torch.equal(found, generate(model, tokens, fast=False)[1])
 
 
 def test_hooks_that_transformers_left_behind_do_not_matter(make_model: Make, make_tokens: Make) -> None:
@@ -86,24 +100,24 @@ def test_a_tokenizer_for_stop_strings_does_not_matter(byte_model: Path) -> None:
     assert torch.equal(found, generate(loaded.model, tokens, fast=False)[1])
 
 
-def test_a_model_with_a_hook_runs_plain_and_the_hook_is_called(make_model: Make, make_tokens: Make) -> None:
+def test_a_model_with_a_hook_runs_its_own_modules_and_the_hook_is_called(make_model: Make, make_tokens: Make) -> None:
     model, calls = make_model(), []
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     try:
         receipt, _ = generate(model, make_tokens(20))
     finally:
         handle.remove()
-    assert (receipt.engine, receipt.why_plain) == ("plain", "model.layers.1.mlp has hooks")
+    assert (receipt.engine, receipt.why_plain) == ("cpu_modules", "model.layers.1.mlp has hooks")
     assert len(calls) == 8
 
 
-def test_a_model_in_training_mode_runs_plain(make_model: Make, make_tokens: Make) -> None:
+def test_a_model_in_training_mode_runs_its_own_modules(make_model: Make, make_tokens: Make) -> None:
     model = make_model().train()
     try:
         receipt, _ = generate(model, make_tokens(20))
     finally:
         model.eval()
-    assert (receipt.engine, receipt.why_plain) == ("plain", "the model is in training mode")
+    assert (receipt.engine, receipt.why_plain) == ("cpu_modules", "the model is in training mode")
 
 
 def test_a_static_cache_of_ones_own_runs_plain(make_model: Make, make_tokens: Make) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies import SIGNALS, GroupPooling, Selection
-from recycler.decode.cpu.arrays import REFRESH_MASS, REFRESH_OVERLAP, Cache, Rules, Scratch, Units
+from recycler.decode.cpu.arrays import REFRESH_MASS, REFRESH_OVERLAP, Cache, Products, Rules, Scratch, Units
 from recycler.decode.cpu.attention import BLOCK_TOKENS
 from recycler.decode.cpu.walk import attend
 from recycler.sets.recycled_set import RecycledSet, select
@@ -116,7 +116,8 @@ class Layer:
             wants_refresh=wants_refresh,
         )
         how = (self.units, self.signals, rules, self.scratch, self.parts)
-        attend(full, SCALING, self.start, self.cache, np.full(ROWS, self.n_own), *how)
+        products = Products(SCALING, 0.0, np.empty((0, 0), dtype=self.scratch.query.dtype))
+        attend(full, products, self.start, self.cache, np.full(ROWS, self.n_own), *how)
 
     def attention(self, row: int, head: int) -> torch.Tensor:
         """`(group, tokens)`, in float64, to the whole cache."""
