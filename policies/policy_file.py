@@ -9,7 +9,9 @@ import os
 import uuid
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,17 @@ class PolicyFile:
         check_fits(self.selection, self.model)
         if self.horizon_steps is not None and self.horizon_steps < 1:
             raise ValueError(f"horizon_steps must be at least 1 step, not {shown(self.horizon_steps)}.")
+
+    def apply(self, target: Any, **how: Any) -> AbstractContextManager[Any]:
+        """Decode with this policy inside a `with`: `recycler.recycled(target, self, **how)`.
+
+        Args:
+            target: A model, a pipeline, or what else `recycled` takes.
+            how: Its options, `exact=True` for one.
+        """
+        # By name: what only reads policies needs no torch.
+        applied: AbstractContextManager[Any] = import_module("recycler").recycled(target, self, **how)
+        return applied
 
     def at_k(self, k: int) -> PolicyFile:
         """The same policy with sets of another size, those of units in proportion; see `Selection.at_k`.

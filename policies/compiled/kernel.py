@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,8 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher
 
 from policies import program
+
+_LOGGER = logging.getLogger("recycler")
 
 # What all programs of policies are run by.
 PROGRAM_SOURCES = (Path(program.__file__), *sorted(Path(__file__).parent.glob("*.py")))
@@ -27,6 +31,12 @@ def digest_of(sources: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+@cache
+def _tell_that_kernels_compile(folder: str) -> None:
+    """One line per process: whoever waits for the first token wants to know for what."""
+    _LOGGER.warning("compiling kernels for this machine, once: half a minute; they are kept in %s", folder)
+
+
 class _KeptFiles(IndexDataCacheFile):  # type: ignore[misc]
     """What is kept of a kernel, for one process at a time.
 
@@ -36,7 +46,10 @@ class _KeptFiles(IndexDataCacheFile):  # type: ignore[misc]
 
     def load(self, key: Any) -> Any:
         with FileLock(f"{self._index_path}.lock"):
-            return super().load(key)
+            found = super().load(key)
+        if found is None:
+            _tell_that_kernels_compile(str(Path(self._index_path).parent))
+        return found
 
     def save(self, key: Any, data: Any) -> None:
         with FileLock(f"{self._index_path}.lock"):

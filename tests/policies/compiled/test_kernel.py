@@ -44,11 +44,22 @@ def test_of_two_processes_one_compiles_and_the_other_waits_for_it(tmp_path: Path
     }
     here = [str(tmp_path / name) for name in ("one", "other")]
     running = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, *files], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *files],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for files in (here, here[::-1])
     ]
-    hits_and_misses = [process.communicate(timeout=300)[0].strip() for process in running]
-    assert sorted(hits_and_misses) == ["0 1", "1 0"]
+    told = [process.communicate(timeout=300) for process in running]
+    assert sorted(out.strip() for out, _ in told) == ["0 1", "1 0"]
+    # Whoever compiles says so, and where it is kept.
+    said = {out.strip(): error for out, error in told}
+    assert said["0 1"].startswith("compiling kernels for this machine, once")
+    assert str(tmp_path / "cache") in said["0 1"]
+    assert said["1 0"] == ""
 
 
 def test_what_is_kept_of_a_kernel_is_read_and_written_by_one_process_at_a_time(tmp_path: Path) -> None:

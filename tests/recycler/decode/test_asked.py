@@ -42,6 +42,15 @@ def decode(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False)
 
 
+def test_a_file_applies_itself(model: PreTrainedModel, file: PolicyFile, make_tokens: Callable[..., Tensor]) -> None:
+    tokens = make_tokens(30)
+    with recycled(model, file, fast=False) as session:
+        expected = decode(model, tokens)
+    with file.apply(model, fast=False) as applied:
+        assert torch.equal(decode(model, tokens), expected)
+    assert applied.receipt().to_json() == session.receipt().to_json()
+
+
 def test_a_file_its_path_and_its_parts_are_one_policy(
     model: PreTrainedModel, file: PolicyFile, make_tokens: Callable[..., Tensor], tmp_path: Path
 ) -> None:
