@@ -281,12 +281,11 @@ def refuse_batches(*_: Any, **__: Any) -> None:
 
 
 _DISPATCHES: weakref.WeakKeyDictionary[PreTrainedModel, _Dispatch] = weakref.WeakKeyDictionary()
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def _dispatch_of(model: PreTrainedModel) -> _Dispatch:
-    with _ONE_AT_A_TIME:
-        return _DISPATCHES.setdefault(model, _Dispatch(model))
+    # One operation of a dictionary, for whatever threads come at once; a lock could be left locked by an interrupt.
+    return _DISPATCHES.setdefault(model, _Dispatch(model))
 
 
 def refuse_full_window(layer: int, n_tokens: int, window: int | None) -> None:

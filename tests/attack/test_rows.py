@@ -29,6 +29,11 @@ def test_a_process_that_dies_is_a_finding() -> None:
     assert found == "the process ended with 1 among the cases 0 to 2"
 
 
+def test_a_process_that_hangs_is_a_finding() -> None:
+    # It has not even begun.
+    assert attacked("Workers", 0, range(1), most_seconds=0.01) == ["case 0: no end after 0 s"]
+
+
 def test_the_run_that_is_committed_has_every_row() -> None:
     result = json.loads((ROOT / "docs/results/attack.json").read_text(encoding="utf-8"))
     assert result["rows"].keys() == {row.name for row in ROWS}
