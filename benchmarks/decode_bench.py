@@ -34,6 +34,7 @@ class Case:
         audit: Steps between audits; None for none.
         exact: When rounds of drafts end that are verified; None for approximate decoding.
         uncounted_steps: First steps, which make room and get ready.
+        fast: As in `recycled`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     audit: int | None = None
     exact: StopRule | None = None
     uncounted_steps: int = 2
+    fast: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Bench:
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None
-        how: dict[str, Any] = {"audit": case.audit, "exact": case.exact or False}
+        how: dict[str, Any] = {"audit": case.audit, "exact": case.exact or False, "fast": case.fast}
         return recycled(self._model, case.policy, case.selection or Selection(self._k), **how)
 
     def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
