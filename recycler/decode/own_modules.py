@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from recycler.model.attention_hook import AttentionFunction, attention_replaced
+from recycler.model.attention_hook import AttentionFunction, attention_replaced, own_forward
 from recycler.model.shape import recycled_layers
 from recycler.sets.scores import Scoring
 
@@ -50,7 +50,9 @@ def forward_on_modules(
 
     # A model may call its layers for some tokens without a cache.
     with torch.inference_mode(), attention_replaced(model, replacing, inside_of=inside_of):
-        logits: Tensor = model(
+        # Inside of a call of the model, what is around its forward was called already.
+        forward = model if inside_of is None else own_forward(model)
+        logits: Tensor = forward(
             tokens, position_ids=places, past_key_values=passing, use_cache=passing is not None
         ).logits
     return logits

@@ -107,3 +107,16 @@ def test_padding_beside_a_window_stays_on_the_plain_path(make: Callable[[str], P
             texts[fast] = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False).tolist()
         assert session.receipt().engine == "plain"
     assert texts[True] == texts[False]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_is_around_the_model_is_called_once_a_step(make: Callable[[str], PreTrainedModel], fast: bool) -> None:
+    model, calls = make("Phi-3"), []
+    tokens = torch.randint(1, 90, (1, N_PROMPT), generator=torch.Generator().manual_seed(8))
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with recycled(model, FixedStride(3), SELECTION, fast=fast) as session:
+            model.generate(tokens, max_new_tokens=6, do_sample=False)
+    finally:
+        handle.remove()
+    assert len(calls) == 1 + session.receipt().n_steps == 6
