@@ -152,6 +152,18 @@ def test_what_the_readme_says_of_other_peoples_code_was_measured() -> None:
     assert ours == f"{found['ours']['tuned on 512 steps']['kl']:.3f}"
 
 
+def test_what_the_readme_says_of_a_models_own_modules_was_measured() -> None:
+    rows = json.loads((README.parent / "docs/results/modules.json").read_text(encoding="utf-8"))["rows"]
+    shares = {(row["context_tokens"], row["policy"], row["path"]): row["of_stock"] for row in rows}
+    text = README.read_text(encoding="utf-8")
+    (told,) = re.findall(
+        r"8,000 tokens: ([\d.]+) and\s+([\d.]+) of stock's time with the tuned policy, ([\d.]+) and ([\d.]+)",
+        text,
+    )
+    found = [shares[tokens, "tuned", path] for path in ("cpu_modules", "cpu") for tokens in (2000, 8000)]
+    assert list(told) == [f"{share:.2f}" for share in found]
+
+
 def test_every_path_that_the_readme_names_exists() -> None:
     text = README.read_text(encoding="utf-8")
     paths = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
