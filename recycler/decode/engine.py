@@ -47,6 +47,15 @@ class Decoding(ABC):
         """What its rounds came to; None if it does not decode in rounds."""
         return None
 
+    def run_full(self, rows: Tensor) -> None:  # noqa: B027 - as its text says, some have nothing to do.
+        """Let rows attend to everything from the next step on, whatever their policy says.
+
+        What is full at every step anyway has nothing to do.
+
+        Args:
+            rows: bool `(rows,)`, on the model's device.
+        """
+
     @abstractmethod
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Decode one token per row.

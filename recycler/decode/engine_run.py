@@ -89,6 +89,10 @@ class EngineRun:
             tokens_dense = dense_tokens(self._start, self._n_prompt, n_steps)
             tally.add_run(self.engine, n_steps, tokens_dense, self.decoding.totals(), self.decoding.rounds)
 
+    def run_full(self, rows: Tensor) -> None:
+        """Run rows, bool `(rows,)`, full from the next step on."""
+        self.decoding.run_full(rows)
+
     def step(self, call: ForwardCall) -> CausalLMOutputWithPast:
         """Take a step.
 

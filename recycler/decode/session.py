@@ -159,7 +159,8 @@ class Session:
                 stepped = self._plainly(call, stock, args, kwargs)
             logits = stepped[0] if isinstance(stepped, tuple) else stepped.logits
             assert logits is not None
-            self._turns.see(logits[:, -1])
+            if (bad := self._turns.see(logits[:, -1])) is not None:
+                self._run.run_full(bad)
             if self._auditor is not None:
                 self._auditor.note(call, logits)
                 if self._auditor.is_due:

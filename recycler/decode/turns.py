@@ -51,9 +51,9 @@ class Turns:
         """Add a run that has ended to the turn."""
         run.add_to(self._turn)
 
-    def see(self, logits: Tensor) -> None:
-        """Watch the logits of a step, `(rows, vocabulary)`, for what is no number."""
-        self._not_numbers.see(logits)
+    def see(self, logits: Tensor) -> Tensor | None:
+        """Watch the logits of a step, `(rows, vocabulary)`, for what is no number; as `NotNumbers.see`."""
+        return self._not_numbers.see(logits)
 
     def add_audit(self, kl: np.ndarray, tokens_read: int, window: GovernedWindow | None) -> None:
         """Add an audit to the turn, as `Tally.add_audit`."""

@@ -80,7 +80,9 @@ class CpuSteps(Decoding):
         self._all_rows, self._every_row = np.arange(rows), np.ones(rows, dtype=bool)
         self._running = RunningTotals(self._full.shape)
         self.decisions = decisions(policy, (len(layers), rows, kv_heads))
-        self._keys_only_units = by_keys
+        self._keys_only_units = by_keys.copy()
+        # Rows that run full whatever the policy says.
+        self._led = np.zeros(rows, dtype=bool)
         self.begin_schedule(first.measured_mass(policy.needs).numpy().swapaxes(0, 1))
         self._sizes = group, float_type, hidden, intermediate
         self._refer_to_memory()
@@ -104,6 +106,12 @@ class CpuSteps(Decoding):
     def begin_schedule(self, masses: np.ndarray | None = None) -> None:
         """Begin the schedule; with recovered masses of the sets, float64 `(rows, layers, kv_heads)`, if they count."""
         self._schedule = Schedule(np.zeros(self._full.shape), masses)
+
+    def run_full(self, rows: Tensor) -> None:
+        self._led = self._led | rows.numpy()
+        self._keys_only_units[self._led] = False
+        for units in self.units:
+            units.by_keys[self._led] = False
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         with kernel_threads() as n_threads:
@@ -140,6 +148,8 @@ class CpuSteps(Decoding):
         """Decide for a layer and attend, into `scratch.attended`."""
         asked = self.decisions
         asked.decide(layer)
+        if self._led.any():
+            asked.full[layer][self._led] = True
         state = self.units[layer], asked.signals[layer], self.rules, self.scratch
         attend(asked.full[layer], products, self.start, self.caches[layer], seen_own, *state, n_threads)
 

@@ -87,6 +87,7 @@ class Decisions(NamedTuple):
         signals: float64 `(signals, layers, units)`, at this layer, in the order of `SIGNALS`.
         given: int8 `(units,)`: decisions for this step, where they are not made by a kernel.
         by_keys: int8 `(units,)`: units that refresh by their keys alone.
+        led: int32 `(rows,)`: 1 for rows that run full whatever the policy says.
         decided: int8 `(units,)`: decisions of the last step.
         overruled: int32 `(at least 1, layers, units)`, at this layer: how often wrappers overruled the policy, by
             reason.
@@ -97,6 +98,7 @@ class Decisions(NamedTuple):
     signals: Tensor
     given: Tensor
     by_keys: Tensor
+    led: Tensor
     decided: Tensor
     overruled: Tensor
     tokens_read: Tensor

@@ -157,7 +157,8 @@ class CudaDecoding(Decoding):
 
     @property
     def keys_only(self) -> np.ndarray:
-        keys_only: np.ndarray = self.full & self._by_keys
+        led = self.state.led.cpu().numpy()[:, None, None] != 0
+        keys_only: np.ndarray = self.full & self._by_keys & ~led
         return keys_only
 
     @property
@@ -175,6 +176,10 @@ class CudaDecoding(Decoding):
             tokens_read=_by_row(state.all_tokens_read),
             reasons={reason: counts.swapaxes(0, 1).astype(np.int64) for reason, counts in overruled.items()},
         )
+
+    def run_full(self, rows: Tensor) -> None:
+        with on_gpu(self._tokens.device), torch.inference_mode():
+            self.state.led.bitwise_or_(rows.to(torch.int32))
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         with on_gpu(self._tokens.device):

@@ -210,7 +210,9 @@ def prepare(
             tl.store(count, tl.load(count) + (registers[RESULTS[i]] != 0).to(tl.int32))
     else:
         full = tl.load(decisions.given + unit) != 0
-    scores_keys = full & (tl.load(decisions.by_keys + unit) != 0)
+    led = tl.load(decisions.led + row) != 0
+    full = full | led
+    scores_keys = full & (tl.load(decisions.by_keys + unit) != 0) & (led == 0)
     tl.store(decisions.decided + unit, full.to(tl.int8))
     tl.store(modes_before + unit, tl.where(scores_keys, KEYS_ONLY, SKIP).to(tl.int8))
     tl.store(modes + unit, tl.where(full & (scores_keys == 0), FULL, RECYCLED).to(tl.int8))

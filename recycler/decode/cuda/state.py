@@ -67,6 +67,7 @@ class UnitState:
         full_before: float64 `(layers, rows, kv_heads)`: full steps of schedules before this one.
         n_own: int32 `(rows,)`: own tokens in the cache.
         going: int32 `(rows,)`: 1 for rows that take the next step, 0 for others.
+        led: int32 `(rows,)`: as in `Decisions`.
         rows: int32 `(rows,)`: all rows.
     """
 
@@ -106,7 +107,7 @@ class UnitState:
         self.last_query = self.full_query.clone()
         self.start = torch.tensor(first.start, dtype=torch.int32, device=device)
         self.n_own = zeros(sizes.rows, dtype=torch.int32)
-        self.going = torch.ones_like(self.n_own)
+        self.going, self.led = torch.ones_like(self.n_own), torch.zeros_like(self.n_own)
         self.rows = torch.arange(sizes.rows, dtype=torch.int32, device=device)
 
     def begin_schedule(self) -> None:
@@ -130,6 +131,7 @@ class UnitState:
             signals=self.signals[:, layer],
             given=self.given[layer],
             by_keys=self.by_keys[layer],
+            led=self.led,
             decided=self.decided[layer],
             overruled=self.overruled[:, layer],
             tokens_read=self.tokens_read[layer],

@@ -58,6 +58,10 @@ class PlainRun:
         attention = GatheredSets(grouped, key, value, visible, scoring, whole_elsewhere=True)
         return self._units.attend(layer, grouped, attention, token)
 
+    def run_full(self, rows: Tensor) -> None:
+        """Run rows, bool `(rows,)`, full from the next step on."""
+        self._units.run_full(rows)
+
     def add_to(self, tally: Tally) -> None:
         """Tell what was done so far."""
         if n_steps := self._units.n_steps:

@@ -41,6 +41,12 @@ class PlainUnits:
         self.tokens_read = np.zeros(self.full.shape)
         self.overruled: dict[str, np.ndarray] = {}
         self._running = RunningTotals(self.full.shape)
+        # Rows that run full whatever the policy says, `(rows, 1)`.
+        self._led = torch.zeros((first.n_rows, 1), dtype=torch.bool, device=first.positions.device)
+
+    def run_full(self, rows: Tensor) -> None:
+        """Run rows, bool `(rows,)`, full from the next step on."""
+        self._led = self._led | rows[:, None]
 
     def attend(
         self,
@@ -64,8 +70,8 @@ class PlainUnits:
         """
         units = self._layers[layer]
         reasons: dict[str, Tensor] = {}
-        full = units.decide(self._policy, query, reasons, token)
-        keys_only = full & self._by_keys[:, layer]
+        full = units.decide(self._policy, query, reasons, token) | self._led
+        keys_only = full & self._by_keys[:, layer] & ~self._led
         refreshed = keys_only.nonzero(as_tuple=True)
         if refreshed[0].numel():
             units.refresh_at_once(refreshed, attention.score(refreshed))
