@@ -34,7 +34,7 @@ optimize: env
 test: env
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Damaged files, kills, full disks, interrupts, threads: 85 minutes on two cores; make attack MINUTES=20 for a share.
+# Damaged files, kills, full disks, interrupts, threads: 85 minutes at most on two cores; make attack MINUTES=20 for a share.
 MINUTES ?= 85
 SEED ?= 0
 attack: env

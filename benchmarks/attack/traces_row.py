@@ -67,7 +67,7 @@ class TunedTraces(Traces):
     """The same, given to the tuner."""
 
     name: ClassVar[str] = "damaged traces: tuned on"
-    n: ClassVar[int] = 500
+    n: ClassVar[int] = 1_000
     # What is still a trace is tuned on, and its report drawn.
     seconds: ClassVar[float] = 120
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -28,14 +29,19 @@ class Workers(Row):
     """The two that are left end with all trials, in SQLite and in a journal."""
 
     name: ClassVar[str] = "three workers on one study, one killed"
-    n: ClassVar[int] = 20
+    n: ClassVar[int] = 40
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._n_cases = 0
 
     def case(self, rng: random.Random) -> str | None:
         for file in self.folder.glob("*"):
             file.unlink()
         arrays, header = tiny_trace("one", "prose", "tiny", 0)
         save(self.folder / "one.safetensors", arrays, json.dumps(header))
-        storage = rng.choice(("sqlite", "journal")) + f":///{self.folder}/study"
+        self._n_cases += 1
+        storage = ("sqlite", "journal")[self._n_cases % 2] + f":///{self.folder}/study"
         # In a child: compiled replay has threads, which a fork does not copy.
         children = [
             start(lambda seed=seed: self._search(storage, seed), self.folder / f"log{seed}") for seed in range(3)
