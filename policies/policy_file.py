@@ -202,7 +202,9 @@ class PolicyFile:
     def write(self, path: Path | str) -> None:
         """Write the file beside its place, then rename it there; after an error nothing is left beside it."""
         path, values = Path(path), self.to_json()
-        text = json.dumps(values | {"digest": digest_of(values)}, indent=1, allow_nan=False) + "\n"
+        # Of the values as they will be read: keys are texts, tuples lists.
+        digest = digest_of(json.loads(json.dumps(values)))
+        text = json.dumps(values | {"digest": digest}, indent=1, allow_nan=False) + "\n"
         partial = path.with_name(f"{uuid.uuid4().hex[:12]}.{path.name}.partial")
         try:
             partial.write_text(text, encoding="utf-8")

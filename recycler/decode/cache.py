@@ -162,6 +162,8 @@ def growing_layers(cache: DynamicCache, indices: Collection[int] | None = None) 
     for layer in layers:
         if type(layer) not in (DynamicLayer, KvLayer):
             raise TypeError(type(layer).__name__)
+        if type(layer) is DynamicLayer and getattr(layer, "keys", None) is None:
+            raise TypeError("layer without tokens")
     grown = [layer if isinstance(layer, KvLayer) else _grown(layer) for layer in layers]
     for index, layer in zip(chosen, grown, strict=True):
         cache.layers[index] = layer

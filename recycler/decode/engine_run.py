@@ -21,6 +21,7 @@ from recycler.decode.passing_layers import beside_recycled
 from recycler.decode.tally import Tally
 from recycler.model.decoder_parts import NotCovered
 
+NO_PLACES = "the call passes no position_ids, and how the model counts is its own"
 # Steps between two looks at what a device has noted of the padding.
 _STEPS_BETWEEN_LOOKS = 64
 
@@ -52,6 +53,10 @@ class EngineRun:
         places = call.arguments.get("position_ids")
         if places is not None and places.dim() != 2:
             raise NotCovered("position_ids are not one number per row and token")
+        # Families count in ways of their own: from 1, from the mask, past an image.
+        self._needs_places = not engine.holds_weights
+        if self._needs_places and places is None:
+            raise NotCovered(NO_PLACES)
         rows = len(call.tokens)
         self._start = first.start
         self._device = call.tokens.device
@@ -107,6 +112,8 @@ class EngineRun:
             ) from reason
         self._follow(call)
         places = call.arguments.get("position_ids")
+        if places is None and self._needs_places:
+            raise ValueError(f"{NO_PLACES}: pass them at every step, or use recycled(..., fast=False).")
         if places is None:
             places = torch.full((1, 1), self._n_tokens, device=call.tokens.device)
         with torch.no_grad():

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from policies import ModelShape, Selection
+from recycler.decode.cache import KvLayer
 from recycler.decode.cache_watch import CacheWatch
 from recycler.decode.first_sets import FirstSets, LayerFirstSets, first_sets_of_layer
+from recycler.model.decoder_parts import NotCovered
 from recycler.sets.prompt_votes import PromptVotes
 from recycler.sets.scores import Scoring, probabilities
 
@@ -94,9 +96,11 @@ class LastPrompt:
             recycled: Which recycled layer each of its layers is, as in `recycled_layers`.
 
         Raises:
-            NotCovered: If it holds something else than the keys that attention reads.
+            NotCovered: If it holds something else than the keys that attention reads, or a layer holds none.
             ValueError: If it is another.
         """
         for index, layer in enumerate(getattr(cache, "layers", ())):
             if index in recycled:
+                if layer.keys is None and not isinstance(layer, KvLayer):
+                    raise NotCovered("a layer attends to the tokens of another one")
                 self._watches[recycled[index]].check(layer.keys)

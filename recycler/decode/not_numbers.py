@@ -36,6 +36,11 @@ class NotNumbers:
         self.tell()
         return bad
 
+    @property
+    def bad_rows(self) -> Tensor | None:
+        """bool `(rows,)`: which were bad at some step; None before the first one."""
+        return None if self._since is None else self._since > 0
+
     def sentences(self) -> tuple[str, ...]:
         """One for each bad row."""
         since = [] if self._since is None else self._since.tolist()

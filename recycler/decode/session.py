@@ -57,6 +57,10 @@ MODEL_CHANGED = (
 )
 
 
+# What a model gives beside logits if its config says so.
+_MORE_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
 class Session:
     """The state of one `recycled` block: what the last prompt left, the run that decodes after it, and the receipt.
 
@@ -151,6 +155,8 @@ class Session:
                 self._auditor.check(call)
             if self._run is None:
                 self._run = self._begin_run(call)
+                if (bad := self._turns.bad_rows) is not None:
+                    self._run.run_full(bad)
             if isinstance(self._run, EngineRun):
                 if self._watch is not None and self._watch.has_changed:
                     raise ValueError(MODEL_CHANGED)
@@ -246,7 +252,7 @@ class Session:
                 self._prompt.check(call.arguments.get("past_key_values"), self._layers)
                 return self._engine_run(self._engine, call)
             except NotCovered as reason:
-                self._turns.why_plain = self._engine.why_modules or str(reason)
+                self._turns.why_plain = str(reason)
         if self._exact is not None:
             try:
                 return self._engine_run(self._in_rounds(PlainEngine(self._model, inside_of=self)), call)
@@ -255,6 +261,8 @@ class Session:
         return self._plain_run()
 
     def _engine_run(self, engine: Engine, call: ForwardCall) -> EngineRun:
+        if wanted := [name for name in _MORE_OUTPUTS if getattr(self._model.config, name, False)]:
+            raise NotCovered(f"the model's config asks for {wanted[0]}")
         return EngineRun(engine, call, self._deciding, self._prompt.first_sets(), self._layers)
 
     def _in_rounds(self, engine: Engine) -> Engine:

@@ -63,6 +63,11 @@ class TestWriteAndRead:
         del values["digest"]
         assert PolicyFile.from_json(values).selection.k == 65
 
+    def test_keys_that_are_no_texts_become_texts(self, file: PolicyFile, tmp_path: Path) -> None:
+        odd = dataclasses.replace(file, provenance={2: "two", 10: ("a", {3: "b"})})
+        odd.write(tmp_path / "policy.json")
+        assert PolicyFile.read(tmp_path / "policy.json").provenance == {"2": "two", "10": ["a", {"3": "b"}]}
+
     def test_another_order_or_layout_is_no_edit(self, file: PolicyFile, tmp_path: Path) -> None:
         path = tmp_path / "policy.json"
         file.write(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from recycler.decode.own_modules import forward_on_modules
 from recycler.model.attention_hook import owner_here
 from recycler.model.decoder_parts import NotCovered
 from recycler.model.shape import model_shape, window_of_recycled_layers
+from recycler.model.threads import kernel_threads
 from recycler.sets.scores import Scoring
 
 
@@ -50,6 +52,8 @@ class CpuModulesEngine(Engine):
     ) -> ModulesDecoding:
         if any(layer.parts[0].prompt.shape[-1] != layer.parts[1].prompt.shape[-1] for layer in layers):
             raise NotCovered("it runs keys and values of one size, and the model's differ")
+        if len(dtypes := {part.own.dtype for layer in layers for part in layer.parts}) > 1:
+            raise NotCovered(f"it runs a cache of one type, and this has {', '.join(sorted(map(str, dtypes)))}")
         if passing is not None and first.start.any():
             raise NotCovered("rows with padding beside layers that pass through need a mask")
         return ModulesDecoding(self._model, layers, first, policy, passing)
@@ -78,18 +82,28 @@ class ModulesDecoding(CpuSteps):
             window=window_of_recycled_layers(model),
         )
 
+    def kernels(self) -> AbstractContextManager[int]:
+        """Nothing is held while the model's modules run, and whatever is hooked to them."""
+        return nullcontext(0)
+
     def through_layers(self, tokens: Tensor, places: Tensor, fed: Fed, seen_own: np.ndarray, n_threads: int) -> Tensor:
         float_dtype = torch.float64 if self._float_type is np.float64 else torch.float32
+
+        stored = self._layers[0].parts[0].own.dtype
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             state = self.units[layer], self.decisions.signals[layer], self.rules, self.scratch
             given = query[..., 0, :].to(float_dtype).contiguous().numpy()
-            new = (as_array(of[:, :, 0].contiguous()) for of in (key, value))
-            take_in(given, *new, self.caches[layer], fed, *state)
-            self.attend(layer, products_of(scoring, self._float_type), seen_own, n_threads)
-            # A copy: the next layer's attention lies where this one's does.
-            return torch.from_numpy(self.scratch.attended).to(query.dtype, copy=True)[..., None, :]
+            # Under autocast they may come in other types than the cache has.
+            new = (as_array(of[:, :, 0].to(stored).contiguous()) for of in (key, value))
+            with kernel_threads() as n_threads:
+                take_in(given, *new, self.caches[layer], fed, *state)
+                self.attend(layer, products_of(scoring, self._float_type), seen_own, n_threads)
+                # A copy: the next layer's attention lies where this one's does.
+                return torch.from_numpy(self.scratch.attended).to(query.dtype, copy=True)[..., None, :]
 
         places = places.expand(len(tokens))[:, None]
         inside_of = owner_here(self._model)
-        return forward_on_modules(self._model, tokens[:, None], places, attend, self._passing, inside_of)[:, -1]
+        logits = forward_on_modules(self._model, tokens[:, None], places, attend, self._passing, inside_of)
+        # A tensor that callers may write to, as they may to the model's.
+        return logits[:, -1].clone()

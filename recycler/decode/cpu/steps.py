@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 from torch import Tensor
@@ -73,7 +74,7 @@ class CpuSteps(Decoding):
         # Layers come first in memory, so that a kernel gets its layer's numbers in one piece.
         self._filled = np.stack([layer.filled for layer in units])
         self.units = [layer._replace(filled=self._filled[i]) for i, layer in enumerate(units)]
-        self._full = np.zeros((rows, len(layers), kv_heads), dtype=bool)
+        self._full, self._keys_only = np.zeros((2, rows, len(layers), kv_heads), dtype=bool)
         self._tokens_read = np.zeros(self._full.shape)
         part = layers[0].parts[0]
         self.n_prompt, self.n_own = part.prompt.shape[2], np.full(rows, part.n_own)
@@ -93,8 +94,7 @@ class CpuSteps(Decoding):
 
     @property
     def keys_only(self) -> np.ndarray:
-        keys_only: np.ndarray = self._full & self._keys_only_units
-        return keys_only
+        return self._keys_only
 
     @property
     def tokens_read(self) -> np.ndarray:
@@ -114,12 +114,16 @@ class CpuSteps(Decoding):
             units.by_keys[self._led] = False
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
-        with kernel_threads() as n_threads:
+        with self.kernels() as n_threads:
             logits = self.take(tokens, places, self._every_row, n_threads)
         for layer in self._layers:
             for part in layer.parts:
                 part.n_own += 1
         return logits
+
+    def kernels(self) -> AbstractContextManager[int]:
+        """What is held during a step, and how many threads there are."""
+        return kernel_threads()
 
     def take(self, tokens: Tensor, places: Tensor, going: np.ndarray, n_threads: int) -> Tensor:
         """A step of the rows that are `going`, bool `(rows,)`; the cache does not show it."""
@@ -128,7 +132,7 @@ class CpuSteps(Decoding):
         fed, seen_own = Fed(self._all_rows, self.n_own), np.where(going, self.n_own + 1, 0)
         self.decisions.begin_step(self._schedule, tokens.numpy()[:, None, None])
         logits = self.through_layers(tokens, places, fed, seen_own, n_threads)
-        # Last of all: an interrupt before it leaves the step undone, and the same token may be fed again.
+        # Last of all: after an interrupt before the first layer the same token may be fed again.
         self._end_step(going)
         return logits
 
@@ -174,6 +178,7 @@ class CpuSteps(Decoding):
         asked, needs = self.decisions, self._policy.needs
         of_going = going[:, None, None]
         self._full = asked.full.swapaxes(0, 1) & of_going
+        self._keys_only = self._full & self._keys_only_units
         held, in_set = (self.n_prompt + self.n_own - self.start)[:, None, None], self._filled.swapaxes(0, 1)
         self._tokens_read = tokens_read(self._full, self.keys_only, held, in_set) * of_going
         reasons = {reason: noted.swapaxes(0, 1) & of_going for reason, noted in asked.reasons.items()}

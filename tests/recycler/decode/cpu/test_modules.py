@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from policies import BudgetConstrained, CosineThreshold, FixedStride, RefreshKeys, Selection, StepPolicy
+from recycler.decode.engine_run import NO_PLACES
 from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
 
@@ -56,9 +59,12 @@ def make(benchmark_module: Callable[[str], Any]) -> Callable[[str], PreTrainedMo
 def decoded(model: PreTrainedModel, policy: StepPolicy, text: Tensor, fast: bool) -> tuple[Tensor, Receipt]:
     """Logits of the steps along a text, and the receipt."""
     prompt, steps = text.split([N_PROMPT, text.shape[1] - N_PROMPT], dim=1)
+    logits = []
     with torch.no_grad(), recycled(model, policy, SELECTION, fast=fast) as session:
         cache = model(prompt, use_cache=True).past_key_values
-        logits = [model(token, past_key_values=cache).logits[:, -1] for token in steps.split(1, dim=1)]
+        for place, token in enumerate(steps.split(1, dim=1), start=N_PROMPT):
+            at = torch.full_like(token, place)
+            logits.append(model(token, position_ids=at, past_key_values=cache).logits[:, -1])
     return torch.stack(logits), session.receipt()
 
 
@@ -87,8 +93,8 @@ def test_the_cache_is_a_cache_afterwards(make: Callable[[str], PreTrainedModel],
     with torch.no_grad():
         with recycled(model, FixedStride(1), SELECTION):
             cache = model(prompt, use_cache=True).past_key_values
-            for token in steps.split(1, dim=1):
-                model(token, past_key_values=cache)
+            for place, token in enumerate(steps.split(1, dim=1), start=N_PROMPT):
+                model(token, position_ids=torch.full_like(token, place), past_key_values=cache)
         assert cache.get_seq_length() == N_PROMPT + 4
         after = model(rest, past_key_values=copy.deepcopy(cache)).logits
         expected = model(text).logits[:, -2:]
@@ -106,7 +112,110 @@ def test_padding_beside_a_window_stays_on_the_plain_path(make: Callable[[str], P
         with recycled(model, FixedStride(3), SELECTION, fast=fast) as session:
             texts[fast] = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False).tolist()
         assert session.receipt().engine == "plain"
+        assert session.receipt().why_plain == (
+            "rows with padding beside layers that pass through need a mask" if fast else "fast is False"
+        )
     assert texts[True] == texts[False]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("when", ["prompt", "steps", "both"])
+@pytest.mark.parametrize("family", ["Gemma", "GPT-NeoX", "GPT-2", "Gemma 3"])
+def test_autocast_changes_types_and_no_numbers(make: Callable[[str], PreTrainedModel], family: str, when: str) -> None:
+    model = make(family)
+    text = torch.randint(1, 90, (1, N_PROMPT + 5), generator=torch.Generator().manual_seed(9))
+
+    def run(context: Any) -> Tensor:
+        with torch.no_grad(), context:
+            with torch.autocast("cpu", torch.bfloat16, enabled=when != "steps"):
+                cache = model(text[:, :N_PROMPT], use_cache=True).past_key_values
+            with torch.autocast("cpu", torch.bfloat16, enabled=when != "prompt"):
+                steps = enumerate(text[:, N_PROMPT:].split(1, dim=1), start=N_PROMPT)
+                found = [
+                    model(token, position_ids=torch.full_like(token, at), past_key_values=cache).logits
+                    for at, token in steps
+                ]
+        return torch.cat(found).float()
+
+    stock = run(nullcontext())
+    found = run(recycled(model, FixedStride(1), SELECTION))
+    # Autocast rounds products to bfloat16, and those of attention are not the engine's to round.
+    torch.testing.assert_close(found, stock, rtol=0, atol=0.1 * float(stock.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_share_tokens_take_the_plain_path(make: Callable[[str], PreTrainedModel]) -> None:
+    config = copy.deepcopy(make("Gemma 4").config)
+    config.num_kv_shared_layers = 2
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(1, 90, (1, N_PROMPT), generator=torch.Generator().manual_seed(8))
+    how = {"max_new_tokens": 6, "do_sample": False}
+    with recycled(model, FixedStride(1), SELECTION) as session:
+        assert torch.equal(model.generate(tokens, **how), model.generate(tokens, **how))
+        receipt = session.receipt()
+    assert (receipt.engine, receipt.why_plain) == ("plain", "a layer attends to the tokens of another one")
+
+
+def test_a_model_that_is_not_told_positions_counts_them_itself(make: Callable[[str], PreTrainedModel]) -> None:
+    model = make("Phi-3")
+    text = torch.randint(1, 90, (1, N_PROMPT + 2), generator=torch.Generator().manual_seed(9))
+    for fast, why in ((True, NO_PLACES), (False, "fast is False")):
+        with torch.no_grad(), recycled(model, FixedStride(3), SELECTION, fast=fast) as session:
+            cache = model(text[:, :N_PROMPT], use_cache=True).past_key_values
+            model(text[:, N_PROMPT : N_PROMPT + 1], past_key_values=cache)
+        assert (session.receipt().engine, session.receipt().why_plain) == ("plain", why)
+    with torch.no_grad(), recycled(model, FixedStride(3), SELECTION):
+        cache = model(text[:, :N_PROMPT], use_cache=True).past_key_values
+        model(text[:, N_PROMPT : N_PROMPT + 1], position_ids=torch.tensor([[N_PROMPT]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="the call passes no position_ids"):
+            model(text[:, N_PROMPT + 1 :], past_key_values=cache)
+
+
+def test_logits_may_be_written_to(make: Callable[[str], PreTrainedModel]) -> None:
+    model = make("Phi-3")
+    text = torch.randint(1, 90, (1, N_PROMPT + 1), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad(), recycled(model, FixedStride(3), SELECTION) as session:
+        cache = model(text[:, :N_PROMPT], use_cache=True).past_key_values
+        out = model(text[:, N_PROMPT:], position_ids=torch.tensor([[N_PROMPT]]), past_key_values=cache)
+        out.logits[:, -1, 3] = -1
+    assert session.receipt().engine == "cpu_modules"
+
+
+def test_a_hook_may_wait_for_somebody_who_decodes_too(make: Callable[[str], PreTrainedModel]) -> None:
+    waiting, other = make("Phi-3"), make("Gemma")
+    tokens = torch.randint(1, 90, (1, N_PROMPT), generator=torch.Generator().manual_seed(8))
+    how = {"max_new_tokens": 3, "do_sample": False}
+    done: list[bool] = []
+
+    def decode_other(*_: Any) -> None:
+        def decode() -> None:
+            with recycled(other, FixedStride(3), SELECTION):
+                other.generate(tokens, **how)
+
+        thread = threading.Thread(target=decode)
+        thread.start()
+        thread.join(timeout=120)
+        done.append(not thread.is_alive())
+
+    handle = waiting.model.layers[1].register_forward_hook(decode_other)
+    try:
+        with recycled(waiting, FixedStride(3), SELECTION):
+            waiting.generate(tokens, **how)
+    finally:
+        handle.remove()
+    assert done == [True] * 3
+
+
+def test_what_a_config_asks_for_beside_logits_is_given(make: Callable[[str], PreTrainedModel]) -> None:
+    model = copy.deepcopy(make("Phi-3"))
+    model.config.output_hidden_states = True
+    text = torch.randint(1, 90, (1, N_PROMPT + 1), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad(), recycled(model, FixedStride(3), SELECTION) as session:
+        cache = model(text[:, :N_PROMPT], use_cache=True).past_key_values
+        out = model(text[:, N_PROMPT:], position_ids=torch.tensor([[N_PROMPT]]), past_key_values=cache)
+    assert out.hidden_states is not None
+    assert session.receipt().why_plain == "the model's config asks for output_hidden_states"
 
 
 @pytest.mark.parametrize("fast", [True, False])
