@@ -138,11 +138,13 @@ class Engine(ABC):
     Attributes:
         name: In receipts.
         holds_weights: Whether it refers to the model's weights, and so follows no change of its modules.
+        counts_tokens: Whether the position of a token is the number of those before it, where a call does not say.
         why_modules: Why the model's own modules run, as a clause; empty if they do not.
     """
 
     name: str
     holds_weights = True
+    counts_tokens = True
     why_modules = ""
 
     @abstractmethod

@@ -53,8 +53,7 @@ class EngineRun:
         places = call.arguments.get("position_ids")
         if places is not None and places.dim() != 2:
             raise NotCovered("position_ids are not one number per row and token")
-        # Families count in ways of their own: from 1, from the mask, past an image.
-        self._needs_places = not engine.holds_weights
+        self._needs_places = not engine.counts_tokens
         if self._needs_places and places is None:
             raise NotCovered(NO_PLACES)
         rows = len(call.tokens)

@@ -59,6 +59,7 @@ class ExactEngine(Engine):
 
     def __init__(self, engine: Engine, stop: StopRule, most_tokens: int) -> None:
         self.name, self.holds_weights, self.why_modules = engine.name, engine.holds_weights, engine.why_modules
+        self.counts_tokens = engine.counts_tokens
         self._engine, self._stop, self._most_tokens = engine, stop, most_tokens
 
     def begin(

@@ -23,6 +23,16 @@ from recycler.model.shape import n_layers, recycled_layers
 # One decoder: RMS norms, rotary embedding, grouped attention, a gated feed-forward layer. Qwen2 adds biases, Qwen3
 # norms of the heads. A subclass may compute anything, so types are compared exactly.
 _COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+def counts_tokens(model: PreTrainedModel) -> bool:
+    """Whether a token's position is known to be the number of those before it, where a call does not say.
+
+    Other families begin at 1, count what a mask shows, or go on after an image.
+    """
+    return type(model) in _COVERED
+
+
 # Where types of their modules are defined, beside the file of the model itself.
 _PLAIN_MODULES = ("torch.nn.modules.", "transformers.activations")
 # Types of weights whose memory holds their numbers; packed ones are types of their own.

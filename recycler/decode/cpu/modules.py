@@ -20,7 +20,7 @@ from recycler.decode.engine import Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.own_modules import forward_on_modules
 from recycler.model.attention_hook import owner_here
-from recycler.model.decoder_parts import NotCovered
+from recycler.model.decoder_parts import NotCovered, counts_tokens
 from recycler.model.shape import model_shape, window_of_recycled_layers
 from recycler.model.threads import kernel_threads
 from recycler.sets.scores import Scoring
@@ -45,7 +45,7 @@ class CpuModulesEngine(Engine):
         if model.device.type != "cpu":
             raise NotCovered(f"it runs on the cpu, and the model is on {model.device}")
         float_type_of(model.dtype)
-        self._model, self.why_modules = model, why
+        self._model, self.why_modules, self.counts_tokens = model, why, counts_tokens(model)
 
     def begin(
         self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, passing: DynamicCache | None = None

@@ -18,7 +18,7 @@ from recycler.decode.own_modules import forward_on_modules
 from recycler.decode.plain.attention import MaskedSets
 from recycler.decode.plain.drafting import PlainDrafting
 from recycler.decode.plain.step import PlainUnits
-from recycler.model.decoder_parts import NotCovered
+from recycler.model.decoder_parts import NotCovered, counts_tokens
 from recycler.model.shape import n_layers, recycled_layers
 from recycler.sets.scores import Scoring
 
@@ -34,7 +34,7 @@ class PlainEngine(Engine):
     name, holds_weights = "plain", False
 
     def __init__(self, model: PreTrainedModel, inside_of: object = None) -> None:
-        self._model, self._inside_of = model, inside_of
+        self._model, self._inside_of, self.counts_tokens = model, inside_of, counts_tokens(model)
 
     def begin(
         self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy, passing: DynamicCache | None = None
