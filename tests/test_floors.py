@@ -19,11 +19,6 @@ def test_every_requirement_is_held_to_its_floor() -> None:
     lines = floors.floors((ROOT / "pyproject.toml").read_text(), (ROOT / "constraints.txt").read_text())
     assert len(lines) == len(set(lines)) > 20
     assert all("==" in line for line in lines)
-    run = (ROOT / "docs/results/floors.txt").read_text().splitlines()
-    # What was run is what is declared, and nothing failed.
-    assert run[: len(lines)] == lines
-    assert " passed" in run[-1]
-    assert "failed" not in run[-1]
 
 
 def test_what_came_out_is_told() -> None:

@@ -119,7 +119,8 @@ def age_in_one_kernel(
     if kept is None:
         # Nobody asks for a single head's.
         probabilities, group = probabilities.mean(1, keepdim=True), 1
-    with torch.cuda.device(device) if probabilities.is_cuda else nullcontext():
+    # What stands in for a GPU where there is none says that it is one.
+    with torch.cuda.device(device) if probabilities.is_cuda and torch.cuda.is_available() else nullcontext():
         _age[(heads, rows)](
             chosen.positions.to(torch.int32).contiguous(),
             chosen.scores.contiguous(),
