@@ -237,7 +237,7 @@ def test_a_step_that_the_audit_did_not_see_is_noticed(make_model: Make, make_tok
             model.model(tokens[:, 21:22], past_key_values=cache)
             model(tokens[:, 22:23], past_key_values=cache)
 
-        with pytest.raises(ValueError, match="KV cache|did not come through the model's forward"):
+        with pytest.raises(ValueError, match=r"KV cache|did not come through the model's forward"):
             go_on()
 
 
