@@ -57,8 +57,9 @@ class DiskFull(Row):
         ended = fork(run_on_it, log)
         if ended.code not in (0, 2):
             raise RuntimeError(f"ended with {ended.code}: {ended.last}")
-        if ended.code == 2 and (len(ended.last) > MOST_CHARACTERS or str(disk) not in ended.last):
-            raise RuntimeError(f"the refusal names no file, or is long: {ended.last}")
+        told = len(ended.last) <= MOST_CHARACTERS and str(disk) in ended.last and " MB free)" in ended.last
+        if ended.code == 2 and not told:
+            raise RuntimeError(f"the refusal names no file or no space, or is long: {ended.last}")
         if wrong := unfinished(out):
             raise RuntimeError(f"{wrong[0]} is half a file")
         beside = [path.name for path in disk.iterdir() if path != out]

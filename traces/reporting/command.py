@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -43,7 +45,7 @@ def run_command(
             raise
         # Of a copy the second name is that of what was to be written.
         name = error.filename2 or error.filename
-        _fail(f"error: the disk is full and {name} was not written: make room, and run it again.", 2)
+        _fail(f"error: the disk is full{_free(name)} and {name} was not written: make room, and run it again.", 2)
     except Exception as error:
         # The parser's own complaints; their base class has moved between typer releases.
         if not hasattr(error, "format_message"):
@@ -57,6 +59,16 @@ def run_command(
     if isinstance(result, dict):
         print(json.dumps(result), flush=True)
     sys.exit(0)
+
+
+def _free(name: object) -> str:
+    """How much room a file's disk has, in brackets; empty if that cannot be told."""
+    path = Path(str(name)).absolute()
+    try:
+        free_bytes = shutil.disk_usage(next(one for one in path.parents if one.exists())).free
+    except OSError:
+        return ""
+    return f" ({free_bytes / 1e6:,.3f} MB free)"
 
 
 def _parser(command: Callable[..., Any]) -> Any:

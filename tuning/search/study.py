@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,12 @@ from optuna.trial import FixedTrial, TrialState, create_trial
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from policies import StepPolicy
+from policies.shown import sentence
 from tuning.divide.tuning_data import TuningData
 from tuning.families.family import Family
 from tuning.replay.run import replay_policy
 from tuning.search.shared_storage import shared_storage
+from tuning.search.trial_digest import is_as_written, trial_attributes
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,19 @@ def search_family(
     shared = isinstance(storage, str)
     if isinstance(storage, str):
         storage = shared_storage(storage)
-    kept = None if storage is None or shared else _opened(storage, study_name, seed)
+    kept = None if storage is None or shared else _as_written(storage, study_name, seed)
 
     def objective(trial: optuna.Trial) -> float:
         policy = family.suggest(trial, data)
         replay = replay_policy(data.traces, policy)
-        trial.set_user_attr("full_share", replay.full_share)
         loss = data.loss_of(replay)
         if not math.isfinite(loss):
             # Optuna would pass over the trial, and go on for ever to get one that counts.
             raise ValueError("the traces have steps without a recovered mass: the model's attention was not a number.")
+        attributes = trial_attributes(trial.params, loss, replay.full_share)
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
         if kept is not None:
-            attributes = {"full_share": replay.full_share}
             one = create_trial(
                 params=trial.params, distributions=trial.distributions, value=loss, user_attrs=attributes
             )
@@ -103,13 +108,16 @@ def search_family(
     study = _opened(storage if shared else None, study_name, seed)
     if kept is not None:
         _repeat(study, _complete(kept), seed)
-    n_known = len(_complete(study))
+    # Others are at work in a shared study: what is not as it was written stays there, and counts for nothing.
+    n_known, n_edited = len(_complete(study)), len(_complete(study, as_written=False))
+    if n_edited:
+        print(_edited(n_edited, study_name), file=sys.stderr)
     with tqdm(desc=f"{family.name:>16}", total=n_trials, initial=n_known, unit="trial") as progress:
         if n_known < n_trials:
             study.optimize(
                 objective,
                 callbacks=[
-                    MaxTrialsCallback(n_trials, states=(TrialState.COMPLETE,)),
+                    MaxTrialsCallback(n_trials + n_edited, states=(TrialState.COMPLETE,)),
                     lambda _study, _trial: progress.update(),
                 ],
             )
@@ -140,6 +148,23 @@ def _repeat(study: optuna.Study, kept: list[optuna.trial.FrozenTrial], seed: int
         study.tell(trial, one.value)
 
 
+def _as_written(storage: BaseStorage, study_name: str, seed: int) -> optuna.Study:
+    """A study that one process keeps, without the first trial that was edited since, and what came after it."""
+    study = _opened(storage, study_name, seed)
+    known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    whole = list(itertools.takewhile(is_as_written, known))
+    if len(whole) < len(known):
+        print(_edited(len(known) - len(whole), study_name), file=sys.stderr)
+        optuna.delete_study(study_name=study_name, storage=storage)
+        study = _opened(storage, study_name, seed)
+        study.add_trials(whole)
+    return study
+
+
+def _edited(n: int, study_name: str) -> str:
+    return sentence(f"note: {n} trials of {study_name} are not, or follow one that is not, as written: computing anew.")
+
+
 def _opened(storage: BaseStorage | None, study_name: str, seed: int) -> optuna.Study:
     study = optuna.create_study(study_name=study_name, storage=storage, load_if_exists=True)
     # What completes a study after an interruption must not repeat the points it began with.
@@ -147,8 +172,10 @@ def _opened(storage: BaseStorage | None, study_name: str, seed: int) -> optuna.S
     return study
 
 
-def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _complete(study: optuna.Study, *, as_written: bool = True) -> list[optuna.trial.FrozenTrial]:
+    """Complete trials that are, or are not, what the search wrote."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in trials if is_as_written(trial) == as_written]
 
 
 def _point(trial: optuna.Trial | optuna.trial.FrozenTrial) -> str:

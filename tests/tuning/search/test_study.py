@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -177,3 +178,35 @@ def test_candidates_of_a_family_are_rebuilt_from_a_file_exactly(data: TuningData
     assert again.candidates == first.candidates
     for candidate in again.candidates:
         assert data.loss(candidate.policy) == candidate.loss
+
+
+def test_an_edited_trial_and_those_after_it_are_computed_anew(
+    data: TuningData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = search(Counted(), data, 6)
+    search(Counted(), data, 6, storage=file_storage(tmp_path))
+    path = tmp_path / "study.log"
+    kept = float(whole.trials[3, 1])
+    text = path.read_text()
+    assert repr(kept) in text
+    path.write_text(text.replace(repr(kept), "1e-09"))
+    for n_anew in (3, 0):
+        family = Counted()
+        again = search(family, data, 6, storage=file_storage(tmp_path))
+        assert family.n == n_anew
+        np.testing.assert_array_equal(again.trials, whole.trials)
+        assert ("3 trials of one are not" in capsys.readouterr().err) == (n_anew == 3)
+
+
+def test_an_edited_trial_of_a_shared_study_counts_for_nothing(
+    data: TuningData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    search(Counted(), data, 4, storage=url)
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute("UPDATE trial_values SET value = 1e-9 WHERE trial_id = 2")
+    found = search(Counted(), data, 4, storage=url)
+    assert len(found.trials) == 4
+    assert 1e-9 not in found.trials[:, 1]
+    assert len(_trials(url)) == 5
+    assert "1 trials of one are not" in capsys.readouterr().err
