@@ -52,9 +52,8 @@ class Explanation:
 
     def print(self, console: Console) -> None:
         """Print it as sentences."""
-        what = "the model's own modules" if self.engine == "cpu_modules" else "the plain path"
-        plainly = f": {what}, because {self.why_plain}" if self.why_plain else ""
-        console.print(f"decode steps run on engine {self.engine}{plainly}")
+        because = f" because {self.why_plain}" if self.why_plain else ""
+        console.print(f"decode steps run on engine {self.engine}{because}")
         console.print(
             f"at most {self.full_share:.1%} of unit-steps run full, which reads at most {self.read_share:.1%} of what "
             f"full attention reads at {self.context_tokens:,} tokens"

@@ -31,6 +31,7 @@ class LastPrompt:
         self._layers: dict[int, LayerFirstSets] = {}
         self._watches: dict[int, CacheWatch] = {}
         self._votes: dict[int, PromptVotes] = {}
+        self._bad: dict[int, Tensor] = {}
         self._start: Tensor | int = 0
         self._end = 0
 
@@ -80,6 +81,13 @@ class LastPrompt:
             layer, self._selection, grouped[:, :, :, -1], weights, self._start, self._end, votes
         )
         self._watches[layer] = CacheWatch(key, self._start)
+        # One NaN among a row's keys, or in its query, is one in all of its weights.
+        self._bad[layer] = weights[..., 0].isnan().flatten(1).any(-1)
+
+    @property
+    def bad_rows(self) -> Tensor:
+        """bool `(rows,)`: rows whose last query, or one of whose keys, has a NaN."""
+        return torch.stack(list(self._bad.values())).any(0)
 
     def first_sets(self) -> FirstSets:
         """The sets of all layers, from which rows decode."""

@@ -172,8 +172,7 @@ class Receipt:
             budgets = " ".join(f"{100 * window.budget:.2g}" for window in self.governed)
             console.print(f"  governed: budgets between audits, in percent: {budgets}")
         if self.why_plain:
-            ran = "the model's own modules ran" if self.engine == "cpu_modules" else "the plain path was taken"
-            console.print(f"  {ran} because {self.why_plain}")
+            console.print(f"  engine {self.engine} because {self.why_plain}")
         for note in (*self.notes, self.beyond_horizon):
             if note:
                 console.print(f"  {note}")

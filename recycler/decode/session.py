@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,13 @@ from recycler.decode.plain.decoding import PlainEngine
 from recycler.decode.plain.run import PlainRun
 from recycler.decode.receipt import Receipt
 from recycler.decode.rounds import ExactEngine
+from recycler.decode.session_sentences import (
+    MODEL_CHANGED,
+    NOT_CALLED,
+    NOTHING_RECYCLED,
+    SPOILED,
+    STEPPED_INSIDE,
+)
 from recycler.decode.token_ids import check_tokens, n_vocabulary
 from recycler.decode.turns import Turns
 from recycler.model.attention_hook import AttentionFunction, Functions, owner_here, refuse_full_window, replaced
@@ -34,29 +41,7 @@ from recycler.model.model_watch import ModelWatch
 from recycler.model.shape import max_positions, model_shape, most_tokens, recycled_layers
 from recycler.sets.scores import Scoring
 
-NOT_CALLED = (
-    "nothing was decoded inside `with recycled(...) as session`: the model was not called there. What runs in another "
-    "thread, or after the end of the `with`, as a streamer's generation does, is recycled by session.generate only."
-)
-NOTHING_RECYCLED = (
-    "nothing was recycled inside `with recycled(...)`: every forward brought several tokens, which are read with full "
-    "attention, as those of use_cache=False, of prompt lookup and of scoring a text are. Recycled steps bring one "
-    "token per row, with a cache."
-)
-SPOILED = (
-    "an audit was interrupted, and this KV cache holds neither the tokens before it nor those after it: read the text "
-    "again with another cache."
-)
-STEPPED_INSIDE = (
-    "a decode step did not come through the model's forward, as those before it did: inner modules were called, or the "
-    "forward is another one since the prompt. Call the model itself, or use recycled(..., fast=False)."
-)
-MODEL_CHANGED = (
-    "the model changed after its prompt was read: a module, a weight or a hook of it is another one, and a decode step "
-    "cannot leave the engine; change it before the prompt, or use recycled(..., fast=False)."
-)
-
-
+_AnyRun = TypeVar("_AnyRun", EngineRun | PlainRun, PlainRun)
 # What a model gives beside logits if its config says so.
 _MORE_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -154,9 +139,7 @@ class Session:
             if self._auditor is not None:
                 self._auditor.check(call)
             if self._run is None:
-                self._run = self._begin_run(call)
-                if (bad := self._turns.bad_rows) is not None:
-                    self._run.run_full(bad)
+                self._run = self._led(self._begin_run(call))
             if isinstance(self._run, EngineRun):
                 if self._watch is not None and self._watch.has_changed:
                     raise ValueError(MODEL_CHANGED)
@@ -216,7 +199,7 @@ class Session:
             # Whoever calls inner modules of the model comes here without a call of its forward.
             self._has_stepped = True
             if self._run is None:
-                self._run = self._plain_run()
+                self._run = self._led(self._plain_run())
             if isinstance(self._run, EngineRun):
                 raise ValueError(STEPPED_INSIDE)
             attended = self._run.attend(layer, query, keys, values, visible, scoring, self._fed)
@@ -242,6 +225,12 @@ class Session:
             warnings.warn(NOT_CALLED, stacklevel=3)
         elif self._has_read and not self._has_stepped:
             warnings.warn(NOTHING_RECYCLED, stacklevel=3)
+
+    def _led(self, run: _AnyRun) -> _AnyRun:
+        """A run that begins, in which rows that are no numbers run full."""
+        if (bad := self._turns.see_prompt(self._prompt.bad_rows)) is not None:
+            run.run_full(bad)
+        return run
 
     def _begin_run(self, call: ForwardCall) -> EngineRun | PlainRun:
         """On the engine, if there is one and it covers this."""

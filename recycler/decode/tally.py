@@ -9,6 +9,9 @@ from recycler.decode.governor import GovernedWindow
 from recycler.decode.receipt import Receipt
 from recycler.decode.round_counts import RoundCounts
 
+# Engines whose kernels do all of a step.
+_WHOLE = {"cpu", "cuda"}
+
 
 class Tally:
     """Adds up what becomes a receipt.
@@ -109,7 +112,8 @@ class Tally:
             tokens_read=self._tokens_read.copy(),
             tokens_dense=self._tokens_dense.copy(),
             reasons={reason: units.copy() for reason, units in self._reasons.items()},
-            why_plain=why_plain if {"plain", "cpu_modules"} & set(self._engines) else "",
+            # A session may have begun elsewhere.
+            why_plain="" if set(self._engines) <= _WHOLE else why_plain,
             longest_steps=self._longest_steps,
             horizon_steps=horizon_steps,
             notes=notes,

@@ -55,10 +55,9 @@ class Turns:
         """Watch the logits of a step, `(rows, vocabulary)`, for what is no number; as `NotNumbers.see`."""
         return self._not_numbers.see(logits)
 
-    @property
-    def bad_rows(self) -> Tensor | None:
-        """Rows of this turn that had NaN among their logits, bool `(rows,)`; None before its first step."""
-        return self._not_numbers.bad_rows
+    def see_prompt(self, bad: Tensor) -> Tensor | None:
+        """Take rows of what was read, which are no numbers, bool `(rows,)`; as `NotNumbers.see_prompt`."""
+        return self._not_numbers.see_prompt(bad)
 
     def add_audit(self, kl: np.ndarray, tokens_read: int, window: GovernedWindow | None) -> None:
         """Add an audit to the turn, as `Tally.add_audit`."""

@@ -206,7 +206,7 @@ def test_the_plain_path_gives_the_same_text_and_says_why_it_was_taken(run: Run, 
     command = ("--policy", write_policy(), "--prompt", TEXT, "--max-new-tokens", "20")
     (_, fast, _), (_, plain, _) = run(*command), run(*command, "--plain")
     assert fast.split("\n19 steps")[0] == plain.split("\n19 steps")[0]
-    assert "the plain path was taken because fast is False" in plain
+    assert "engine plain because fast is False" in plain
     assert (result(plain)["engine"], result(plain)["why_plain"]) == ("plain", "fast is False")
     for name in ("full_share", "read_share", "reasons"):
         assert result(fast)[name] == result(plain)[name]

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from policies import StepPolicy
 from recycler.decode.cache import KvLayer
-from recycler.decode.cpu.arrays import Fed
+from recycler.decode.cpu.arrays import Fed, Products
 from recycler.decode.cpu.given import take_in
 from recycler.decode.cpu.state import as_array, float_type_of, products_of
 from recycler.decode.cpu.steps import CpuSteps
@@ -72,6 +72,8 @@ class ModulesDecoding(CpuSteps):
     ) -> None:
         shape = model_shape(model)
         self._model, self._passing = model, passing
+        # Of each layer: a model's do not change, and sinks would be converted at every step.
+        self._products: dict[int, Products] = {}
         self._float_type = float_type_of(layers[0].dtype)
         super().__init__(
             layers,
@@ -92,13 +94,15 @@ class ModulesDecoding(CpuSteps):
         stored = self._layers[0].parts[0].own.dtype
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+            if layer not in self._products:
+                self._products[layer] = products_of(scoring, self._float_type)
             state = self.units[layer], self.decisions.signals[layer], self.rules, self.scratch
             given = query[..., 0, :].to(float_dtype).contiguous().numpy()
             # Under autocast they may come in other types than the cache has.
             new = (as_array(of[:, :, 0].to(stored).contiguous()) for of in (key, value))
             with kernel_threads() as n_threads:
                 take_in(given, *new, self.caches[layer], fed, *state)
-                self.attend(layer, products_of(scoring, self._float_type), seen_own, n_threads)
+                self.attend(layer, self._products[layer], seen_own, n_threads)
                 # A copy: the next layer's attention lies where this one's does.
                 return torch.from_numpy(self.scratch.attended).to(query.dtype, copy=True)[..., None, :]
 

@@ -82,8 +82,8 @@ class CpuSteps(Decoding):
         self._running = RunningTotals(self._full.shape)
         self.decisions = decisions(policy, (len(layers), rows, kv_heads))
         self._keys_only_units = by_keys.copy()
-        # Rows that run full whatever the policy says.
-        self._led = np.zeros(rows, dtype=bool)
+        # Rows that run full whatever the policy says, bool `(rows,)`; None for none.
+        self._led: np.ndarray | None = None
         self.begin_schedule(first.measured_mass(policy.needs).numpy().swapaxes(0, 1))
         self._sizes = group, float_type, hidden, intermediate
         self._refer_to_memory()
@@ -108,10 +108,10 @@ class CpuSteps(Decoding):
         self._schedule = Schedule(np.zeros(self._full.shape), masses)
 
     def run_full(self, rows: Tensor) -> None:
-        self._led = self._led | rows.numpy()
-        self._keys_only_units[self._led] = False
+        self._led = led = rows.numpy() if self._led is None else self._led | rows.numpy()
+        self._keys_only_units[led] = False
         for units in self.units:
-            units.by_keys[self._led] = False
+            units.by_keys[led] = False
 
     def step(self, tokens: Tensor, places: Tensor) -> Tensor:
         with self.kernels() as n_threads:
@@ -152,7 +152,7 @@ class CpuSteps(Decoding):
         """Decide for a layer and attend, into `scratch.attended`."""
         asked = self.decisions
         asked.decide(layer)
-        if self._led.any():
+        if self._led is not None:
             asked.full[layer][self._led] = True
         state = self.units[layer], asked.signals[layer], self.rules, self.scratch
         attend(asked.full[layer], products, self.start, self.caches[layer], seen_own, *state, n_threads)

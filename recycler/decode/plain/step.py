@@ -41,12 +41,12 @@ class PlainUnits:
         self.tokens_read = np.zeros(self.full.shape)
         self.overruled: dict[str, np.ndarray] = {}
         self._running = RunningTotals(self.full.shape)
-        # Rows that run full whatever the policy says, `(rows, 1)`.
-        self._led = torch.zeros((first.n_rows, 1), dtype=torch.bool, device=first.positions.device)
+        # Rows that run full whatever the policy says, `(rows, 1)`; None for none.
+        self._led: Tensor | None = None
 
     def run_full(self, rows: Tensor) -> None:
         """Run rows, bool `(rows,)`, full from the next step on."""
-        self._led = self._led | rows[:, None]
+        self._led = rows[:, None] if self._led is None else self._led | rows[:, None]
 
     def attend(
         self,
@@ -70,8 +70,10 @@ class PlainUnits:
         """
         units = self._layers[layer]
         reasons: dict[str, Tensor] = {}
-        full = units.decide(self._policy, query, reasons, token) | self._led
-        keys_only = full & self._by_keys[:, layer] & ~self._led
+        full = units.decide(self._policy, query, reasons, token)
+        keys_only = full & self._by_keys[:, layer]
+        if self._led is not None:
+            full, keys_only = full | self._led, keys_only & ~self._led
         refreshed = keys_only.nonzero(as_tuple=True)
         if refreshed[0].numel():
             units.refresh_at_once(refreshed, attention.score(refreshed))

@@ -20,7 +20,7 @@ from policies import CosineThreshold, FixedStride, PolicyFile, Selection
 from recycler import load_model, recycled
 from recycler.decode.asked import model_of
 from recycler.decode.explain import explain
-from recycler.decode.session import NOT_CALLED, NOTHING_RECYCLED
+from recycler.decode.session_sentences import NOT_CALLED, NOTHING_RECYCLED
 from recycler.model.shape import model_shape
 from recycler.model.weights_digest import weights_sample
 

@@ -49,9 +49,12 @@ def generate(model: PreTrainedModel, tokens: torch.Tensor, fast: bool, **how: An
 def test_a_bad_row_is_told_of_and_the_others_are_as_alone(model: PreTrainedModel, fast: bool, how: Any) -> None:
     tokens = torch.randint(1, 59, (3, 30), generator=torch.Generator().manual_seed(1))
     tokens[1, 12] = POISON
-    with pytest.warns(UserWarning, match="^row 1 has NaN among its logits from step 1 on") as warned:
+    with pytest.warns(UserWarning, match="^row 1 has NaN in its prompt, and runs full from there") as warned:
         texts, (receipt, turn) = generate(model, tokens, fast, **how)
-    assert len([one for one in warned if "NaN among" in str(one.message)]) == 1
+    assert len([one for one in warned if "NaN" in str(one.message)]) == 1
+    # From its first step on; the others are full at one of the five.
+    if not how:
+        assert receipt.full_steps.tolist() == np.full(receipt.full_steps.shape, 5 + 2).tolist()
     assert [note for note in receipt.notes if "NaN" in note] == [note for note in turn.notes if "NaN" in note]
     assert sum("row 1 has NaN" in note for note in receipt.notes) == 1
     assert any("row 1 has NaN" in note for note in receipt.to_json()["notes"])

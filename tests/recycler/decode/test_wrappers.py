@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, pipeline
 from policies import FixedStride, NeverFull, Selection
 from recycler.decode.asked import model_of
 from recycler.decode.recycled import recycled
-from recycler.decode.session import MODEL_CHANGED
+from recycler.decode.session_sentences import MODEL_CHANGED
 
 # What PEFT 0.21 says of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings(
