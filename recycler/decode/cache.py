@@ -146,6 +146,12 @@ class KvLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             raise ValueError("the KV cache was emptied between two decode steps.")
         return self.key, self.value
 
+    def reset(self) -> None:
+        """Drop all tokens, as a `DynamicLayer` does; before transformers 5.23 it left zeros in their places."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
     def get_seq_length(self) -> int:
         return 0 if self.key is None else self.key.n_tokens
 

@@ -104,12 +104,12 @@ class TestLayer:
         assert layer.get_seq_length() == 0
 
     def test_after_a_reset_it_fills_again_as_a_dynamic_layer(self) -> None:
-        layer, stock = grown_layer(), stock_layer()
-        for one in (layer, stock):
-            one.reset()
+        layer, new = grown_layer(), DynamicLayer()
+        layer.reset()
+        for one in (layer, new):
             assert one.get_seq_length() == 0
             one.update(tokens_of(2, seed=5), tokens_of(2, seed=6))
-        assert_same_layer(layer, stock)
+        assert_same_layer(layer, new)
 
 
 class TestGrowth:

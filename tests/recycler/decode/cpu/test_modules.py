@@ -51,6 +51,9 @@ def make(benchmark_module: Callable[[str], Any]) -> Callable[[str], PreTrainedMo
     def model(name: str) -> PreTrainedModel:
         if name not in made:
             made[name] = families[name].model()
+            if getattr(made[name].config, "attn_logit_softcapping", None) is not None:
+                # transformers' `sdpa` leaves it out, and says so since 5.23.
+                made[name].set_attn_implementation("eager")
         return made[name]
 
     return model
