@@ -107,8 +107,12 @@ class LastPrompt:
             NotCovered: If it holds something else than the keys that attention reads, or a layer holds none.
             ValueError: If it is another.
         """
-        for index, layer in enumerate(getattr(cache, "layers", ())):
-            if index in recycled:
-                if layer.keys is None and not isinstance(layer, KvLayer):
-                    raise NotCovered("a layer attends to the tokens of another one")
-                self._watches[recycled[index]].check(layer.keys)
+        held = getattr(cache, "layers", None)
+        if held is None:
+            return
+        for index, layer in recycled.items():
+            of_layer = held[index] if index < len(held) else None
+            keys = getattr(of_layer, "keys", None)
+            if keys is None and not isinstance(of_layer, KvLayer):
+                raise NotCovered("a layer attends to the tokens of another one")
+            self._watches[layer].check(keys)

@@ -214,7 +214,7 @@ def test_a_nan_in_a_row_leaves_the_others_as_they_are(make_model: Make) -> None:
         spoiled.get_output_embeddings().weight[7] = 0
     tokens[0, 20], tokens[1][tokens[1] == 7] = 7, 8
     stock = generated(spoiled, tokens)
-    with pytest.warns(UserWarning, match="^row 0 has NaN among its logits"):
+    with pytest.warns(UserWarning, match="^row 0 has NaN in its prompt"):
         text, receipt = exactly(spoiled, tokens, NeverFull(), FixedDrafts(4))
     assert torch.equal(text[1], stock[1])
     assert len(receipt.notes) == 1
