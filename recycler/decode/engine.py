@@ -171,3 +171,12 @@ class Engine(ABC):
             NotCovered: If the engine does not run this.
         """
         raise NotCovered(f"the {self.name} engine does not verify drafts")
+
+    def compile(self, *, drafts: bool = False) -> None:  # noqa: B027 - as its text says, some have nothing to do.
+        """Have compiled, or loaded from where it is kept, what steps run on, so that no step waits for it.
+
+        An engine that compiles nothing has nothing to do.
+
+        Args:
+            drafts: Whether drafts are taken and verified.
+        """

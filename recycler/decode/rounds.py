@@ -70,6 +70,9 @@ class ExactEngine(Engine):
         drafting = self._engine.begin_drafts(layers, first, policy)
         return Rounds(drafting, self._stop, layers, first, self._most_tokens)
 
+    def compile(self, *, drafts: bool = True) -> None:
+        self._engine.compile(drafts=drafts)
+
 
 class Rounds(Decoding):
     """See `Decoding`; what a step returns is what full attention returns.

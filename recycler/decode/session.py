@@ -101,6 +101,11 @@ class Session:
         self._watch = ModelWatch(self._model) if engine.holds_weights else None
         self._turns.why_plain = engine.why_modules
 
+    def compile(self) -> None:
+        """Let the engine compile what steps run on, so that no step waits for it."""
+        assert self._engine is not None
+        self._engine.compile()
+
     def stay_plain(self, reason: str) -> None:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
         self._turns.why_plain = reason

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from policies import StepPolicy
+from policies import AlwaysFull, StepPolicy
 from recycler.decode.cache import KvLayer
 from recycler.decode.cpu import dense
 from recycler.decode.cpu.arrays import Array, Fed, LayerWeights, Scratch
+from recycler.decode.cpu.blank import blank_prompt
 from recycler.decode.cpu.drafting import CpuDrafting
 from recycler.decode.cpu.state import as_array, float_type_of, layer_weights, products_of, weight_array
 from recycler.decode.cpu.steps import CpuSteps
@@ -20,6 +21,7 @@ from recycler.decode.engine import Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.decode.token_ids import check_tokens
 from recycler.model.decoder_parts import DecoderParts, NotCovered, bias_of, decoder_parts
+from recycler.model.shape import model_shape
 from recycler.sets.scores import Scoring
 
 
@@ -38,7 +40,7 @@ class CpuEngine(Engine):
     def __init__(self, model: PreTrainedModel) -> None:
         if model.device.type != "cpu":
             raise NotCovered(f"it runs on the cpu, and the model is on {model.device}")
-        self._parts = decoder_parts(model)
+        self._parts, self._shape = decoder_parts(model), model_shape(model)
         float_type_of(self._parts.dtype)
         self._weights = [layer_weights(layer) for layer in self._parts.layers]
         weight_array(self._parts.head.weight)
@@ -50,6 +52,21 @@ class CpuEngine(Engine):
 
     def begin_drafts(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> CpuDrafting:
         return CpuDrafting(CpuDecoding(self._parts, self._weights, layers, first, policy), policy.needs)
+
+    @torch.no_grad()
+    def compile(self, *, drafts: bool = False) -> None:
+        layers, first = blank_prompt(self._shape, self._parts.dtype)
+        decoding = CpuDecoding(self._parts, self._weights[:1], layers, first, AlwaysFull())
+        token, row = torch.zeros(1, dtype=torch.int64), np.ones(1, dtype=bool)
+        if not drafts:
+            decoding.step(token, token + first.end)
+            return
+        drafting = CpuDrafting(decoding, frozenset())
+        for n_own in range(2):
+            # A second round chooses sets by what the first one verified.
+            drafting.begin_round(np.full(1, n_own), row)
+            drafting.draft(token, token + first.end, row)
+            drafting.verify(token, token + first.end, np.zeros(1, dtype=np.int64))
 
 
 class CpuDecoding(CpuSteps):

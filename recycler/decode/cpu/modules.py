@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from policies import StepPolicy
+from policies import AlwaysFull, StepPolicy
 from recycler.decode.cache import KvLayer
 from recycler.decode.cpu.arrays import Fed, Products
+from recycler.decode.cpu.blank import blank_prompt
 from recycler.decode.cpu.given import take_in
 from recycler.decode.cpu.state import as_array, float_type_of, products_of
 from recycler.decode.cpu.steps import CpuSteps
@@ -58,6 +59,12 @@ class CpuModulesEngine(Engine):
             raise NotCovered("rows with padding beside layers that pass through need a mask")
         return ModulesDecoding(self._model, layers, first, policy, passing)
 
+    @torch.no_grad()
+    def compile(self, *, drafts: bool = False) -> None:
+        layers, first = blank_prompt(model_shape(self._model), self._model.dtype)
+        token = torch.zeros(1, dtype=torch.int64)
+        _WithoutModules(self._model, layers, first, AlwaysFull(), None).step(token, token + first.end)
+
 
 class ModulesDecoding(CpuSteps):
     """See `CpuSteps`. Args: those of `Engine.begin`, after the model."""
@@ -89,25 +96,47 @@ class ModulesDecoding(CpuSteps):
         return nullcontext(0)
 
     def through_layers(self, tokens: Tensor, places: Tensor, fed: Fed, seen_own: np.ndarray, n_threads: int) -> Tensor:
-        float_dtype = torch.float64 if self._float_type is np.float64 else torch.float32
-
-        stored = self._layers[0].parts[0].own.dtype
-
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             if layer not in self._products:
                 self._products[layer] = products_of(scoring, self._float_type)
-            state = self.units[layer], self.decisions.signals[layer], self.rules, self.scratch
-            given = query[..., 0, :].to(float_dtype).contiguous().numpy()
-            # Under autocast they may come in other types than the cache has.
-            new = (as_array(of[:, :, 0].to(stored).contiguous()) for of in (key, value))
-            with kernel_threads() as n_threads:
-                take_in(given, *new, self.caches[layer], fed, *state)
-                self.attend(layer, self._products[layer], seen_own, n_threads)
-                # A copy: the next layer's attention lies where this one's does.
-                return torch.from_numpy(self.scratch.attended).to(query.dtype, copy=True)[..., None, :]
+            return self.attend_given(layer, query, key, value, fed, seen_own)
 
         places = places.expand(len(tokens))[:, None]
         inside_of = owner_here(self._model)
         logits = forward_on_modules(self._model, tokens[:, None], places, attend, self._passing, inside_of)
         # A tensor that callers may write to, as they may to the model's.
         return logits[:, -1].clone()
+
+    def attend_given(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, fed: Fed, seen_own: np.ndarray
+    ) -> Tensor:
+        """Attention of a layer whose `products` are known, `(rows, kv_heads, group, 1, head_dim)`.
+
+        Args:
+            layer: Index of the layer.
+            query: Float of the same shape.
+            key: `(rows, kv_heads, 1, head_dim)`.
+            value: The same.
+            fed: As in `through_layers`, like what follows.
+            seen_own: As there.
+        """
+        float_dtype = torch.float64 if self._float_type is np.float64 else torch.float32
+        state = self.units[layer], self.decisions.signals[layer], self.rules, self.scratch
+        given = query[..., 0, :].to(float_dtype).contiguous().numpy()
+        # Under autocast they may come in other types than the cache has.
+        stored = self._layers[0].parts[0].own.dtype
+        new = (as_array(of[:, :, 0].to(stored).contiguous()) for of in (key, value))
+        with kernel_threads() as n_threads:
+            take_in(given, *new, self.caches[layer], fed, *state)
+            self.attend(layer, self._products[layer], seen_own, n_threads)
+            # A copy: the next layer's attention lies where this one's does.
+            return torch.from_numpy(self.scratch.attended).to(query.dtype, copy=True)[..., None, :]
+
+
+class _WithoutModules(ModulesDecoding):
+    """Steps of one layer's attention and nothing else: no module of the model runs, nor what is hooked to one."""
+
+    def through_layers(self, tokens: Tensor, places: Tensor, fed: Fed, seen_own: np.ndarray, n_threads: int) -> Tensor:
+        self._products[0] = products_of(Scoring(1.0), self._float_type)
+        key, query = self._layers[0].parts[0].own[:, :, :1], torch.from_numpy(self.scratch.query)
+        return self.attend_given(0, query[..., None, :], key, key, fed, seen_own)
