@@ -60,7 +60,7 @@ class _Request:
         """What stock `generate` writes."""
         length = {"max_new_tokens": self.n_new, "min_new_tokens": self.n_new}
         with self.session(model):
-            found = model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), do_sample=False, **length)  # type: ignore[operator]
+            found = model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), do_sample=False, **length)
         written: list[int] = found[0, self.tokens.shape[1] :].tolist()
         return written
 
