@@ -131,14 +131,19 @@ class PolicyFile:
         return weights if isinstance(weights, str) else None
 
     def note_on_weights(self, weights: str | None, model_id: str) -> str:
-        """A sentence if a model has other weights than those that the policy was tuned on; else empty.
+        """A sentence if a model has other weights than those that the policy was tuned on, or may have; else empty.
 
         Args:
-            weights: Their digest; None if it is not known. Digests of two precisions tell nothing of each other.
+            weights: Their digest; None if they cannot be read. Digests of two precisions tell nothing of each other.
             model_id: What to call the model.
         """
-        if self.weights is None or weights is None or weights == self.weights:
+        if self.weights is None or weights == self.weights:
             return ""
+        if weights is None:
+            return (
+                f"the weights of {model_id} are packed, and could not be compared with those that the policy was tuned "
+                "on: only the shape was."
+            )
         if weights.partition(":")[0] != self.weights.partition(":")[0]:
             return ""
         return (

@@ -187,8 +187,15 @@ def test_the_same_weights_and_those_in_another_precision_are_no_other_weights(
 
 def test_a_file_that_does_not_know_its_weights_says_nothing_of_them(model: PreTrainedModel, file: PolicyFile) -> None:
     assert explain(model, file, context_tokens=9).notes == ()
-    assert weights_sample(copy.deepcopy(model).to("meta")) is None
     assert file.note_on_weights("bfloat16:0", "tiny") == ""
+
+
+def test_a_file_says_of_weights_that_cannot_be_read_that_only_the_shape_was_compared(model: PreTrainedModel) -> None:
+    packed = weights_sample(copy.deepcopy(model).to("meta"))
+    assert packed is None
+    assert (
+        tuned_on(model, model).note_on_weights(packed, "tiny").startswith("the weights of tiny are packed, and could")
+    )
 
 
 def test_a_with_in_which_the_model_was_not_called_says_so(
