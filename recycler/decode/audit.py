@@ -25,10 +25,12 @@ class Audited(NamedTuple):
         kl: float32 `(rows, steps)`: Kullback-Leibler divergence of the next token's distribution from that of full
             attention over the same text, in nats, at least 0.
         tokens_read: Tokens of the cache that a unit read for it, summed over rows; each once, for all of its queries.
+        bad_rows: bool `(rows,)`: rows with a NaN among the logits of full attention.
     """
 
     kl: np.ndarray
     tokens_read: int
+    bad_rows: Tensor
 
 
 class Auditor:
@@ -107,11 +109,15 @@ class Auditor:
         """Forget what was not audited."""
         self._tokens, self._places, self._logits, self._last = [], [], [], None
 
-    def run(self, forward: Callable[..., Any]) -> Audited:
+    def run(
+        self, forward: Callable[..., Any], repeat: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    ) -> Audited:
         """Repeat what was kept, and forget it.
 
         Args:
             forward: The model's own, with full attention.
+            repeat: What gives the same logits for tokens and positions, and sees to the cache itself; None if only the
+                model's forward does.
         """
         assert self._last is not None
         cache, mask = (self._last.arguments.get(name) for name in ("past_key_values", "attention_mask"))
@@ -119,16 +125,19 @@ class Auditor:
         # Positions that were left to the model are left to it again.
         places = {"position_ids": torch.cat(self._places, -1)} if self._places else {}
         self.forget()
-        for layer in cache.layers:  # type: ignore[union-attr]
-            take_back(layer, n_steps)
         with torch.no_grad():
-            exact = forward(
-                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **places
-            ).logits
+            if repeat is not None:
+                exact = repeat(tokens, places.get("position_ids"))
+            else:
+                for layer in cache.layers:  # type: ignore[union-attr]
+                    take_back(layer, n_steps)
+                exact = forward(
+                    input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **places
+                ).logits
             kl = torch.stack([_divergence(exact[:, step], one) for step, one in enumerate(found)], 1)
         held = cache.get_seq_length() * len(tokens)  # type: ignore[union-attr]
         padding = 0 if mask is None else int((mask == 0).sum())
-        return Audited(kl.float().cpu().numpy(), held - padding)
+        return Audited(kl.float().cpu().numpy(), held - padding, exact.amax(-1).isnan().any(-1))
 
 
 def take_back(layer: Any, n_tokens: int) -> None:

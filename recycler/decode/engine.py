@@ -140,12 +140,14 @@ class Engine(ABC):
         holds_weights: Whether it refers to the model's weights, and so follows no change of its modules.
         counts_tokens: Whether the position of a token is the number of those before it, where a call does not say.
         why_modules: Why the model's own modules run, as a clause; empty if they do not.
+        repeats: Whether it offers `repeat`.
     """
 
     name: str
     holds_weights = True
     counts_tokens = True
     why_modules = ""
+    repeats = False
 
     @abstractmethod
     def begin(
@@ -171,6 +173,28 @@ class Engine(ABC):
             NotCovered: If the engine does not run this.
         """
         raise NotCovered(f"the {self.name} engine does not verify drafts")
+
+    def repeat(
+        self, layers: Sequence[KvLayer], first: FirstSets, tokens: Tensor, places: Tensor
+    ) -> tuple[Tensor, FirstSets]:
+        """Read the last n tokens of a cache again, with full attention, and choose sets by what they attend to.
+
+        Their keys and values become those of full attention.
+
+        Args:
+            layers: As of `begin`, with the tokens in them; like `first`.
+            first: What decoding began from.
+            tokens: int64 `(rows, n)`.
+            places: int64 `(rows, n)`: their positions.
+
+        Returns:
+            Logits `(rows, n, vocabulary)`, a new tensor in the model's type or a wider one; and what is left to
+            decoding, which knows no recovered mass.
+
+        Raises:
+            NotCovered: If it does not `repeats`.
+        """
+        raise NotCovered(f"the {self.name} engine does not read several tokens at once")
 
     def compile(self, *, drafts: bool = False) -> None:  # noqa: B027 - as its text says, some have nothing to do.
         """Have compiled, or loaded from where it is kept, what steps run on, so that no step waits for it.

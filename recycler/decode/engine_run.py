@@ -70,6 +70,7 @@ class EngineRun:
         self._revisions = [layer.revision for layer in self._layers]
         self._n_tokens = first.end
         self.engine = engine.name
+        self._engine, self._first = engine, first
         self._dtype = self._layers[0].dtype
         self._n_prompt = self._n_tokens
         self._mask: Tensor | None = None
@@ -96,6 +97,32 @@ class EngineRun:
     def run_full(self, rows: Tensor) -> None:
         """Run rows, bool `(rows,)`, full from the next step on."""
         self.decoding.run_full(rows)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its last steps may be repeated."""
+        return self._engine.repeats
+
+    def repeat(self, tokens: Tensor, places: Tensor | None) -> Tensor:
+        """Read the tokens of the last steps again, all at once, with full attention, whose keys and values they get.
+
+        Args:
+            tokens: int64 `(rows, n)`.
+            places: int64 `(rows or 1, n)`: their positions, if calls passed them.
+
+        Returns:
+            Logits `(rows, n, vocabulary)`.
+        """
+        if places is None:
+            places = torch.arange(self._n_tokens - tokens.shape[1], self._n_tokens)[None]
+        places = places.expand(tokens.shape)
+        logits, self._first = self._engine.repeat(self._layers, self._first, tokens, places)
+        return logits.to(self._dtype)
+
+    def begin_again(self, policy: StepPolicy) -> None:
+        """Go on as after a prompt, from what was repeated; what was done before has been told."""
+        self._n_prompt = self._n_tokens
+        self.decoding = self._engine.begin(self._layers, self._first, policy)
 
     def step(self, call: ForwardCall) -> CausalLMOutputWithPast:
         """Take a step.

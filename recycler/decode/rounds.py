@@ -71,7 +71,7 @@ class ExactEngine(Engine):
         return Rounds(drafting, self._stop, layers, first, self._most_tokens)
 
     def compile(self, *, drafts: bool = True) -> None:
-        self._engine.compile(drafts=drafts)
+        self._engine.compile(drafts=True)
 
 
 class Rounds(Decoding):

@@ -104,7 +104,7 @@ class Session:
     def compile(self) -> None:
         """Let the engine compile what steps run on, so that no step waits for it."""
         assert self._engine is not None
-        self._engine.compile()
+        self._engine.compile(drafts=self._auditor is not None)
 
     def stay_plain(self, reason: str) -> None:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
@@ -144,7 +144,7 @@ class Session:
             if self._auditor is not None:
                 self._auditor.check(call)
             if self._run is None:
-                self._run = self._led(self._begin_run(call))
+                self._run = self._led(self._begin_run(call), self._prompt.bad_rows)
             if isinstance(self._run, EngineRun):
                 if self._watch is not None and self._watch.has_changed:
                     raise ValueError(MODEL_CHANGED)
@@ -204,7 +204,7 @@ class Session:
             # Whoever calls inner modules of the model comes here without a call of its forward.
             self._has_stepped = True
             if self._run is None:
-                self._run = self._led(self._plain_run())
+                self._run = self._led(self._plain_run(), self._prompt.bad_rows)
             if isinstance(self._run, EngineRun):
                 raise ValueError(STEPPED_INSIDE)
             attended = self._run.attend(layer, query, keys, values, visible, scoring, self._fed)
@@ -231,9 +231,9 @@ class Session:
         elif self._has_read and not self._has_stepped:
             warnings.warn(NOTHING_RECYCLED, stacklevel=3)
 
-    def _led(self, run: _AnyRun) -> _AnyRun:
-        """A run that begins, in which rows that are no numbers run full."""
-        if (bad := self._turns.see_prompt(self._prompt.bad_rows)) is not None:
+    def _led(self, run: _AnyRun, bad_rows: Tensor) -> _AnyRun:
+        """A run that begins, in which rows that are no numbers run full; `bad_rows` are those of what was read."""
+        if (bad := self._turns.see_prompt(bad_rows)) is not None:
             run.run_full(bad)
         return run
 
@@ -270,12 +270,15 @@ class Session:
         return self._policy if self._governor is None else self._governor.policy
 
     def _audit(self, auditor: Auditor, stock: Callable[..., Any], cache: Any) -> None:
-        """Repeat the last steps as if they were a prompt."""
+        """Repeat the last steps as if they were a prompt, on the engine where it reads several tokens at once."""
+        run = self._run if isinstance(self._run, EngineRun) and self._run.repeats else None
+        # What a policy asks of sets that were measured, the model's own forward tells.
+        run = None if "refresh_mass" in self._policy.needs else run
         self._end_run()
         # An audit of one step is no step.
         self.in_prefill = self._audits = True
         try:
-            audited = auditor.run(stock)
+            audited = auditor.run(stock, None if run is None else run.repeat)
         except BaseException:
             self._spoiled = weakref.ref(cache)
             raise
@@ -283,6 +286,9 @@ class Session:
             self.in_prefill = self._audits = False
         window = None if self._governor is None else self._governor.learn(audited.kl)
         self._turns.add_audit(audited.kl, audited.tokens_read, window)
+        if run is not None:
+            run.begin_again(self._deciding)
+            self._run = self._led(run, audited.bad_rows)
 
     def _end_run(self) -> None:
         run, self._run = self._run, None

@@ -6,6 +6,7 @@ from collections.abc import Set
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from recycler.decode.counts import Totals
@@ -14,11 +15,14 @@ from recycler.decode.cpu.arrays import Array, Fed, Scratch
 from recycler.decode.cpu.many import Asking, ManyScratch, attend_many, many_scratch
 from recycler.decode.cpu.votes import choose_by_votes
 from recycler.decode.engine import Drafting, refuse_measured_sets
+from recycler.decode.first_sets import FirstSets
 from recycler.model.threads import kernel_threads
 
 if TYPE_CHECKING:
     from recycler.decode.cpu.engine import CpuDecoding
 
+# Tokens of a row that are read again at once: the queries' logits over the whole cache are kept until they voted.
+_MOST_AT_ONCE = 64
 # Similarities of tokens that are verified are nobody's signals.
 _NO_SIGNALS = np.zeros((1, 1, 1))
 
@@ -93,6 +97,19 @@ class CpuDrafting(Drafting):
                 queries[rows, fed.own - self._held[rows]] = scratch.unit_query
             self._has_voted = self._has_voted | (n > 0)
             return steps.predicted(x, scratch, n_threads)
+
+    def repeat(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, FirstSets]:
+        """As `Engine.repeat`, in rounds without a draft."""
+        rows, n = tokens.shape
+        self._held, n_rounds = self._held - n, -(-n // _MOST_AT_ONCE)
+        self._steps.n_own = self._held.copy()
+        logits = []
+        for some, at in zip(tokens.tensor_split(n_rounds, 1), places.tensor_split(n_rounds, 1), strict=True):
+            n_some = some.shape[1]
+            verified = self.verify(some.reshape(-1), at.reshape(-1), np.arange(rows).repeat(n_some))
+            logits.append(verified.unflatten(0, (rows, n_some)))
+            self.begin_round(self._held + n_some, np.ones(rows, dtype=bool))
+        return torch.cat(logits, 1), self._steps.sets()
 
     def totals(self) -> Totals:
         return self._steps.totals()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from policies import AlwaysFull, StepPolicy
+from policies import AlwaysFull, NeverFull, StepPolicy
 from recycler.decode.cache import KvLayer
 from recycler.decode.cpu import dense
 from recycler.decode.cpu.arrays import Array, Fed, LayerWeights, Scratch
@@ -35,7 +35,7 @@ class CpuEngine(Engine):
         NotCovered: If it is not on the CPU, in another type, or of another kind.
     """
 
-    name = "cpu"
+    name, repeats = "cpu", True
 
     def __init__(self, model: PreTrainedModel) -> None:
         if model.device.type != "cpu":
@@ -52,6 +52,14 @@ class CpuEngine(Engine):
 
     def begin_drafts(self, layers: Sequence[KvLayer], first: FirstSets, policy: StepPolicy) -> CpuDrafting:
         return CpuDrafting(CpuDecoding(self._parts, self._weights, layers, first, policy), policy.needs)
+
+    @torch.no_grad()
+    def repeat(
+        self, layers: Sequence[KvLayer], first: FirstSets, tokens: Tensor, places: Tensor
+    ) -> tuple[Tensor, FirstSets]:
+        # Of units that are full for ever no sets would be chosen.
+        decoding = CpuDecoding(self._parts, self._weights, layers, first, NeverFull())
+        return CpuDrafting(decoding, frozenset()).repeat(tokens, places)
 
     @torch.no_grad()
     def compile(self, *, drafts: bool = False) -> None:

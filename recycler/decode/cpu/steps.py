@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from policies import Schedule, StepPolicy
@@ -60,7 +62,7 @@ class CpuSteps(Decoding):
         hidden: int = 0,
         intermediate: int = 0,
     ) -> None:
-        self._layers, self._policy, self._window = layers, policy, window
+        self._layers, self._first, self._policy, self._window = layers, first, policy, window
         # A kernel's array is its own.
         self.start = first.start.copy()
         self.rules = rules_of(first.selection, policy.needs)
@@ -106,6 +108,19 @@ class CpuSteps(Decoding):
     def begin_schedule(self, masses: np.ndarray | None = None) -> None:
         """Begin the schedule; with recovered masses of the sets, float64 `(rows, layers, kv_heads)`, if they count."""
         self._schedule = Schedule(np.zeros(self._full.shape), masses)
+
+    def sets(self) -> FirstSets:
+        """The sets as they are, for another decoding to begin from; recovered masses are NaN."""
+        positions = np.stack([units.positions for units in self.units])
+        empty = np.arange(positions.shape[-1]) >= self._filled[..., None]
+        return dataclasses.replace(
+            self._first,
+            positions=torch.from_numpy(np.where(empty, -1, positions)),
+            scores=torch.from_numpy(np.stack([units.scores for units in self.units])),
+            query=torch.from_numpy(np.stack([units.full_query for units in self.units])),
+            mass=torch.full_like(self._first.mass, float("nan")),
+            end=self.n_prompt + int(self.n_own.max()),
+        )
 
     def run_full(self, rows: Tensor) -> None:
         self._led = led = rows.numpy() if self._led is None else self._led | rows.numpy()

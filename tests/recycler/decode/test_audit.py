@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from policies import AlwaysFull, BudgetConstrained, FixedStride, NeverFull, Selection
+from recycler.decode.cpu.many import attend_many
 from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
 from recycler.model.divergence import kl_divergence
@@ -242,26 +243,33 @@ def test_a_step_that_the_audit_did_not_see_is_noticed(make_model: Make, make_tok
 
 
 def test_a_cache_in_which_an_audit_was_interrupted_is_not_decoded_from(
-    make_model: Make, make_tokens: Make, monkeypatch: pytest.MonkeyPatch
+    make_model: Make, make_tokens: Make, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     model, tokens = make_model(), make_tokens(24)
     # In the middle of its forward: the first layer has its tokens again, the second has not.
-    second, calls = model.model.layers[1].self_attn, list[int]()
-    stock = second.forward
+    second, stock, n_kernels = model.model.layers[1].self_attn, model.model.layers[1].self_attn.forward, 0
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[0].shape[1] if args else kwargs["hidden_states"].shape[1])
-        if calls[-1] == 3:
+        if (args[0] if args else kwargs["hidden_states"]).shape[1] == 3:
             raise KeyboardInterrupt
         return stock(*args, **kwargs)
+
+    def kernel(*args: Any) -> Any:
+        nonlocal n_kernels
+        n_kernels += 1
+        if n_kernels == 2:
+            raise KeyboardInterrupt
+        return attend_many(*args)
 
     with recycled(model, NeverFull(), SELECTION, audit=3), torch.no_grad():
         cache = model(tokens[:, :20], use_cache=True).past_key_values
         for at in (20, 21):
             model(tokens[:, at : at + 1], past_key_values=cache)
         with monkeypatch.context() as patch:
-            patch.setattr("recycler.model.model_watch.ModelWatch.has_changed", False)
-            patch.setattr(second, "forward", forward)
+            if fast:
+                patch.setattr("recycler.decode.cpu.drafting.attend_many", kernel)
+            else:
+                patch.setattr(second, "forward", forward)
             with pytest.raises(KeyboardInterrupt):
                 model(tokens[:, 22:23], past_key_values=cache)
         with pytest.raises(ValueError, match=r"^an audit was interrupted, and this KV cache holds neither"):
@@ -279,3 +287,28 @@ def test_turns_on_one_growing_cache_are_audited_one_by_one(make_model: Make, mak
         model.generate(longer, past_key_values=cache, max_new_tokens=11, do_sample=False)
     assert [turn.audited_kl.size for turn in session.turns()] == [4, 8]
     assert [turn.n_steps for turn in session.turns()] == [6, 10]
+
+
+@pytest.mark.parametrize("every", [70, 129])
+def test_many_steps_are_read_again_some_at_a_time(make_model: Make, make_tokens: Make, every: int) -> None:
+    model, tokens = make_model(), make_tokens(20, rows=2)
+    with recycled(model, NeverFull(), SELECTION, audit=every) as session:
+        text, heard, _ = generate(model, tokens, (0, 3), max_new_tokens=every + 5)
+    exact = full_logits(model, text, (0, 3))
+    expected = [divergence(exact[:, 20 + step], heard[1 + step]) for step in range(every)]
+    found = session.receipt().audited_kl.reshape(2, every).T
+    np.testing.assert_allclose(found, torch.stack(expected).numpy(), rtol=1e-4, atol=1e-9)
+
+
+def test_after_an_audit_sets_are_those_of_a_prompt_that_ended_there(make_model: Make, make_tokens: Make) -> None:
+    model, tokens = make_model(), make_tokens(20, rows=2)
+    # All queries of the audit vote, as all of a turn of a chat do.
+    selection = Selection(12, sinks=2, window=4, prompt_queries=8)
+    with recycled(model, NeverFull(), selection, audit=8):
+        text, heard, _ = generate(model, tokens)
+    with recycled(model, NeverFull(), selection), torch.no_grad():
+        cache = model(text[:, :20], use_cache=True).past_key_values
+        model(text[:, 20:28], past_key_values=cache)
+        after = [model(text[:, at : at + 1], past_key_values=cache).logits[:, -1] for at in range(28, 32)]
+    for step, logits in enumerate(after):
+        torch.testing.assert_close(heard[9 + step].double(), logits.double(), rtol=1e-5, atol=1e-6)
