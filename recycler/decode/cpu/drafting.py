@@ -21,8 +21,8 @@ from recycler.model.threads import kernel_threads
 if TYPE_CHECKING:
     from recycler.decode.cpu.engine import CpuDecoding
 
-# Tokens of a row that are read again at once: the queries' logits over the whole cache are kept until they voted.
-_MOST_AT_ONCE = 64
+# Tokens of a row that are read again at once. Their queries' sums stay in a core's first cache; of more they do not.
+_MOST_AT_ONCE = 32
 # Similarities of tokens that are verified are nobody's signals.
 _NO_SIGNALS = np.zeros((1, 1, 1))
 
