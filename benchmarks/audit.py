@@ -46,6 +46,11 @@ def main(
         Case("every unit full", AlwaysFull()),
         plainly,
         *(Case(f"audited every {n} steps", subject.policy, selection=selection, audit=n) for n in numbers),
+        *(
+            Case(f"{n // 4} of every {n} steps", subject.policy, selection=selection, audit=n, audit_tokens=n // 4)
+            for n in numbers
+            if n % 4 == 0
+        ),
     ]
     bench = Bench(subject.model, subject.tokens, k, steps)
     rows = []

@@ -32,6 +32,7 @@ class Case:
         compiled: Whether transformers compiles its steps, which it does on a GPU where the cache is static.
         selection: How sets are chosen; None for the default one.
         audit: Steps between audits; None for none.
+        audit_tokens: How many of them are repeated; None for all.
         exact: When rounds of drafts end that are verified; None for approximate decoding.
         uncounted_steps: First steps, which make room and get ready.
         fast: As in `recycled`.
@@ -43,6 +44,7 @@ class Case:
     compiled: bool = True
     selection: Selection | None = None
     audit: int | None = None
+    audit_tokens: int | None = None
     exact: StopRule | None = None
     uncounted_steps: int = 2
     fast: bool = True
@@ -172,7 +174,8 @@ class Bench:
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None
-        how: dict[str, Any] = {"audit": case.audit, "exact": case.exact or False, "fast": case.fast}
+        how: dict[str, Any] = {"audit": case.audit, "audit_tokens": case.audit_tokens}
+        how |= {"exact": case.exact or False, "fast": case.fast}
         return recycled(self._model, case.policy, case.selection or Selection(self._k), **how)
 
     def _parts(self, n_tokens: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -47,6 +47,10 @@ def main(
         int | None,
         typer.Option(min=1, help="Measure how far the text is from full attention, every so many tokens."),
     ] = None,
+    audit_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Repeat so many of the tokens between two audits, the last ones; default: all."),
+    ] = None,
     govern_kl: Annotated[
         float | None,
         typer.Option(help="Hold this KL to full attention, in nats, by audits that steer the policy's budget."),
@@ -83,7 +87,8 @@ def main(
             streamer=streamer,
         )
 
-    how: dict[str, Any] = {"exact": exact, "audit": audit, "govern_kl": govern_kl, "most": most}
+    how: dict[str, Any] = {"exact": exact, "audit": audit, "audit_tokens": audit_tokens}
+    how |= {"govern_kl": govern_kl, "most": most}
     with recycled(loaded, policy_file, fast=not plain, **how) as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()

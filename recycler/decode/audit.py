@@ -36,20 +36,27 @@ class Audited(NamedTuple):
 class Auditor:
     """Keeps the last steps, and repeats them with full attention.
 
-    The keys and values of their tokens become those of full attention. What was decoded before has been audited, so
-    every audit is of the whole text.
+    The keys and values of their tokens become those of full attention. Where all steps are repeated, what was decoded
+    before has been audited, so that every audit is of the whole text; a sample is of its steps after a text as it is.
 
     Args:
         every_steps: Steps from one audit to the next, at least 1.
+        n_tokens: How many of them are repeated, the last ones; None for all.
 
     Raises:
-        ValueError: If it is no whole number from 1 on.
+        ValueError: If one is no whole number from 1 on, or more are to be repeated than there are.
     """
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, every_steps: int, n_tokens: int | None = None) -> None:
         if not isinstance(every_steps, int) or every_steps < 1:
             raise ValueError(f"audit must be at least 1 step, or None for no audits, not {every_steps}.")
-        self._every_steps = every_steps
+        if n_tokens is not None and (not isinstance(n_tokens, int) or not 1 <= n_tokens <= every_steps):
+            raise ValueError(
+                f"audit_tokens must be from 1 to audit={every_steps}, whose last steps it repeats, or None for all of "
+                f"them, not {n_tokens}."
+            )
+        self._every_steps, self._n_tokens = every_steps, every_steps if n_tokens is None else n_tokens
+        self._n_steps = 0
         self._tokens: list[Tensor] = []
         self._places: list[Tensor] = []
         self._logits: list[Tensor] = []
@@ -58,8 +65,18 @@ class Auditor:
 
     @property
     def is_due(self) -> bool:
-        """Whether as many steps were taken as an audit is of."""
-        return len(self._tokens) == self._every_steps
+        """Whether as many steps were taken as there are from one audit to the next."""
+        return self._n_steps == self._every_steps
+
+    @property
+    def note(self) -> str:
+        """What a receipt says of audits that are not of all steps; else empty."""
+        if self._n_tokens == self._every_steps:
+            return ""
+        return (
+            f"audits are of a sample, {self._n_tokens} of every {self._every_steps} steps: the others' keys and values "
+            "are as recycled attention left them."
+        )
 
     def check(self, call: ForwardCall) -> None:
         """Refuse what cannot be repeated.
@@ -87,27 +104,30 @@ class Auditor:
             return
         if cache is not self._last.arguments["past_key_values"] or cache.get_seq_length() != self._cache_tokens:
             raise ValueError(CACHE_CHANGED)
-        if (call.arguments.get("position_ids") is None) != (not self._places):
+        if (call.arguments.get("position_ids") is None) != (self._last.arguments.get("position_ids") is None):
             raise ValueError("an audit repeats steps that all come with position_ids, or all without.")
 
-    def note(self, call: ForwardCall, logits: Tensor) -> None:
-        """Keep a step.
+    def keep(self, call: ForwardCall, logits: Tensor) -> None:
+        """Keep a step, if it will be repeated.
 
         Args:
             call: The call of the forward.
             logits: `(rows, 1, vocabulary)`, which it returned.
         """
+        self._n_steps += 1
+        self._last, self._cache_tokens = call, call.arguments["past_key_values"].get_seq_length()
+        if self._n_steps <= self._every_steps - self._n_tokens:
+            return
         # Copies: a caller may use one buffer for all steps, and change logits where they are.
         self._tokens.append(call.tokens.clone())
         places = call.arguments.get("position_ids")
         if places is not None:
             self._places.append(places.clone())
         self._logits.append(logits[:, -1].detach().clone())
-        self._last, self._cache_tokens = call, call.arguments["past_key_values"].get_seq_length()
 
     def forget(self) -> None:
         """Forget what was not audited."""
-        self._tokens, self._places, self._logits, self._last = [], [], [], None
+        self._tokens, self._places, self._logits, self._last, self._n_steps = [], [], [], None, 0
 
     def run(
         self, forward: Callable[..., Any], repeat: Callable[[Tensor, Tensor | None], Tensor] | None = None

@@ -34,6 +34,7 @@ def custom_generate(
     fast: bool = True,
     exact: bool | StopRule = False,
     audit: int | None = None,
+    audit_tokens: int | None = None,
     govern_kl: float | None = None,
     most: float | None = None,
     **model_kwargs: Any,
@@ -55,6 +56,7 @@ def custom_generate(
         fast: As in `recycled`.
         exact: As in `recycled`.
         audit: As in `recycled`.
+        audit_tokens: As in `recycled`.
         govern_kl: As in `recycled`.
         most: As in `recycled`.
         model_kwargs: What else the model's forward gets.
@@ -66,7 +68,8 @@ def custom_generate(
         raise ValueError("custom_generate decodes with a policy: give policy=... to generate, such as its file's path.")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("beam search cannot run recycled: use greedy search or sampling, with num_beams=1.")
-    applied = recycled(model, policy, selection, fast=fast, exact=exact, audit=audit, govern_kl=govern_kl, most=most)
+    audits: dict[str, Any] = {"audit": audit, "audit_tokens": audit_tokens, "govern_kl": govern_kl, "most": most}
+    applied = recycled(model, policy, selection, fast=fast, exact=exact, **audits)
     with _told(applied):
         return model._sample(  # type: ignore[operator]
             input_ids,

@@ -140,14 +140,14 @@ class Engine(ABC):
         holds_weights: Whether it refers to the model's weights, and so follows no change of its modules.
         counts_tokens: Whether the position of a token is the number of those before it, where a call does not say.
         why_modules: Why the model's own modules run, as a clause; empty if they do not.
-        repeats: Whether it offers `repeat`.
+        most_voters: How many queries may choose sets after `repeat`; 0 if it does not offer that.
     """
 
     name: str
     holds_weights = True
     counts_tokens = True
     why_modules = ""
-    repeats = False
+    most_voters = 0
 
     @abstractmethod
     def begin(
@@ -177,9 +177,10 @@ class Engine(ABC):
     def repeat(
         self, layers: Sequence[KvLayer], first: FirstSets, tokens: Tensor, places: Tensor
     ) -> tuple[Tensor, FirstSets]:
-        """Read the last n tokens of a cache again, with full attention, and choose sets by what they attend to.
+        """Read the last n tokens of a cache again, with full attention, and choose sets as after a prompt.
 
-        Their keys and values become those of full attention.
+        Their keys and values become those of full attention. Of tokens before them none vote, however many the
+        selection asks for.
 
         Args:
             layers: As of `begin`, with the tokens in them; like `first`.
@@ -192,7 +193,7 @@ class Engine(ABC):
             decoding, which knows no recovered mass.
 
         Raises:
-            NotCovered: If it does not `repeats`.
+            NotCovered: If it does not do that.
         """
         raise NotCovered(f"the {self.name} engine does not read several tokens at once")
 

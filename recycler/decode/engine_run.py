@@ -101,7 +101,7 @@ class EngineRun:
     @property
     def repeats(self) -> bool:
         """Whether its last steps may be repeated."""
-        return self._engine.repeats
+        return 1 <= (self._first.selection.prompt_queries or 0) <= self._engine.most_voters
 
     def repeat(self, tokens: Tensor, places: Tensor | None) -> Tensor:
         """Read the tokens of the last steps again, all at once, with full attention, whose keys and values they get.

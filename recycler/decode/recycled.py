@@ -13,6 +13,7 @@ from policies import PolicyFile, Selection, StepPolicy
 from policies.stops import FixedDrafts, StopRule
 from recycler.decode import engines
 from recycler.decode.asked import Asked, model_of
+from recycler.decode.audit import Auditor
 from recycler.decode.governor import Governor
 from recycler.decode.session import Session
 from recycler.model.decoder_parts import NotCovered
@@ -34,6 +35,7 @@ def recycled(
     horizon_steps: int | None = None,
     exact: bool | StopRule = False,
     audit: int | None = None,
+    audit_tokens: int | None = None,
     govern_kl: float | None = None,
     most: float | None = None,
 ) -> Iterator[Session]:
@@ -71,6 +73,9 @@ def recycled(
             and sets and schedule begin anew, as after a prompt: accounts too, a policy's burst included. What is left
             at the end of an output is not audited; rows that have ended are, as long as others go on. It keeps the
             logits of so many steps, and computes as many.
+        audit_tokens: How many of the steps between two audits are repeated, the last ones; None for all of them. Of a
+            sample the receipt says that it is one: what it costs is a sample's part, what it measures is how far these
+            steps were from full attention over the text as it is, and the keys and values of the others stay.
         govern_kl: Limit of the divergence from full attention, in nats, mean over an output, that audits hold by
             raising and lowering the policy's budget (`Governor`); they are every 64 steps then, unless `audit` says
             otherwise. None for the policy's budget as it is.
@@ -113,7 +118,11 @@ def recycled(
     governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
     if governor is not None and audit is None:
         audit = _GOVERNED_STEPS
-    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, asked.notes, audit, governor, rule)
+    if audit_tokens is not None and audit is None:
+        raise ValueError(f"audit_tokens={audit_tokens} is how much an audit repeats, and audit is not given.")
+    auditor = None if audit is None else Auditor(audit, audit_tokens)
+    notes = (*asked.notes, auditor.note) if auditor is not None and auditor.note else asked.notes
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, notes, auditor, governor, rule)
     if fast:
         try:
             session.use(engines.engine_for(model))

@@ -55,7 +55,7 @@ class Session:
         selection: How sets are chosen; likewise.
         horizon_steps: As in `recycled`.
         notes: What receipts say of the model.
-        audit: As in `recycled`.
+        auditor: Who measures how far steps were from full attention; None for nobody.
         governor: Who decides how much the policy may, between audits; None for the policy alone.
         exact: When a round of drafts ends that is verified; None for decoding that is approximate.
     """
@@ -67,7 +67,7 @@ class Session:
         selection: Selection,
         horizon_steps: int | None = None,
         notes: tuple[str, ...] = (),
-        audit: int | None = None,
+        auditor: Auditor | None = None,
         governor: Governor | None = None,
         exact: StopRule | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class Session:
         # A text of twice a model's positions is none that it can read.
         self._prompt = LastPrompt(shape, selection.within(2 * max_positions(model)))
         self._n_vocabulary = n_vocabulary(model)
-        self._auditor = None if audit is None else Auditor(audit)
+        self._auditor = auditor
         self._exact, self._most_tokens = exact, most_tokens(model)
         # To a cache in the middle of which an audit was interrupted.
         self._spoiled: Callable[[], Any] = lambda: None
@@ -156,7 +156,7 @@ class Session:
             if (bad := self._turns.see(logits[:, -1])) is not None:
                 self._run.run_full(bad)
             if self._auditor is not None:
-                self._auditor.note(call, logits)
+                self._auditor.keep(call, logits)
                 if self._auditor.is_due:
                     self._audit(self._auditor, stock, call.arguments["past_key_values"])
             return stepped

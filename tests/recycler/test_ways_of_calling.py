@@ -18,7 +18,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -349,12 +348,6 @@ def _(caller: Caller) -> Any:
 @applied("linear layers that were quantized")
 def _(caller: Caller) -> Any:
     caller.model = torch.ao.quantization.quantize_dynamic(caller.model, {torch.nn.Linear})
-    return caller.generate()
-
-
-@applied("linear layers that torchao quantized")
-def _(caller: Caller) -> Any:
-    quantize_(caller.model, Int8WeightOnlyConfig())
     return caller.generate()
 
 

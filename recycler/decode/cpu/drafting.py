@@ -12,7 +12,7 @@ from torch import Tensor
 from recycler.decode.counts import Totals
 from recycler.decode.cpu import dense
 from recycler.decode.cpu.arrays import Array, Fed, Scratch
-from recycler.decode.cpu.many import Asking, ManyScratch, attend_many, many_scratch
+from recycler.decode.cpu.many import ALL_VOTE, Asking, ManyScratch, attend_many, many_scratch
 from recycler.decode.cpu.votes import choose_by_votes
 from recycler.decode.engine import Drafting, refuse_measured_sets
 from recycler.decode.first_sets import FirstSets
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from recycler.decode.cpu.engine import CpuDecoding
 
 # Tokens of a row that are read again at once. Their queries' sums stay in a core's first cache; of more they do not.
-_MOST_AT_ONCE = 32
+MOST_AT_ONCE = 32
 # Similarities of tokens that are verified are nobody's signals.
 _NO_SIGNALS = np.zeros((1, 1, 1))
 
@@ -49,6 +49,7 @@ class CpuDrafting(Drafting):
         self._queries = np.zeros((len(steps.units), rows, 0, *steps.units[0].full_query.shape[1:]))
         self._votes = np.zeros((len(steps.units), rows, kv_heads, 0), dtype=np.float32)
         self._many: ManyScratch | None = None
+        self._n_voters = ALL_VOTE
         self._rules = steps.rules._replace(
             wants_query_similarity=False, wants_step_similarity=False, wants_layer_similarity=False
         )
@@ -91,7 +92,7 @@ class CpuDrafting(Drafting):
             for weights, cache, units, votes, queries in layers:
                 where = cosine, sine, cache, fed, units
                 dense.project(x, weights, *where, _NO_SIGNALS, self._rules, scratch, n_threads)
-                asking = Asking(*asked, votes)
+                asking = Asking(*asked, votes, self._n_voters)
                 attend_many(asking, weights.scaling, steps.start, cache, self._rules, many, n_threads)
                 dense.feed(x, weights, scratch, n_threads)
                 queries[rows, fed.own - self._held[rows]] = scratch.unit_query
@@ -101,12 +102,15 @@ class CpuDrafting(Drafting):
     def repeat(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, FirstSets]:
         """As `Engine.repeat`, in rounds without a draft."""
         rows, n = tokens.shape
-        self._held, n_rounds = self._held - n, -(-n // _MOST_AT_ONCE)
+        self._held, self._n_voters = self._held - n, self._steps.n_prompt_queries
         self._steps.n_own = self._held.copy()
         logits = []
-        for some, at in zip(tokens.tensor_split(n_rounds, 1), places.tensor_split(n_rounds, 1), strict=True):
-            n_some = some.shape[1]
-            verified = self.verify(some.reshape(-1), at.reshape(-1), np.arange(rows).repeat(n_some))
+        # The last round has all that vote.
+        for end in range((n - 1) % MOST_AT_ONCE + 1, n + 1, MOST_AT_ONCE):
+            some = slice(max(end - MOST_AT_ONCE, 0), end)
+            n_some = end - some.start
+            fed = tokens[:, some].reshape(-1), places[:, some].reshape(-1)
+            verified = self.verify(*fed, np.arange(rows).repeat(n_some))
             logits.append(verified.unflatten(0, (rows, n_some)))
             self.begin_round(self._held + n_some, np.ones(rows, dtype=bool))
         return torch.cat(logits, 1), self._steps.sets()

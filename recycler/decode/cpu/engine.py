@@ -14,7 +14,7 @@ from recycler.decode.cache import KvLayer
 from recycler.decode.cpu import dense
 from recycler.decode.cpu.arrays import Array, Fed, LayerWeights, Scratch
 from recycler.decode.cpu.blank import blank_prompt
-from recycler.decode.cpu.drafting import CpuDrafting
+from recycler.decode.cpu.drafting import MOST_AT_ONCE, CpuDrafting
 from recycler.decode.cpu.state import as_array, float_type_of, layer_weights, products_of, weight_array
 from recycler.decode.cpu.steps import CpuSteps
 from recycler.decode.engine import Engine
@@ -35,7 +35,7 @@ class CpuEngine(Engine):
         NotCovered: If it is not on the CPU, in another type, or of another kind.
     """
 
-    name, repeats = "cpu", True
+    name, most_voters = "cpu", MOST_AT_ONCE
 
     def __init__(self, model: PreTrainedModel) -> None:
         if model.device.type != "cpu":

@@ -18,6 +18,8 @@ from recycler.decode.cpu.votes import vote
 
 # Tokens whose keys and values are taken at once: whole tiles of them, which stay in the first cache.
 _BLOCK_TOKENS = 48
+# More queries than a row ever has.
+ALL_VOTE = 2**40
 # Whose numbers are added to, and whose are written over.
 _ADD, _REPLACE = np.bool_(True), np.bool_(False)
 
@@ -31,7 +33,8 @@ class Asking(NamedTuple):
         first_own: int64 `(rows,)`: own place of the first one's key. Every query sees what lies before it.
         query: Float `(queries, kv_heads, group, head_dim)`.
         attended: The same: their attention.
-        votes: float32 `(rows, kv_heads, places)`: attention of a unit's queries, summed, then pooled over its heads.
+        votes: float32 `(rows, kv_heads, places)`: attention of a unit's voters, summed, then pooled over its heads.
+        n_voters: How many of a row's queries vote, the last ones, if there are so many.
     """
 
     first: Array
@@ -40,6 +43,7 @@ class Asking(NamedTuple):
     query: Array
     attended: Array
     votes: Array
+    n_voters: int
 
 
 class ManyScratch(NamedTuple):
@@ -52,7 +56,7 @@ class ManyScratch(NamedTuple):
         values: Float `(threads, block, whole tiles of head_dim)`.
         weights: Float `(threads, block, columns)`.
         best: Float `(threads, columns)`.
-        logits: Float `(units, columns, places)`, scaled.
+        logits: Float `(units, columns, places)`, scaled; of voters.
         highest: Float `(threads, units, columns)`: the largest logit of each thread's part.
         total: The same: sum of exp(logit - highest).
         partial: Float `(threads, units, columns, whole tiles of head_dim)`: sum of exp(logit - highest) x value.
@@ -137,7 +141,7 @@ def _attend_share(
         row, head = unit // kv_heads, unit % kv_heads
         if asking.n[row] == 0:
             continue
-        n_columns = asking.n[row] * group
+        n_columns, first_voting = asking.n[row] * group, max(asking.n[row] - asking.n_voters, 0) * group
         # Whole tiles: what is past the last column means nothing.
         width = min(-(-n_columns * packed.itemsize // TILE_BYTES) * TILE_BYTES // packed.itemsize, packed.shape[1])
         _pack(asking.query, asking.first[row], asking.n[row], head, asking.query.dtype.type(scaling), packed)
@@ -163,7 +167,7 @@ def _attend_share(
             for j in range(max(n_prompt + own_begin - low, 0), n_block):
                 logits[j, : (low + j - n_prompt - own_begin) * group] = NOTHING
             weights = scratch.weights[thread]
-            _keep_logits(logits, n_block, n_columns, scratch.logits[unit], low)
+            _keep_logits(logits, n_block, first_voting, n_columns, scratch.logits[unit], low)
             of_columns = scratch.best[thread, :width], highest[:width], total[:width]
             _weigh(logits, n_block, of_columns, partial, n_columns, weights)
             _multiply_values(weights, values, first_value, n_block, n_columns, partial)
@@ -256,9 +260,9 @@ def _weigh(
 
 
 @helper(fastmath=True)
-def _keep_logits(block: Array, n: int, n_columns: int, logits: Array, begin: int) -> None:
+def _keep_logits(block: Array, n: int, first: int, n_columns: int, logits: Array, begin: int) -> None:
     """Write the columns of a block to rows, where tokens lie side by side."""
-    for column in range(n_columns):
+    for column in range(first, n_columns):
         row = logits[column, begin : begin + n]
         for j in range(n):
             row[j] = block[j, column]
@@ -306,5 +310,6 @@ def _settle_share(
                 for d in range(head_dim):
                     asking.attended[asking.first[row] + i, head, member, d] = merged[i * group + member, d]
         end = cache.prompt_key.shape[2] + asking.first_own[row] + n
-        votes, of_columns = asking.votes[row, head], normaliser[: n * group]
-        vote(scratch.logits[unit], start[row], end, of_columns, rules.group_mean, scratch.summed[thread], votes)
+        voting = slice(max(n - asking.n_voters, 0) * group, n * group)
+        logits, votes = scratch.logits[unit, voting], asking.votes[row, head]
+        vote(logits, start[row], end, normaliser[voting], rules.group_mean, scratch.summed[thread], votes)

@@ -47,6 +47,7 @@ class CpuSteps(Decoding):
         start: int64 `(rows,)`: place of each row's first token.
         n_prompt: Tokens in the prompt's part of the cache.
         n_own: int64 `(rows,)`: tokens of each row since.
+        n_prompt_queries: As in the selection; 0 for all of a prompt.
         decisions: Who asks the policy.
     """
 
@@ -63,6 +64,7 @@ class CpuSteps(Decoding):
         intermediate: int = 0,
     ) -> None:
         self._layers, self._first, self._policy, self._window = layers, first, policy, window
+        self.n_prompt_queries = first.selection.prompt_queries or 0
         # A kernel's array is its own.
         self.start = first.start.copy()
         self.rules = rules_of(first.selection, policy.needs)

@@ -148,6 +148,46 @@ def test_a_policy_that_asks_the_past_begins_anew_after_an_audit(make_model: Make
     assert session.receipt().full_share == 0
 
 
+def test_a_sample_is_of_the_last_steps_between_two_audits_over_the_text_as_it_is(
+    make_model: Make, make_tokens: Make
+) -> None:
+    model, tokens = make_model(), make_tokens(20, rows=2)
+    with recycled(model, NeverFull(), SELECTION, audit=8, audit_tokens=3) as session:
+        text, heard, cache = generate(model, tokens)
+    # By hand: five steps as recycled attention leaves them, then three with full attention, and again.
+    with recycled(model, NeverFull(), SELECTION), torch.no_grad():
+        kept = model(text[:, :20], use_cache=True).past_key_values
+        expected = []
+        for begin in (20, 28):
+            for at in range(begin, begin + 5):
+                model(text[:, at : at + 1], past_key_values=kept)
+            exact = model(text[:, begin + 5 : begin + 8], past_key_values=kept).logits
+            expected += [divergence(exact[:, step], heard[begin - 19 + 5 + step]) for step in range(3)]
+    receipt = session.receipt()
+    found = np.concatenate([part.reshape(2, 3).T for part in np.split(receipt.audited_kl, 2)])
+    np.testing.assert_allclose(found, torch.stack(expected).numpy(), rtol=1e-4, atol=1e-9)
+    for audited, by_hand in zip(cache.layers, kept.layers, strict=True):
+        torch.testing.assert_close(audited.keys[:, :, :36], by_hand.keys)
+    assert receipt.notes == (
+        "audits are of a sample, 3 of every 8 steps: the others' keys and values are as recycled attention left them.",
+    )
+    assert receipt.audit is not None
+    assert receipt.audit["row_steps"] == 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"audit": 4, "audit_tokens": 5}, "audit_tokens must be from 1 to audit=4, whose last steps it repeats"),
+        ({"audit": 4, "audit_tokens": 0}, "audit_tokens must be from 1 to audit=4, whose last steps it repeats"),
+        ({"audit_tokens": 4}, "audit_tokens=4 is how much an audit repeats, and audit is not given"),
+    ],
+)
+def test_a_sample_of_what_is_not_there_is_refused(make_model: Make, how: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message), recycled(make_model(), NeverFull(), SELECTION, **how):
+        pass
+
+
 @pytest.mark.parametrize("every", [0, -3])
 def test_an_audit_of_no_steps_is_refused(make_model: Make, every: int) -> None:
     with (
@@ -300,10 +340,12 @@ def test_many_steps_are_read_again_some_at_a_time(make_model: Make, make_tokens:
     np.testing.assert_allclose(found, torch.stack(expected).numpy(), rtol=1e-4, atol=1e-9)
 
 
-def test_after_an_audit_sets_are_those_of_a_prompt_that_ended_there(make_model: Make, make_tokens: Make) -> None:
+@pytest.mark.parametrize("n_voters", [1, 5, 8])
+def test_after_an_audit_sets_are_those_of_a_prompt_that_ended_there(
+    make_model: Make, make_tokens: Make, n_voters: int
+) -> None:
     model, tokens = make_model(), make_tokens(20, rows=2)
-    # All queries of the audit vote, as all of a turn of a chat do.
-    selection = Selection(12, sinks=2, window=4, prompt_queries=8)
+    selection = Selection(12, sinks=2, window=4, prompt_queries=n_voters)
     with recycled(model, NeverFull(), selection, audit=8):
         text, heard, _ = generate(model, tokens)
     with recycled(model, NeverFull(), selection), torch.no_grad():

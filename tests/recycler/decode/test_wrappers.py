@@ -23,7 +23,6 @@ from peft import (
     inject_adapter_in_model,
 )
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import PreTrainedModel, pipeline
 
 from policies import FixedStride, NeverFull, Selection
@@ -310,11 +309,6 @@ def quantized(model: PreTrainedModel) -> PreTrainedModel:
     return torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear})
 
 
-def of_torchao(model: PreTrainedModel) -> PreTrainedModel:
-    quantize_(model.float(), Int8WeightOnlyConfig())
-    return model
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize(
     ("change", "why"),
@@ -322,7 +316,6 @@ def of_torchao(model: PreTrainedModel) -> PreTrainedModel:
         (subclass, r"model\.layers\.0\.mlp\.up_proj is a .*OtherLinear"),
         (packed, "a weight is a OtherTensor, not a Parameter"),
         (quantized, r"model\.layers\.0\.self_attn\.q_proj is a torch\.ao\.nn\.quantized\.dynamic\.modules\.linear"),
-        (of_torchao, "a weight is a Int8Tensor, not a Parameter"),
     ],
 )
 def test_layers_that_are_no_plain_linears_are_the_models_own_business(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recycler.decode.cpu.arrays import Array, Cache, Rules
-from recycler.decode.cpu.many import Asking, attend_many, many_scratch
+from recycler.decode.cpu.many import ALL_VOTE, Asking, attend_many, many_scratch
 
 SCALING = 0.3
 
@@ -61,7 +61,7 @@ class Layer:
     def attended(self, n_threads: int) -> tuple[Array, Array]:
         rows, (kv_heads, group, head_dim) = len(self.n), self.query.shape[1:]
         votes = np.zeros((rows, kv_heads, self.places), dtype=np.float32)
-        asking = Asking(self.first, self.n, self.first_own, self.query, np.zeros_like(self.query), votes)
+        asking = Asking(self.first, self.n, self.first_own, self.query, np.zeros_like(self.query), votes, ALL_VOTE)
         scratch = many_scratch(n_threads, rows * kv_heads, int(self.n.max()), group, head_dim, self.places, self.query)
         attend_many(asking, SCALING, self.start, self.cache, self.rules, scratch, n_threads)
         return asking.attended, votes
