@@ -66,7 +66,7 @@ def profiled(timed: TimedModel, case: Case, batch: int, context: int) -> dict[st
 def tune_walk(timed: TimedModel) -> list[dict[str, Any]]:
     """Ways to launch the attention, each in real steps at the longest context: all units full, and none."""
     batch, context = timed.sizes.cases[0]
-    usual = Machine.of(timed.device) if timed.device.type == "cuda" else engines.engine_for(timed.model)._machine
+    usual = engines.engine_for(timed.model)._machine
     found = []
     for tile_bytes, warps, stages in (
         (16384, 4, 3),

@@ -72,7 +72,8 @@ def recycled(
             The receipt has the divergence that was measured. Keys and values of these tokens become full attention's,
             and sets and schedule begin anew, as after a prompt: accounts too, a policy's burst included. What is left
             at the end of an output is not audited; rows that have ended are, as long as others go on. It keeps the
-            logits of so many steps, and computes as many.
+            logits of so many steps, and computes as many. Of a bfloat16 model on the CPU engine, full attention is the
+            engine's own there, whose activations are in float32.
         audit_tokens: How many of the steps between two audits are repeated, the last ones; None for all of them. Of a
             sample the receipt says that it is one: what it costs is a sample's part, what it measures is how far these
             steps were from full attention over the text as it is, and the keys and values of the others stay.

@@ -24,6 +24,7 @@ from recycler.decode.engine import Decoding, Engine
 from recycler.decode.first_sets import FirstSets
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import DecoderParts, NotCovered, decoder_parts
+from recycler.model.shape import model_shape
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rotary embeddings that look at positions on the host.
@@ -50,7 +51,8 @@ class CudaEngine(Engine):
         if machine is None:
             if model.device.type != "cuda":
                 raise NotCovered(f"it runs on cuda, and the model is on {model.device}")
-            machine = Machine.of(model.device)
+            shape = model_shape(model)
+            machine = Machine.of(model.device, shape.head_dim, shape.query_heads // shape.kv_heads)
         parts = decoder_parts(model)
         if parts.dtype not in _DTYPES:
             raise NotCovered(f"it runs {', '.join(map(str, _DTYPES))}, and the model is in {parts.dtype}")

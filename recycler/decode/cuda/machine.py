@@ -10,9 +10,9 @@ import torch
 
 from recycler.model.decoder_parts import NotCovered
 
-# How `walk` is launched best, by the name of a device, as `benchmarks/gpu.py --only walk` found there; others have the
-# defaults of `Machine`. Bytes of a tile, warps, stages.
-_TUNED: Mapping[str, tuple[int, int, int]] = MappingProxyType({"NVIDIA H200": (16384, 4, 3)})
+# How `walk` is launched best, as `benchmarks/gpu.py --only walk` found: by the name of a device, the size of a head and
+# the query heads of a KV head. Bytes of a tile, warps, stages; what is not here has the defaults of `Machine`.
+_TUNED: Mapping[tuple[str, int, int], tuple[int, int, int]] = MappingProxyType({("NVIDIA H200", 128, 4): (16384, 4, 3)})
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,13 @@ class Machine:
                 raise ValueError(f"{name} must be a power of 2, not {getattr(self, name)}.")
 
     @classmethod
-    def of(cls, device: torch.device) -> Machine:
+    def of(cls, device: torch.device, head_dim: int, group: int) -> Machine:
         """Of a GPU: three stages of tiles let two programs of `walk` share a multiprocessor of 227 KiB.
+
+        Args:
+            device: The GPU.
+            head_dim: Numbers per head of the model.
+            group: Query heads of a KV head.
 
         Raises:
             NotCovered: If it is none of NVIDIA's.
@@ -57,7 +62,7 @@ class Machine:
                 "it has run on NVIDIA's GPUs only, and this is torch for ROCm, which calls its devices cuda"
             )
         found = torch.cuda.get_device_properties(device)
-        return cls(2 * found.multi_processor_count, *_TUNED.get(found.name, ()))
+        return cls(2 * found.multi_processor_count, *_TUNED.get((found.name, head_dim, group), ()))
 
     def tile_tokens(self, head_dim: int, dtype: torch.dtype) -> int:
         """Tokens of a tile, a power of 2 and at least 16, the least that `tl.dot` takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,4 +49,19 @@ def test_torch_for_rocm_whose_devices_are_called_cuda_is_left_to_the_plain_path(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(NotCovered, match=r"^it has run on NVIDIA's GPUs only, and this is torch for ROCm"):
-        Machine.of(torch.device("cuda"))
+        Machine.of(torch.device("cuda"), 128, 4)
+
+
+def test_a_launch_that_was_tuned_is_of_its_device_and_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_TUNED", {("a GPU", 128, 4): (8192, 8, 2)})
+
+    def launched(name: str, head_dim: int, group: int) -> tuple[int, int, int]:
+        found = SimpleNamespace(name=name, multi_processor_count=3)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+        of = Machine.of(torch.device("cuda"), head_dim, group)
+        assert of.n_programs == 6
+        return of.tile_bytes, of.walk_warps, of.walk_stages
+
+    assert launched("a GPU", 128, 4) == (8192, 8, 2)
+    usual = Machine.tile_bytes, Machine.walk_warps, Machine.walk_stages
+    assert launched("a GPU", 64, 4) == launched("a GPU", 128, 7) == launched("another", 128, 4) == usual

@@ -94,7 +94,7 @@ def test_captured_and_compiled_steps_are_those_of_the_kernels_one_by_one(
 ) -> None:
     model = models(dtype)
     captured = generate(model, policy)
-    machine = Machine(**(vars(Machine.of(torch.device("cuda"))) | {"captures": False}))
+    machine = Machine(**(vars(CudaEngine(model)._machine) | {"captures": False}))
     monkeypatch.setattr("recycler.decode.engines.engine_for", lambda model: CudaEngine(model, machine))
     one_by_one = generate(model, policy)
     assert captured[0] == one_by_one[0]
@@ -146,7 +146,7 @@ def test_a_graph_survives_the_growth_of_the_cache(
     models: Make, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
 ) -> None:
     model = models(torch.float32)
-    machine = Machine(**(vars(Machine.of(torch.device("cuda"))) | {"chunk_tokens": chunk_tokens}))
+    machine = Machine(**(vars(CudaEngine(model)._machine) | {"chunk_tokens": chunk_tokens}))
     monkeypatch.setattr("recycler.decode.engines.engine_for", lambda model: CudaEngine(model, machine))
     # The cache grows every 64 tokens.
     found, _ = generate(model, AlwaysFull(), 300, n_new=300)
