@@ -62,6 +62,36 @@ def test_of_two_processes_one_compiles_and_the_other_waits_for_it(tmp_path: Path
     assert said["1 0"] == ""
 
 
+# Its digest comes from outside: another one stands for a change in the sources that it is made of.
+STAMPED = """
+import sys
+from policies.compiled.kernel import stamped_kernel
+
+@stamped_kernel(sys.argv[1])
+def twice(x):
+    return 2 * x
+"""
+ONCE = """
+from stamped_module import twice
+assert twice(3) == 6
+print(sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
+"""
+
+
+def test_a_kernel_on_disk_is_used_until_the_digest_of_its_sources_changes(tmp_path: Path) -> None:
+    (tmp_path / "stamped_module.py").write_text(STAMPED)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(kernel.__file__).parents[2])]),
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+    }
+
+    def hits_and_misses(digest: str) -> str:
+        command = [sys.executable, "-c", ONCE, digest]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert [hits_and_misses(digest) for digest in ("one", "one", "other", "other")] == ["0 1", "1 0", "0 1", "1 0"]
+
+
 def test_what_is_kept_of_a_kernel_is_read_and_written_by_one_process_at_a_time(tmp_path: Path) -> None:
     files = _KeptFiles(str(tmp_path), "kernel", "stamp")
     files.save("type", "code")
