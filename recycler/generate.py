@@ -87,9 +87,17 @@ def main(
             streamer=streamer,
         )
 
-    how: dict[str, Any] = {"exact": exact, "audit": audit, "audit_tokens": audit_tokens}
-    how |= {"govern_kl": govern_kl, "most": most}
-    with recycled(loaded, policy_file, fast=not plain, **how) as session:
+    applying = recycled(
+        loaded,
+        policy_file,
+        fast=not plain,
+        exact=exact,
+        audit=audit,
+        audit_tokens=audit_tokens,
+        govern_kl=govern_kl,
+        most=most,
+    )
+    with applying as session:
         recycled_run = generate(TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True))
     receipt = session.receipt()
     # Piped, the table is as wide as it needs to be; a terminal has its own width.

@@ -68,8 +68,17 @@ def custom_generate(
         raise ValueError("custom_generate decodes with a policy: give policy=... to generate, such as its file's path.")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("beam search cannot run recycled: use greedy search or sampling, with num_beams=1.")
-    audits: dict[str, Any] = {"audit": audit, "audit_tokens": audit_tokens, "govern_kl": govern_kl, "most": most}
-    applied = recycled(model, policy, selection, fast=fast, exact=exact, **audits)
+    applied = recycled(
+        model,
+        policy,
+        selection,
+        fast=fast,
+        exact=exact,
+        audit=audit,
+        audit_tokens=audit_tokens,
+        govern_kl=govern_kl,
+        most=most,
+    )
     with _told(applied):
         return model._sample(  # type: ignore[operator]
             input_ids,

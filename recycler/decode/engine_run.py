@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
 import numpy as np
 import torch
@@ -98,10 +98,13 @@ class EngineRun:
         """Run rows, bool `(rows,)`, full from the next step on."""
         self.decoding.run_full(rows)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether its last steps may be repeated."""
-        return 1 <= (self._first.selection.prompt_queries or 0) <= self._engine.most_voters
+    def repeats(self, needs: Set[str]) -> bool:
+        """Whether its last steps may be repeated; `needs` are signals that the policy reads.
+
+        Where it may not, the model's own forward reads them again: it measures new sets, and lets any query vote.
+        """
+        n_voters = self._first.selection.prompt_queries
+        return "refresh_mass" not in needs and n_voters is not None and n_voters <= self._engine.most_voters
 
     def repeat(self, tokens: Tensor, places: Tensor | None) -> Tensor:
         """Read the tokens of the last steps again, all at once, with full attention, whose keys and values they get.

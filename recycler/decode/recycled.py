@@ -127,7 +127,6 @@ def recycled(
     if fast:
         try:
             session.use(engines.engine_for(model))
-            session.compile()
         except NotCovered as reason:
             session.stay_plain(str(reason))
     else:

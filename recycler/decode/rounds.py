@@ -70,7 +70,7 @@ class ExactEngine(Engine):
         drafting = self._engine.begin_drafts(layers, first, policy)
         return Rounds(drafting, self._stop, layers, first, self._most_tokens)
 
-    def compile(self, *, drafts: bool = True) -> None:
+    def compile(self, *, drafts: bool = False) -> None:
         self._engine.compile(drafts=True)
 
 

@@ -96,15 +96,12 @@ class Session:
         self.in_prefill = False
 
     def use(self, engine: Engine) -> None:
-        """Run decode steps on an engine, as far as it covers them."""
-        self._engine = self._in_rounds(engine)
+        """Run decode steps on an engine, as far as it covers them; what they run on is compiled now."""
+        of_session = self._in_rounds(engine)
+        of_session.compile(drafts=self._auditor is not None)
+        self._engine = of_session
         self._watch = ModelWatch(self._model) if engine.holds_weights else None
         self._turns.why_plain = engine.why_modules
-
-    def compile(self) -> None:
-        """Let the engine compile what steps run on, so that no step waits for it."""
-        assert self._engine is not None
-        self._engine.compile(drafts=self._auditor is not None)
 
     def stay_plain(self, reason: str) -> None:
         """Run decode steps on the plain path; `reason` goes into the receipt."""
@@ -271,9 +268,7 @@ class Session:
 
     def _audit(self, auditor: Auditor, stock: Callable[..., Any], cache: Any) -> None:
         """Repeat the last steps as if they were a prompt, on the engine where it reads several tokens at once."""
-        run = self._run if isinstance(self._run, EngineRun) and self._run.repeats else None
-        # What a policy asks of sets that were measured, the model's own forward tells.
-        run = None if "refresh_mass" in self._policy.needs else run
+        run = self._run if isinstance(self._run, EngineRun) and self._run.repeats(self._policy.needs) else None
         self._end_run()
         # An audit of one step is no step.
         self.in_prefill = self._audits = True

@@ -99,10 +99,10 @@ class CpuDrafting(Drafting):
             self._has_voted = self._has_voted | (n > 0)
             return steps.predicted(x, scratch, n_threads)
 
-    def repeat(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, FirstSets]:
+    def repeat(self, first: FirstSets, tokens: Tensor, places: Tensor) -> tuple[Tensor, FirstSets]:
         """As `Engine.repeat`, in rounds without a draft."""
         rows, n = tokens.shape
-        self._held, self._n_voters = self._held - n, self._steps.n_prompt_queries
+        self._held, self._n_voters = self._held - n, first.selection.prompt_queries or ALL_VOTE
         self._steps.n_own = self._held.copy()
         logits = []
         # The last round has all that vote.
@@ -113,7 +113,7 @@ class CpuDrafting(Drafting):
             verified = self.verify(*fed, np.arange(rows).repeat(n_some))
             logits.append(verified.unflatten(0, (rows, n_some)))
             self.begin_round(self._held + n_some, np.ones(rows, dtype=bool))
-        return torch.cat(logits, 1), self._steps.sets()
+        return torch.cat(logits, 1), self._steps.sets_after(first)
 
     def totals(self) -> Totals:
         return self._steps.totals()

@@ -59,7 +59,7 @@ class CpuEngine(Engine):
     ) -> tuple[Tensor, FirstSets]:
         # Of units that are full for ever no sets would be chosen.
         decoding = CpuDecoding(self._parts, self._weights, layers, first, NeverFull())
-        return CpuDrafting(decoding, frozenset()).repeat(tokens, places)
+        return CpuDrafting(decoding, frozenset()).repeat(first, tokens, places)
 
     @torch.no_grad()
     def compile(self, *, drafts: bool = False) -> None:

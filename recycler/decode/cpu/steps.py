@@ -47,7 +47,6 @@ class CpuSteps(Decoding):
         start: int64 `(rows,)`: place of each row's first token.
         n_prompt: Tokens in the prompt's part of the cache.
         n_own: int64 `(rows,)`: tokens of each row since.
-        n_prompt_queries: As in the selection; 0 for all of a prompt.
         decisions: Who asks the policy.
     """
 
@@ -63,8 +62,7 @@ class CpuSteps(Decoding):
         hidden: int = 0,
         intermediate: int = 0,
     ) -> None:
-        self._layers, self._first, self._policy, self._window = layers, first, policy, window
-        self.n_prompt_queries = first.selection.prompt_queries or 0
+        self._layers, self._policy, self._window = layers, policy, window
         # A kernel's array is its own.
         self.start = first.start.copy()
         self.rules = rules_of(first.selection, policy.needs)
@@ -111,16 +109,20 @@ class CpuSteps(Decoding):
         """Begin the schedule; with recovered masses of the sets, float64 `(rows, layers, kv_heads)`, if they count."""
         self._schedule = Schedule(np.zeros(self._full.shape), masses)
 
-    def sets(self) -> FirstSets:
-        """The sets as they are, for another decoding to begin from; recovered masses are NaN."""
+    def sets_after(self, first: FirstSets) -> FirstSets:
+        """The sets as they are, for another decoding to begin from; recovered masses are NaN.
+
+        Args:
+            first: What this one began from.
+        """
         positions = np.stack([units.positions for units in self.units])
         empty = np.arange(positions.shape[-1]) >= self._filled[..., None]
         return dataclasses.replace(
-            self._first,
+            first,
             positions=torch.from_numpy(np.where(empty, -1, positions)),
             scores=torch.from_numpy(np.stack([units.scores for units in self.units])),
             query=torch.from_numpy(np.stack([units.full_query for units in self.units])),
-            mass=torch.full_like(self._first.mass, float("nan")),
+            mass=torch.full_like(first.mass, float("nan")),
             end=self.n_prompt + int(self.n_own.max()),
         )
 

@@ -16,10 +16,12 @@ from filelock import FileLock
 from policies.compiled import kernel
 from policies.compiled.kernel import _KeptFiles, helper
 
+# Its digest comes from outside: another one stands for a change in the sources that it is made of.
 MODULE = """
+import sys
 from policies.compiled.kernel import stamped_kernel
 
-@stamped_kernel("digest")
+@stamped_kernel(sys.argv[1])
 def twice(x):
     return 2 * x
 """
@@ -28,24 +30,29 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from module_with_kernel import twice
-Path(sys.argv[1]).touch()
-while not Path(sys.argv[2]).exists():
+Path(sys.argv[2]).touch()
+while not Path(sys.argv[3]).exists():
     time.sleep(0.001)
 assert twice(3) == 6
 print(sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
 """
 
 
-def test_of_two_processes_one_compiles_and_the_other_waits_for_it(tmp_path: Path) -> None:
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of processes that find the module, and keep its kernel in a folder of this test."""
     (tmp_path / "module_with_kernel.py").write_text(MODULE)
-    environment = os.environ | {
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(kernel.__file__).parents[2])]),
         "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
     }
+
+
+def test_of_two_processes_one_compiles_and_the_other_waits_for_it(tmp_path: Path, environment: dict[str, str]) -> None:
     here = [str(tmp_path / name) for name in ("one", "other")]
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *files],
+            [sys.executable, "-c", PROGRAM, "digest", *files],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -62,28 +69,14 @@ def test_of_two_processes_one_compiles_and_the_other_waits_for_it(tmp_path: Path
     assert said["1 0"] == ""
 
 
-# Its digest comes from outside: another one stands for a change in the sources that it is made of.
-STAMPED = """
-import sys
-from policies.compiled.kernel import stamped_kernel
-
-@stamped_kernel(sys.argv[1])
-def twice(x):
-    return 2 * x
-"""
 ONCE = """
-from stamped_module import twice
+from module_with_kernel import twice
 assert twice(3) == 6
 print(sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
 """
 
 
-def test_a_kernel_on_disk_is_used_until_the_digest_of_its_sources_changes(tmp_path: Path) -> None:
-    (tmp_path / "stamped_module.py").write_text(STAMPED)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(kernel.__file__).parents[2])]),
-        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
-    }
+def test_a_kernel_on_disk_is_used_until_the_digest_of_its_sources_changes(environment: dict[str, str]) -> None:
 
     def hits_and_misses(digest: str) -> str:
         command = [sys.executable, "-c", ONCE, digest]
