@@ -230,17 +230,6 @@ def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:
     return seconds["books"] / seconds["steps"]
 
 
-def read_gb_per_s(device: torch.device) -> float:
-    """What reading memory reaches: the best of ten sums over 1 GiB, on a GPU over 8."""
-    numbers = torch.ones(1 << (31 if device.type == "cuda" else 28), device=device)
-    best = float("inf")
-    for _ in range(10):
-        began = time.perf_counter()
-        numbers.sum().item()
-        best = min(best, time.perf_counter() - began)
-    return numbers.numel() * numbers.element_size() / best / 1e9
-
-
 def copy_gb_per_s(device: torch.device) -> float:
     """What a copy inside of a memory reaches, bytes read and written: the best of ten over 1 GiB, on a GPU over 4."""
     source = torch.ones(1 << (30 if device.type == "cuda" else 28), device=device)

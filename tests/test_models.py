@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from recycler.model.memory import weight_bytes
+
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
 ROWS = {name: line for line in PAGE.splitlines() if (name := "".join(re.findall(r"^\| ([A-Z].*?) \|", line)))}
 
@@ -28,6 +30,15 @@ def test_the_page_has_all_families(models: Any) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_family_does_what_the_page_says(models: Any, name: str) -> None:
     assert models.try_family(models.FAMILIES[name]).row(name) == ROWS[name]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if "| refused |" not in row])
+def test_what_a_family_reads_of_its_weights_is_known(models: Any, name: str) -> None:
+    model = models.FAMILIES[name].model()
+    read = weight_bytes(model)
+    assert read is not None
+    assert 0 < read <= sum(weight.nbytes for weight in model.parameters())
 
 
 def test_few_families_are_refused_and_none_is_wrong() -> None:

@@ -14,6 +14,7 @@ from recycler.decode.asked import Asked, model_of
 from recycler.decode.engines import engine_for
 from recycler.model.attention_hook import refuse_full_window
 from recycler.model.decoder_parts import NotCovered
+from recycler.model.memory import read_gb_per_s, weight_bytes
 from recycler.model.shape import model_shape, window_of_recycled_layers
 
 
@@ -29,6 +30,10 @@ class Explanation:
         read_share: Tokens read of the cache at most, as a share of what full attention reads, at `context_tokens`.
         cache_mb: The KV cache at `context_tokens`, in 10^6 bytes.
         sets_mb: What the recycled sets take beside it.
+        weights_mb: The weights that a step reads; None if their types hide how they are packed.
+        least_step_ms: What a step takes where nothing but memory takes time: weights and cache at the rate at which the
+            device was just seen to read. None where `weights_mb` is.
+        least_full_step_ms: The same with every unit full.
         context_tokens: Tokens in the cache.
         batch_size: Rows.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
@@ -41,6 +46,9 @@ class Explanation:
     read_share: float
     cache_mb: float
     sets_mb: float
+    weights_mb: float | None
+    least_step_ms: float | None
+    least_full_step_ms: float | None
     context_tokens: int
     batch_size: int
     horizon_steps: int | None
@@ -61,6 +69,14 @@ class Explanation:
         console.print(
             f"the KV cache of {self.batch_size} rows takes {self.cache_mb:,.1f} MB, their sets {self.sets_mb:,.1f} MB"
         )
+        if self.weights_mb is not None and self.least_step_ms is not None:
+            cache_mb = self.read_share * self.cache_mb
+            console.print(
+                f"a step reads {self.weights_mb:,.0f} MB of weights and at most {cache_mb:,.1f} MB of cache, which "
+                f"takes {self.least_step_ms:,.1f} ms here if nothing else does: at best "
+                f"{1000 * self.batch_size / self.least_step_ms:,.0f} tokens per second "
+                f"({self.least_full_step_ms:,.1f} ms with every unit full)"
+            )
         if self.horizon_steps is not None:
             console.print(f"the policy was tuned for outputs of {self.horizon_steps} steps, and holds to twice of that")
         for note in self.notes:
@@ -113,13 +129,23 @@ def explain(
     )
     # A keys-only refresh reads all keys, and the values of its set.
     of_refresh = np.where(cost < 1, (context_tokens + sizes) / 2, context_tokens)
+    read_share = float((rates * of_refresh + (1 - rates) * sizes).mean() / context_tokens)
+    cache_mb = shape.layers * shape.kv_heads * context_tokens * token_mb
+    weights = weight_bytes(model)
+    weights_mb = least_step_ms = least_full_step_ms = None
+    if weights is not None:
+        weights_mb, mb_per_ms = weights / 1e6, read_gb_per_s(model.device)
+        least_step_ms, least_full_step_ms = ((weights_mb + share * cache_mb) / mb_per_ms for share in (read_share, 1))
     return Explanation(
         engine=engine,
         why_plain=why_plain,
         full_share=float((rates * cost).mean()),
-        read_share=float((rates * of_refresh + (1 - rates) * sizes).mean() / context_tokens),
-        cache_mb=shape.layers * shape.kv_heads * context_tokens * token_mb,
+        read_share=read_share,
+        cache_mb=cache_mb,
         sets_mb=float(sizes.sum()) * token_mb,
+        weights_mb=weights_mb,
+        least_step_ms=least_step_ms,
+        least_full_step_ms=least_full_step_ms,
         context_tokens=context_tokens,
         batch_size=batch_size,
         horizon_steps=asked.horizon_steps,

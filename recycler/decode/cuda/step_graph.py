@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from recycler.decode.cuda.compiling import told_of_compiling
+
 
 class StepGraph:
     """Replays a step that reads and writes the same memory every time.
@@ -38,7 +40,7 @@ class StepGraph:
         else:
             # On the stream of the capture: a library's workspace belongs to a stream.
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), told_of_compiling():
                 step()
             torch.cuda.current_stream().wait_stream(self._stream)
             self._is_ready = True

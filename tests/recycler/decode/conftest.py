@@ -339,7 +339,11 @@ def reference_rows(reference: Callable[..., Reference]) -> Callable[..., Referen
 
 @pytest.fixture(scope="session", autouse=True)
 def _mended_interpreter() -> Iterator[None]:
-    """Faults of Triton's interpreter (3.6 to 3.9): bfloat16 in `tl.dot` as whole numbers, and hours of looking up."""
+    """Faults of Triton's interpreter (3.6 to 3.9): bfloat16 in `tl.dot` as whole numbers, and hours of looking up.
+
+    Nor does it compute whether whole numbers overflow, which takes as long as all else, and of which it says nothing
+    unless it debugs, as it does for `overflows_are_errors`.
+    """
     if HAS_GPU:
         yield
         return
@@ -376,11 +380,23 @@ def _mended_interpreter() -> Iterator[None]:
             is_pointer = isinstance(kind.scalar, interpreter.tl.pointer_type)
             return np.dtype(np.uint64) if is_pointer else of_scalar(kind.scalar)
 
+        patch.setattr(
+            interpreter.interpreter_builder,
+            "options",
+            dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False),
+        )
         patch.setattr(interpreter, "_get_np_dtype", np_dtype)
         patch.setattr(builder, "create_dot", create_dot)
         patch.setattr(function, "__call__", call)
         patch.setattr(interpreter.GridExecutor, "__call__", launched)
         yield
+
+
+@pytest.fixture
+def overflows_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton's interpreter look at every sum, difference and product of whole numbers."""
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True, debug=True))
 
 
 @pytest.fixture(scope="session")
