@@ -1,9 +1,9 @@
 """`python benchmarks/exact.py`: what exact decoding gains, on the default model with the exported policy.
 
-First how many tokens a verification gives, by kind of held-out text in the model's own words, and whether the text is
-stock `generate`'s, token by token. Then milliseconds per token, in turns, beside the same engine with every unit full,
-which is what is exact without drafts. A round of n drafts costs n recycled steps and one reading of weights and cache
-for n + 1 queries; what that may take is the best rate at which the machine multiplies matrices, printed first.
+Milliseconds per token, in turns, beside the same engine with every unit full, which is what is exact without drafts. A
+round of n drafts costs n recycled steps and one reading of weights and cache for n + 1 queries; what that may take is
+the best rate at which the machine multiplies matrices, printed first. Whether texts are full attention's, and how many
+tokens a verification gives, is told by `benchmarks/exact_texts.py`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,14 @@ from tqdm import tqdm
 
 from policies import AlwaysFull
 from policies.stops import ConfidentDrafts, FixedDrafts, StopRule
-from recycler import default_prompts, load_model, recycled
 from recycler.model.versions import versions
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
 
 _OUT = Path(__file__).parents[1] / "docs/results/exact.json"
-# Of two logits that are nearer to each other than this, sums of another order may choose the other.
-_TIE = 1e-4
 
 
 def main(
-    context_tokens: Annotated[int, typer.Option(help="Prompt tokens where drafts are counted.", min=64)] = 1536,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of each text.", min=2)] = 128,
-    per_kind: Annotated[int, typer.Option(help="Texts of each kind.", min=1)] = 2,
-    first_index: Annotated[int, typer.Option(help="Of the prompts; make optimize takes the first ones.", min=0)] = 20,
     shapes: Annotated[str, typer.Option(help="Timed: batch x context, by commas.")] = "1x2000,1x8000,4x8000,1x32000",
     rules: Annotated[
         str, typer.Option(help="Rounds: n drafts, or a least survival below 1, by commas.")
@@ -48,7 +41,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds through all cases.", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="JSON with all figures.")] = _OUT,
 ) -> dict[str, Any]:
-    """Count accepted drafts, compare texts, and time."""
+    """Time exact decoding."""
     chosen = {
         name: FixedDrafts(int(name)) if float(name) >= 1 else ConfidentDrafts(float(name), 16)
         for name in rules.split(",")
@@ -59,14 +52,9 @@ def main(
         "machine": machine_name(torch.device("cpu")),
         "versions": versions(),
         "best_gflops": round(_best_gflops(), 1),
-        "context_tokens": context_tokens,
-        "new_tokens": new_tokens,
         "k": k,
     }
     print(f"matrices are multiplied at {result['best_gflops']} GFLOP/s", flush=True)
-    sizes = {"n_per_kind": per_kind, "context_tokens": context_tokens, "n_steps": new_tokens}
-    result["texts"] = _count(subject, chosen, sizes, first_index)
-    write_text(out, json.dumps(result, indent=1))
     result["times"] = []
     for batch, context in of_shapes:
         result["times"] += _time(subject, chosen, batch, context, k, steps, rounds)
@@ -83,57 +71,6 @@ def _best_gflops() -> float:
         torch.mm(matrix, matrix)
         times.append(time.perf_counter() - began)
     return 2 * n**3 / min(times) / 1e9
-
-
-def _count(
-    subject: Subject, rules: Mapping[str, StopRule], sizes: Mapping[str, int], first_index: int
-) -> list[dict[str, Any]]:
-    """Tokens per verification by kind and rule, and how texts compare with stock `generate`'s."""
-    loaded = load_model(None)
-    prompts = default_prompts(loaded.tokenizer, **sizes, first_index=first_index)  # type: ignore[arg-type]
-    rows = []
-    for prompt in tqdm(prompts, "texts"):
-        tokens = torch.as_tensor(prompt.tokens.astype("int64"))[None, : sizes["context_tokens"]]
-        how = {
-            "max_new_tokens": sizes["n_steps"],
-            "do_sample": False,
-            "pad_token_id": 0,
-            "return_dict_in_generate": True,
-        }
-        asked = {"attention_mask": torch.ones_like(tokens), "output_logits": True, **how}
-        stock = loaded.model.generate(tokens, **asked)  # type: ignore[operator]
-        row: dict[str, Any] = {"kind": prompt.kind, "name": prompt.name}
-        for name, rule in rules.items():
-            assert subject.selection is not None
-            with recycled(loaded.model, subject.policy, subject.selection, exact=rule) as session:
-                ours = loaded.model.generate(tokens, **asked)  # type: ignore[operator]
-            counted = session.receipt().rounds
-            assert counted is not None
-            row[name] = {
-                "tokens_per_round": counted.tokens_per_round,
-                "rounds": counted.n_rounds,
-                "drafts": counted.n_drafts,
-                "accepted": counted.n_accepted,
-                "equal": _equal(ours, stock, tokens.shape[1]),
-            }
-        rows.append(row)
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        means = {
-            name: statistics.fmean(r[name]["tokens_per_round"] for r in rows if r["kind"] == kind) for name in rules
-        }
-        print(kind, {name: round(mean, 2) for name, mean in means.items()}, flush=True)
-    print("equal to stock", all(row[name]["equal"] != "different" for row in rows for name in rules), flush=True)
-    return rows
-
-
-def _equal(ours: Any, stock: Any, n_prompt: int) -> str:
-    """Whether two texts are equal, or equal up to a tie, or different."""
-    if torch.equal(ours.sequences, stock.sequences):
-        return "equal"
-    n = min(ours.sequences.shape[1], stock.sequences.shape[1])
-    first = int((ours.sequences[0, :n] != stock.sequences[0, :n]).int().argmax()) - n_prompt
-    best = stock.logits[first][0].topk(2).values
-    return f"equal up to a tie at {first}" if best[0] - best[1] < _TIE else "different"
 
 
 def _time(

@@ -18,7 +18,7 @@ from policies.stops import FixedDrafts
 from recycler.decode.rounds import Rounds
 
 # Chance that a draft holds, given that those before it do: with it, 8 drafts give the 8.0 tokens per verification that
-# the default model's own texts give with the exported policy (`docs/results/exact.json`).
+# the default model's own texts give with the exported policy (`docs/results/exact-texts.json`).
 _HOLDS = 0.97
 _STEPS = 160
 _DRAFTS = (8, 4)

@@ -40,52 +40,78 @@ def drafted_rounds(
     n_drafts: int,
     temperature: float = 0.0,
     seed: int = 0,
+    forced: bool = False,
     desc: str = "drafting",
 ) -> DraftedRounds:
     """Let a model go on from prompts in rounds, as `Rounds` does, each of so many drafts.
 
     Args:
         loaded: The model.
-        prompts: Of one length; their continuations are not read. They decode side by side.
+        prompts: Of one length; they decode side by side. Their continuations are not read unless `forced`.
         policy: Who decides in drafts.
         selection: How sets are chosen.
         n_tokens: Tokens that each text has at least.
         n_drafts: Drafts of a round.
         temperature: 0 for the most likely token at every place; else tokens are drawn, and a draft holds that is drawn.
         seed: Of what is drawn.
+        forced: Whether texts are the prompts' continuations, whatever the model would write: a draft holds that full
+            attention too finds the most likely there. Rounds that do not lie within a text do not count.
         desc: For the progress bar.
+
+    Raises:
+        ValueError: If texts are forced that are shorter than `n_tokens + n_drafts` tokens, or not of one length.
     """
+    texts = _continuations(prompts, n_tokens + n_drafts).to(loaded.model.device) if forced else None
     drafting, tokens, n_prompt = _begun(loaded, prompts, policy, selection, n_tokens + n_drafts)
     rows, device = np.arange(len(prompts)), tokens.device
     everyone, held = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
     generator = torch.Generator().manual_seed(seed)
     shown: list[np.ndarray] = []
     n_held: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
     with tqdm(total=n_tokens, desc=desc, unit="token") as progress:
         while held.min() < n_tokens:
             drafting.begin_round(held, everyone)
-            drafted, of_round = [tokens], []
+            fed, drafts, of_round = [_read_at(texts, held, tokens)], [], []
             for n in range(1, n_drafts + 1):
                 places = torch.from_numpy(n_prompt + held + n - 1).to(device)
-                logits = drafting.draft(drafted[-1], places, everyone)
-                drafted.append(logits.argmax(-1))
+                logits = drafting.draft(fed[-1], places, everyone)
+                drafts.append(logits.argmax(-1))
+                fed.append(_read_at(texts, held + n, drafts[-1]))
                 signals = draft_signals(logits, n)
                 of_round.append((signals.n_drafts, signals.probability, signals.margin, signals.entropy))
             # Rows that have their tokens go on, so that all rounds have as many.
-            flat, of_rows = torch.stack(drafted, dim=1), np.repeat(rows, n_drafts + 1)
+            flat, of_rows = torch.stack(fed, dim=1), np.repeat(rows, n_drafts + 1)
             places = torch.from_numpy(n_prompt + held[:, None] + np.arange(n_drafts + 1)).to(device)
             logits = drafting.verify(flat.flatten(), places.flatten(), of_rows)
             chosen = _chosen(logits, temperature, generator).unflatten(0, (len(rows), -1))
-            holds = (chosen[:, :-1] == flat[:, 1:]).cpu().numpy()
+            holds = (chosen[:, :-1] == torch.stack(drafts, dim=1)).cpu().numpy()
             n = holds.cumprod(1).sum(1)
             tokens = chosen[torch.arange(len(rows)), torch.from_numpy(n)]
             shown.append(np.array(of_round).transpose(2, 0, 1))
             n_held.append(n)
+            counted.append(everyone if texts is None else held + n_drafts < texts.shape[1])
             before = held.min()
             held = held + n + 1
             progress.update(int(min(held.min(), n_tokens) - before))
-    signals = DraftSignals(*np.concatenate(shown).transpose(2, 0, 1))
-    return DraftedRounds(signals, np.concatenate(n_held), np.tile(rows, len(n_held)))
+    counts = np.concatenate(counted)
+    signals = DraftSignals(*np.concatenate(shown)[counts].transpose(2, 0, 1))
+    return DraftedRounds(signals, np.concatenate(n_held)[counts], np.tile(rows, len(n_held))[counts])
+
+
+def _continuations(prompts: Sequence[Prompt], least: int) -> Tensor:
+    """What follows each prompt, int64 `(prompts, tokens)`."""
+    found = [prompt.tokens[prompt.n_prompt_tokens :].astype("int64") for prompt in prompts]
+    if (lengths := {len(one) for one in found}) != {len(found[0])} or len(found[0]) < least:
+        raise ValueError(f"texts that drafts follow have one length, at least {least} tokens, not {sorted(lengths)}.")
+    return torch.from_numpy(np.stack(found))
+
+
+def _read_at(texts: Tensor | None, at: np.ndarray, own: Tensor) -> Tensor:
+    """The next token of each row, `(rows,)`: of its text, of which the last one stands for all beyond, or its own."""
+    if texts is None:
+        return own
+    return texts[torch.arange(len(texts)), torch.from_numpy(at.clip(max=texts.shape[1] - 1))]
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ def weight_bytes(model: PreTrainedModel) -> int | None:
     Of a table of embeddings that is not the head as well a step reads a row, which does not count; of experts, those
     that a token is sent to.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tables = {id(table.weight) for table in decoder.modules() if isinstance(table, nn.Embedding)}
     config = model.config.get_text_config(decoder=True)
     n_experts = next((n for name in _NUMBERS_OF_EXPERTS if (n := getattr(config, name, None))), 1)

@@ -72,6 +72,40 @@ def test_what_is_drawn_holds_less_often_than_what_is_most_likely(loaded: LoadedM
     np.testing.assert_array_equal(drawn.n_held, again.n_held)
 
 
+def test_along_a_given_text_a_draft_holds_that_full_attention_chooses_too(loaded: LoadedModel) -> None:
+    n_tokens, n_drafts = 20, 4
+    drawn = torch.randint(1, 61, (2, 40 + n_tokens + n_drafts), generator=torch.Generator().manual_seed(5)).numpy()
+    given = [Prompt(f"drawn-{i}", "random", tokens, 40, "drawn", "none") for i, tokens in enumerate(drawn)]
+    how: dict[str, Any] = {"n_tokens": n_tokens, "n_drafts": n_drafts, "forced": True}
+    wide = drafted_rounds(loaded, given, NeverFull(), Selection(200, 1, 3), **how)
+    # Nothing is lost, and the text goes its own way all the same.
+    assert (wide.n_held == n_drafts).all()
+    together = drafted_rounds(loaded, given, NeverFull(), SELECTION, **how)
+    assert 0 < together.n_held.mean() < n_drafts
+    for text, prompt in enumerate(given):
+        alone = drafted_rounds(loaded, [prompt], NeverFull(), SELECTION, **how)
+        mine = together.n_held[together.text == text]
+        n = min(len(mine), len(alone.n_held))
+        assert n >= n_tokens / (n_drafts + 1)
+        np.testing.assert_array_equal(mine[:n], alone.n_held[:n])
+        # In plain words: the choices of full attention, and of a session that recycles from the round's first token.
+        full = loaded.model(torch.from_numpy(prompt.tokens[None].astype("int64"))).logits[0].argmax(-1).numpy()
+        tokens = torch.from_numpy(prompt.tokens[None].astype("int64"))
+        with recycled(loaded, NeverFull(), SELECTION):
+            cache = loaded.model(tokens[:, :40], use_cache=True).past_key_values
+            found = [
+                int(loaded.model(tokens[:, at : at + 1], past_key_values=cache).logits[0, -1].argmax())
+                for at in range(40, 44)
+            ]
+        holds = np.cumprod([choice == full[40 + i] for i, choice in enumerate(found)])
+        assert alone.n_held[0] == holds.sum()
+
+
+def test_texts_that_are_too_short_to_follow_are_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(ValueError, match="one length, at least 24 tokens, not \\[1\\]"):
+        drafted_rounds(loaded, prompts(2), NeverFull(), SELECTION, n_tokens=20, n_drafts=4, forced=True)
+
+
 def test_costs_are_of_this_machine_and_add_up(loaded: LoadedModel) -> None:
     costs = round_costs(loaded, prompts(1)[0], NeverFull(), SELECTION, repeats=2)
     assert costs.draft_ms > 0

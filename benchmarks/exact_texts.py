@@ -1,0 +1,249 @@
+"""`python benchmarks/exact_texts.py`: whether exact decoding is exact, and how many tokens a verification gives.
+
+On prompts of all kinds that tuning did not see: texts of stock `generate` and of exact decoding, greedy and drawn with
+the same seed, in float32; in bfloat16 beside the same engine with every unit full, which rounds as it does, and beside
+stock `generate`. Then rounds of 16 drafts, in the model's own words, drawn at a temperature, and along the held-out
+texts, and what every rule makes of them. A run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from machine import machine_name
+from tqdm import tqdm
+
+from policies import AlwaysFull, PolicyFile
+from policies.stops import FixedDrafts, LearnedDrafts, StopRule
+from recycler.decode.recycled import recycled
+from recycler.measure.drafts import drafted_rounds
+from recycler.model.generation import generate_tokens
+from recycler.model.loading import LoadedModel, load_model
+from recycler.model.versions import versions
+from recycler.prompts import Prompt, default_prompts
+from traces.drafted_rounds import DraftedRounds, RoundCosts
+from traces.reporting.command import run_command
+from traces.reporting.whole_file import write_text
+from tuning.drafts.choose import best_rule, expected, fixed_rules
+
+_RESULTS = Path(__file__).parents[1] / "docs/results"
+_MOST_DRAFTS, _TEMPERATURE, _REPEATED = 16, 0.7, 16
+_NUMBERS = (4, 8, 16)
+# Of two logits that are nearer to each other than this, sums of another order may choose the other.
+_TIE = 1e-4
+_TEXTS = {
+    "own": {},
+    f"own, temperature {_TEMPERATURE}": {"temperature": _TEMPERATURE},
+    "held-out": {"forced": True},
+}
+
+
+def main(
+    per_kind: Annotated[int, typer.Option(help="Prompts of each kind whose texts are compared.", min=1)] = 10,
+    drafted_per_kind: Annotated[int, typer.Option(help="Those of them on which rounds are drafted.", min=1)] = 4,
+    context_tokens: Annotated[int, typer.Option(help="Of a prompt.", min=64)] = 1536,
+    tokens: Annotated[int, typer.Option(help="Of each text.", min=17)] = 256,
+    first_index: Annotated[int, typer.Option(help="Of the prompts; make optimize takes the first ones.", min=0)] = 12,
+    policy: Annotated[Path, typer.Option(help="Who drafts.")] = _RESULTS / "policy-budget-0.1-512-steps.json",
+    tuned: Annotated[Path, typer.Option(help="Rules and what rounds cost.")] = _RESULTS / "exact-tuned.json",
+    out: Annotated[Path, typer.Option(help="JSON, written after every text.")] = _RESULTS / "exact-texts.json",
+) -> dict[str, Any]:
+    """Compare texts, then count what holds."""
+    file = PolicyFile.read(policy)
+    rules = _tuned_rules(tuned)
+    asked = {
+        "context_tokens": context_tokens,
+        "tokens": tokens,
+        "first_index": first_index,
+        "rule": json.loads(tuned.read_text(encoding="utf-8"))["runs"][0]["stop"],
+        "policy": policy.name,
+    }
+    found = _known(out, asked) or {
+        "what": "python benchmarks/exact_texts.py",
+        "machine": machine_name(),
+        "versions": versions(),
+        **asked,
+        "texts": [],
+        "rounds": [],
+    }
+    how = {"n_per_kind": per_kind, "context_tokens": context_tokens, "n_steps": tokens + _MOST_DRAFTS}
+    loaded = load_model(None)
+    prompts = default_prompts(loaded.tokenizer, **how, first_index=first_index)  # type: ignore[arg-type]
+    for dtype, ways in (("float32", (_greedy, _drawn)), ("bfloat16", (_narrow,))):
+        model = loaded if dtype == "float32" else load_model(None, dtype=dtype)
+        for prompt in tqdm(prompts, f"texts, {dtype}"):
+            for way in ways:
+                name = way.__name__.removeprefix("_")
+                if (prompt.name, name) not in {(row["prompt"], row["way"]) for row in found["texts"]}:
+                    compared = way(model, file, rules[0][1], prompt, tokens)
+                    found["texts"].append({"prompt": prompt.name, "kind": prompt.kind, "way": name, **compared})
+                    write_text(out, json.dumps(found, indent=1))
+    for kind in dict.fromkeys(prompt.kind for prompt in prompts):
+        of_kind = [prompt for prompt in prompts if prompt.kind == kind][:drafted_per_kind]
+        for texts, options in _TEXTS.items():
+            if (kind, texts) not in {(row["kind"], row["texts"]) for row in found["rounds"]}:
+                rounds = drafted_rounds(
+                    loaded,
+                    of_kind,
+                    file.policy,
+                    file.selection,
+                    n_tokens=tokens,
+                    n_drafts=_MOST_DRAFTS,
+                    desc=f"{kind}, {texts}",
+                    **options,  # type: ignore[arg-type]
+                )
+                by_number = {str(n): expected(FixedDrafts(n), rounds, rules[0][2]).tokens_per_round for n in _NUMBERS}
+                found["rounds"].append(
+                    {"kind": kind, "texts": texts, "by_number": by_number, "by_costs": _by_costs(rounds, rules)}
+                )
+                write_text(out, json.dumps(found, indent=1))
+    _print(found)
+    return {"out": str(out)}
+
+
+def _tuned_rules(path: Path) -> list[tuple[str, StopRule, RoundCosts]]:
+    """Where rounds cost what, and the rule that was learned for it."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return [(run["where"], _learned(run["stop"]), RoundCosts(**run["costs"])) for run in runs]
+
+
+def _learned(stop: dict[str, Any]) -> LearnedDrafts:
+    lists = {name: tuple(stop[name]) for name in ("features", "weights")}
+    return LearnedDrafts(**{name: value for name, value in stop.items() if name != "kind"} | lists)
+
+
+def _known(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What an equal run had found when it was cut off."""
+    if not out.exists():
+        return None
+    known: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return known if {name: known.get(name) for name in asked} == asked else None
+
+
+def _greedy(loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Prompt, n_tokens: int) -> dict[str, Any]:
+    """Exact greedy decoding beside stock `generate`."""
+    return _beside_stock(loaded, file, rule, prompt, n_tokens, {})
+
+
+def _drawn(loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Prompt, n_tokens: int) -> dict[str, Any]:
+    """The same, tokens drawn with one seed."""
+    return _beside_stock(
+        loaded, file, rule, prompt, n_tokens, {"temperature": _TEMPERATURE, "seed": int(prompt.tokens.sum())}
+    )
+
+
+def _beside_stock(
+    loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Prompt, n_tokens: int, how: dict[str, Any]
+) -> dict[str, Any]:
+    stock = _written(loaded, prompt, n_tokens, how)
+    with recycled(loaded, file, exact=rule) as session:
+        exact = _written(loaded, prompt, n_tokens, how)
+    counted = session.receipt().rounds
+    assert counted is not None
+    return {
+        "beside_stock": _compared(loaded, prompt, exact, stock),
+        "tokens_per_round": counted.tokens_per_round,
+        "rounds": counted.n_rounds,
+        "drafts": counted.n_drafts,
+        "accepted": counted.n_accepted,
+        "repeats": _repeats(stock),
+    }
+
+
+def _narrow(loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Prompt, n_tokens: int) -> dict[str, Any]:
+    """Exact greedy decoding beside the same engine with every unit full, and both beside stock `generate`."""
+    stock = _written(loaded, prompt, n_tokens, {})
+    with recycled(loaded, AlwaysFull(), file.selection):
+        full = _written(loaded, prompt, n_tokens, {})
+    with recycled(loaded, file, exact=rule):
+        exact = _written(loaded, prompt, n_tokens, {})
+    return {
+        "beside_full": _compared(loaded, prompt, exact, full),
+        "shared_with_stock": len(list(takewhile(lambda pair: pair[0] == pair[1], zip(exact, stock, strict=True)))),
+        "full_shared_with_stock": len(list(takewhile(lambda pair: pair[0] == pair[1], zip(full, stock, strict=True)))),
+        "repeats": _repeats(stock),
+    }
+
+
+def _written(loaded: LoadedModel, prompt: Prompt, n_tokens: int, how: dict[str, Any]) -> tuple[int, ...]:
+    """What `generate` writes after a prompt, its end not being looked for."""
+    tokens = prompt.tokens[: prompt.n_prompt_tokens].tolist()
+    return generate_tokens(loaded.model, tokens, max_new_tokens=n_tokens, ends=False, **how).tokens
+
+
+@torch.no_grad()
+def _compared(loaded: LoadedModel, prompt: Prompt, ours: Sequence[int], theirs: Sequence[int]) -> str:
+    """Whether two texts are equal, or where they part, and how far the two likeliest tokens are apart there."""
+    if ours == theirs:
+        return "equal"
+    first = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+    before = [*prompt.tokens[: prompt.n_prompt_tokens].tolist(), *theirs[:first]]
+    best, second = loaded.model(torch.tensor([before]), logits_to_keep=1).logits[0, -1].topk(2).values.tolist()
+    return f"{'a tie' if best - second < _TIE else 'different'} at {first}: logits {best - second:.2e} apart"
+
+
+def _repeats(text: Sequence[int]) -> bool:
+    """Whether some sixteen tokens come twice."""
+    return max(Counter(zip(*(text[i:] for i in range(_REPEATED)), strict=False)).values(), default=0) > 1
+
+
+def _by_costs(rounds: DraftedRounds, rules: Sequence[tuple[str, StopRule, RoundCosts]]) -> list[dict[str, Any]]:
+    """What a learned rule makes of rounds, and the number of drafts that would have been best for these very ones."""
+    rows = []
+    for where, learned, costs in rules:
+        by_learned = expected(learned, rounds, costs)
+        fixed, by_fixed = best_rule(fixed_rules(_MOST_DRAFTS), rounds, costs)
+        rows.append(
+            {
+                "costs_of": where,
+                "tokens_per_round": by_learned.tokens_per_round,
+                "drafts_per_round": by_learned.drafts_per_round,
+                "times_full": by_learned.tokens_per_ms * costs.full_ms,
+                "best_fixed": fixed.most_drafts,
+                "best_fixed_tokens_per_round": by_fixed.tokens_per_round,
+                "best_fixed_times_full": by_fixed.tokens_per_ms * costs.full_ms,
+            }
+        )
+    return rows
+
+
+def _print(found: dict[str, Any]) -> None:
+    for line in _lines(found):
+        print(line)
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    for way, beside in (("greedy", "beside_stock"), ("drawn", "beside_stock"), ("narrow", "beside_full")):
+        rows = [row for row in found["texts"] if row["way"] == way]
+        counts = Counter(row[beside].split(" at ")[0] for row in rows)
+        yield f"{way}: {len(rows)} texts, {dict(counts)}"
+        yield from (f"    {row['prompt']}: {row[beside]}" for row in rows if row[beside] != "equal")
+        for repeats in (False, True):
+            some = [row for row in rows if row["repeats"] == repeats and "tokens_per_round" in row]
+            if some:
+                how = "repeat" if repeats else "do not repeat"
+                mean = sum(row["tokens_per_round"] for row in some) / len(some)
+                yield f"    {len(some)} that {how} themselves: {mean:.2f} tokens per round"
+    shared = [row["shared_with_stock"] for row in found["texts"] if row["way"] == "narrow"]
+    yield f"bfloat16 beside stock: {shared.count(found['tokens'])} of {len(shared)} texts are equal to their end"
+    for texts in _TEXTS:
+        by_number = [row["by_number"] for row in found["rounds"] if row["texts"] == texts]
+        means = [sum(of[str(n)] for of in by_number) / len(by_number) for n in _NUMBERS]
+        yield f"{texts}: " + ", ".join(f"{mean:.2f} of {n + 1}" for n, mean in zip(_NUMBERS, means, strict=True))
+    for row in found["rounds"]:
+        for by in row["by_costs"]:
+            yield (
+                f"{row['kind']}, {row['texts']}, {by['costs_of']}: {by['tokens_per_round']:.2f} tokens per round, "
+                f"{by['times_full']:.2f} x always full; {by['best_fixed_times_full']:.2f} by {by['best_fixed']} drafts"
+            )
+
+
+if __name__ == "__main__":
+    run_command(main)
