@@ -19,16 +19,18 @@ import torch
 import typer
 from machine import machine_name
 from tqdm import tqdm
+from tuned_rules import TunedRule, tuned_rules
 
 from policies import AlwaysFull, PolicyFile
-from policies.stops import FixedDrafts, LearnedDrafts, StopRule
+from policies.serialize import stop_to_json
+from policies.stops import FixedDrafts, StopRule
 from recycler.decode.recycled import recycled
 from recycler.measure.drafts import drafted_rounds
 from recycler.model.generation import generate_tokens
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.versions import versions
 from recycler.prompts import Prompt, default_prompts
-from traces.drafted_rounds import DraftedRounds, RoundCosts
+from traces.drafted_rounds import DraftedRounds
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
 from tuning.drafts.choose import best_rule, expected, fixed_rules
@@ -57,12 +59,12 @@ def main(
 ) -> dict[str, Any]:
     """Compare texts, then count what holds."""
     file = PolicyFile.read(policy)
-    rules = _tuned_rules(tuned)
+    rules = tuned_rules(tuned)
     asked = {
         "context_tokens": context_tokens,
         "tokens": tokens,
         "first_index": first_index,
-        "rule": json.loads(tuned.read_text(encoding="utf-8"))["runs"][0]["stop"],
+        "rule": stop_to_json(rules[0].rule),
         "policy": policy.name,
     }
     found = _known(out, asked) or {
@@ -82,7 +84,7 @@ def main(
             for way in ways:
                 name = way.__name__.removeprefix("_")
                 if (prompt.name, name) not in {(row["prompt"], row["way"]) for row in found["texts"]}:
-                    compared = way(model, file, rules[0][1], prompt, tokens)
+                    compared = way(model, file, rules[0].rule, prompt, tokens)
                     found["texts"].append({"prompt": prompt.name, "kind": prompt.kind, "way": name, **compared})
                     write_text(out, json.dumps(found, indent=1))
     for kind in dict.fromkeys(prompt.kind for prompt in prompts):
@@ -99,24 +101,15 @@ def main(
                     desc=f"{kind}, {texts}",
                     **options,  # type: ignore[arg-type]
                 )
-                by_number = {str(n): expected(FixedDrafts(n), rounds, rules[0][2]).tokens_per_round for n in _NUMBERS}
+                by_number = {
+                    str(n): expected(FixedDrafts(n), rounds, rules[0].costs).tokens_per_round for n in _NUMBERS
+                }
                 found["rounds"].append(
                     {"kind": kind, "texts": texts, "by_number": by_number, "by_costs": _by_costs(rounds, rules)}
                 )
                 write_text(out, json.dumps(found, indent=1))
     _print(found)
     return {"out": str(out)}
-
-
-def _tuned_rules(path: Path) -> list[tuple[str, StopRule, RoundCosts]]:
-    """Where rounds cost what, and the rule that was learned for it."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    return [(run["where"], _learned(run["stop"]), RoundCosts(**run["costs"])) for run in runs]
-
-
-def _learned(stop: dict[str, Any]) -> LearnedDrafts:
-    lists = {name: tuple(stop[name]) for name in ("features", "weights")}
-    return LearnedDrafts(**{name: value for name, value in stop.items() if name != "kind"} | lists)
 
 
 def _known(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -194,15 +187,16 @@ def _repeats(text: Sequence[int]) -> bool:
     return max(Counter(zip(*(text[i:] for i in range(_REPEATED)), strict=False)).values(), default=0) > 1
 
 
-def _by_costs(rounds: DraftedRounds, rules: Sequence[tuple[str, StopRule, RoundCosts]]) -> list[dict[str, Any]]:
+def _by_costs(rounds: DraftedRounds, rules: Sequence[TunedRule]) -> list[dict[str, Any]]:
     """What a learned rule makes of rounds, and the number of drafts that would have been best for these very ones."""
     rows = []
-    for where, learned, costs in rules:
-        by_learned = expected(learned, rounds, costs)
+    for tuned in rules:
+        costs = tuned.costs
+        by_learned = expected(tuned.rule, rounds, costs)
         fixed, by_fixed = best_rule(fixed_rules(_MOST_DRAFTS), rounds, costs)
         rows.append(
             {
-                "costs_of": where,
+                "costs_of": tuned.where,
                 "tokens_per_round": by_learned.tokens_per_round,
                 "drafts_per_round": by_learned.drafts_per_round,
                 "times_full": by_learned.tokens_per_ms * costs.full_ms,

@@ -20,8 +20,8 @@ Generation runs in `recycled(...)`. Log-likelihoods, those of multiple choices t
 context is read with full attention, and the continuation is decoded token by token. Its n tokens take n - 1 steps: a
 choice of one token takes none, and there no policy differs from full attention. Rolling log-likelihoods decode all of a
 text after one token. One line of the log tells what was applied, and the results have it under `config.recycled`.
-Always full has the results of `--model hf` (`make test-lm-eval`). `fast=False` keeps to the plain path. Beams and
-encoders with decoders are refused.
+Always full has the results of `--model hf` (`make test-lm-eval`). `fast=False` keeps to the plain path;
+`exact=True` lets the policy draft, and answers as `--model hf` does. Beams and encoders with decoders are refused.
 
 Of RULER's tasks, `niah_single_1`, `niah_multikey_2`, `ruler_vt`, `ruler_cwe` and `ruler_fwe` make their documents
 without a network (`pip install wonderwords nltk`); the other needles want a data set of essays and `nltk`'s

@@ -71,10 +71,11 @@ def main(
     # Documents are made, and the model is a folder: without this, each task asks for its own on the hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     file = PolicyFile.read(policy)
-    contenders: dict[str, tuple[StepPolicy, Selection]] = {
-        "full attention": (AlwaysFull(), file.selection),
-        "tuned": (file.policy, file.selection),
-        "fixed stride 10": (FixedStride(10), file.selection.pooled()),
+    contenders: dict[str, tuple[StepPolicy, Selection, bool]] = {
+        "full attention": (AlwaysFull(), file.selection, False),
+        "tuned": (file.policy, file.selection, False),
+        "fixed stride 10": (FixedStride(10), file.selection.pooled(), False),
+        "exact, tuned drafts": (file.policy, file.selection, True),
     }
     names, n_samples = (tasks.split(",")[:1], 1) if quick else (tasks.split(","), samples)
     manager = _manager(context_tokens)
@@ -84,13 +85,14 @@ def main(
     for name in names:
         loaded: dict[str, Any] = {}
         found[name] = {}
-        for contender, (of_contender, selection) in contenders.items():
+        for contender, (of_contender, selection, exact) in contenders.items():
             depends_on = {
                 "task": name,
                 "context_tokens": context_tokens,
                 "samples": n_samples,
                 "policy": policy_to_json(of_contender),
                 "selection": selection.to_json(),
+                "exact": exact,
                 "lm_eval": version("lm_eval"),
             }
             kept = out / f"{name}-{context_tokens}-{contender.replace(' ', '-')}.json"
@@ -152,15 +154,17 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 
 
 def _models(
-    contenders: Mapping[str, tuple[StepPolicy, Selection]], beginnings: dict[tuple[int, ...], DynamicCache]
+    contenders: Mapping[str, tuple[StepPolicy, Selection, bool]], beginnings: dict[tuple[int, ...], DynamicCache]
 ) -> dict[str, _SharedBeginning]:
     """A model of the harness for each contender, all around the same weights."""
     first: _SharedBeginning | None = None
     models = {}
-    for contender, how in contenders.items():
+    for contender, (policy, selection, exact) in contenders.items():
         folder = str(default_model_folder())
         model: Any = folder if first is None else first.model
-        first = models[contender] = _SharedBeginning(model, *how, tokenizer=folder, device="cpu")
+        first = models[contender] = _SharedBeginning(
+            model, policy, selection, exact=exact, tokenizer=folder, device="cpu"
+        )
         first.beginnings = beginnings
     return models
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from traces.reporting import picture_style as style
 
 # Steps over which a curve is smoothed.
 _SMOOTHED = 32
+# Nats per step: rounding, of sums in another order.
+_NOTHING = 1e-6
 
 
 def page(folder: Path) -> str:
@@ -119,7 +121,9 @@ def draw(result: Mapping[str, Any]) -> Figure:
         f"{result['model']}, {result['prompts']} prompts of {result['context_tokens']:,} tokens + {result['steps']:,} "
         f"steps, none seen in tuning; means over {_SMOOTHED} steps"
     )
-    kinds, rows = result["kinds"], {name: row for name, row in result["rows"].items() if name != "full attention"}
+    # Of what is full attention's own there is nothing to draw.
+    rows = {name: row for name, row in result["rows"].items() if name != "full attention" and row["kl"] > _NOTHING}
+    kinds = result["kinds"]
     columns = min(len(kinds), 3)
     n_panels = -(-len(kinds) // columns)
     size = (4.6 * columns + 0.6, 3.3 * n_panels + 1.6)
@@ -173,6 +177,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
         f"{result['machine']}.",
         "",
         *table(result, list(rows)),
+        *_elsewhere(rows),
         "",
         "By kind, KL by quarter of the output, and in brackets its mean as a share of that stride's:",
         "",
@@ -185,6 +190,13 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
         cells = [f"{_numbers(one['quarters'])} ({one['kl'] / least:.2f})" for one in of_kind]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines
+
+
+def _elsewhere(rows: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on rows that another machine has measured."""
+    for name, row in rows.items():
+        if "machine" in row:
+            yield from ("", f"*{name}* was measured on {row['machine']}; a step's share is a mean over rounds.")
 
 
 def table(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:

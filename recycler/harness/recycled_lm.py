@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from policies import PolicyFile, Selection, StepPolicy
+from policies import AlwaysFull, PolicyFile, Selection, StepPolicy
+from policies.stops import StopRule
 from recycler.decode.asked import Asked, model_of
 from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
@@ -39,6 +41,7 @@ class RecycledLM(HFLM):
         policy: As in `recycled`.
         selection: As in `recycled`.
         fast: As in `recycled`.
+        exact: As in `recycled`, for generation; log-likelihoods are then decoded with every unit full.
         kwargs: Of `HFLM`; `device` is cuda where there is one, else cpu, if not given.
 
     Raises:
@@ -51,6 +54,7 @@ class RecycledLM(HFLM):
         policy: StepPolicy | PolicyFile | str | Path | None = None,
         selection: Selection | None = None,
         fast: bool = True,
+        exact: bool | StopRule = False,
         **kwargs: Any,
     ) -> None:
         if policy is None:
@@ -62,6 +66,11 @@ class RecycledLM(HFLM):
             raise ValueError(f"recycled attention runs decoders alone, and this model's backend is {self.backend!r}.")
         model = model_of(self.model)
         self._asked, self._fast = Asked.of(policy, selection, None, model), fast
+        self._exact = exact
+        if exact:
+            # What drafts says nothing of the answers.
+            self._asked = dataclasses.replace(self._asked, horizon_steps=None, notes=())
+            self._exact = self._asked.stop or True if exact is True else exact
         for note in self._asked.notes:
             _LOGGER.warning("%s", note)
         self._tally, self._why_plain = Tally(model_shape(model).units), ""
@@ -78,9 +87,8 @@ class RecycledLM(HFLM):
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         asked = self._asked
-        with recycled(
-            self.model, asked.policy, asked.selection, fast=self._fast, horizon_steps=asked.horizon_steps
-        ) as session:
+        how: dict[str, Any] = {"fast": self._fast, "horizon_steps": asked.horizon_steps, "exact": self._exact}
+        with recycled(self.model, asked.policy, asked.selection, **how) as session:
             tokens: Tensor = super()._model_generate(*args, **kwargs)
         self._count(session.receipt())
         return tokens
@@ -101,7 +109,7 @@ class RecycledLM(HFLM):
         for fitting, places in of_context.items():
             scored = score_each(
                 self.model,
-                asked.policy,
+                AlwaysFull() if self._exact else asked.policy,
                 fitting,
                 [requests[place][2] for place in places],
                 asked.selection,

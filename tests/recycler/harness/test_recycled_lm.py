@@ -142,6 +142,14 @@ def test_a_policy_answers_as_score_and_recycled_do(folder: Path, stock: dict[str
     assert receipt["n_steps"] > n_steps + sum(len(context) - 1 for context in CONTEXTS)
 
 
+def test_exact_has_the_results_of_the_stock_model_whatever_drafts(folder: Path, stock: dict[str, Any]) -> None:
+    found = evaluated(folder, lm_of(folder, NeverFull(), exact=True))
+    for task in ("choosing", "writing"):
+        assert found["results"][task] == stock["results"][task]
+    assert answers(found, "writing") == answers(stock, "writing")
+    assert found["config"]["recycled"]["rounds"]["n_rounds"] > 0
+
+
 def test_a_context_that_is_too_long_is_cut_as_the_stock_model_does(folder: Path) -> None:
     requests = [(None, list(range(30, 100)), [5, 6, 7]), (None, list(range(30, 92)), [5, 6, 7])]
     ours, theirs = (lm_of(folder, policy)._loglikelihood_tokens(requests) for policy in (AlwaysFull(), None))
