@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from decode_bench import Bench, Case, Timed, Traffic, bookkeeping_share, staggered
+from decode_bench import Bench, Case, Timed, Traffic, best_read_gb_per_s, bookkeeping_share, staggered
 from decode_picture import draw
 from decode_subject import USUAL, subject_of
 from decode_targets import on_h200
@@ -38,7 +38,6 @@ from policies import (
     NeverFull,
 )
 from recycler import model_shape
-from recycler.model.memory import read_gb_per_s
 from recycler.model.versions import versions
 from traces.reporting.command import run_command
 
@@ -101,10 +100,7 @@ def main(
         Case(f"engine, {subject.policy_name}, never full", BudgetConstrained(subject.policy, 0.0), selection=own),
         Case("engine, never full", NeverFull()),
     ]
-    traffic, gb_per_s = (
-        Traffic.of(subject.model),
-        read_gb_per_s(where, n_bytes=1 << (33 if where.type == "cuda" else 30), n_times=10),
-    )
+    traffic, gb_per_s = Traffic.of(subject.model), best_read_gb_per_s(where)
     weights, token_bytes = traffic.weight_bytes, traffic.token_bytes
     machine = machine_name(where)
     console.print(f"{subject.name}, {dtype} on {where}, {torch.get_num_threads()} threads, {machine}")

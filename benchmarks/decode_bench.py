@@ -18,6 +18,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from policies import FixedStride, Selection, StepPolicy
 from policies.stops import StopRule
 from recycler import Receipt, Session, model_shape, recycled
+from recycler.model.memory import read_gb_per_s
 from recycler.model.prefill import prefill
 
 
@@ -228,6 +229,11 @@ def bookkeeping_share(bench: Bench, case: Case, context_tokens: int) -> float:
             patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), of)))
         bench.time(case, context_tokens, 1)
     return seconds["books"] / seconds["steps"]
+
+
+def best_read_gb_per_s(device: torch.device) -> float:
+    """What reading memory reaches: the best of ten sums over 1 GiB, on a GPU over 8."""
+    return read_gb_per_s(device, n_bytes=1 << (33 if device.type == "cuda" else 30), n_times=10)
 
 
 def copy_gb_per_s(device: torch.device) -> float:

@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 import triton
 import typer
-from decode_bench import copy_gb_per_s
+from decode_bench import best_read_gb_per_s, copy_gb_per_s
 from gpu_exact import exact, kernels_of_rounds
 from gpu_identities import IdentitySizes, identities
 from gpu_kernels import attention_calls, kernels_of_steps, tune_walk
@@ -34,7 +34,6 @@ from machine import machine_name, not_measured
 from recycler.decode import engines
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
-from recycler.model.memory import read_gb_per_s
 from recycler.model.versions import versions
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
@@ -108,8 +107,7 @@ def _plan(device: torch.device, sizes: Sizes) -> list[Stage]:
     pairs = [(f"batch {batch} x {context}", batch, context) for batch, context in sizes.cases]
 
     def bandwidth() -> dict[str, float]:
-        read = read_gb_per_s(device, n_bytes=1 << 33, n_times=10)
-        return {"read_gb_per_s": read, "copy_gb_per_s": copy_gb_per_s(device)}
+        return {"read_gb_per_s": best_read_gb_per_s(device), "copy_gb_per_s": copy_gb_per_s(device)}
 
     return [
         Stage("bandwidth", 5, bandwidth),

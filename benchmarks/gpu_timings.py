@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode_bench import Bench, Case, Timed, Traffic, read_gb_per_s
+from decode_bench import Bench, Case, Timed, Traffic, best_read_gb_per_s
 from decode_subject import cosine_under
 from record import beside_prefill
 from shapes import random_model
@@ -108,7 +108,7 @@ class TimedModel:
     @cached_property
     def gb_per_s(self) -> float:
         """What reading memory reaches."""
-        return read_gb_per_s(self.device)
+        return best_read_gb_per_s(self.device)
 
     @cached_property
     def traffic(self) -> Traffic:

@@ -20,17 +20,17 @@ if not torch.cuda.is_available():
 
 
 # Files that take longest begin first, so that no process is left with one at the end; after the first, which compiles
-# what decodes on a CPU, come some that another process can run meanwhile without it.
+# what decodes on a CPU, come some that another process can run meanwhile without it, or with kernels of its own.
 _FIRST = (
     "recycler/decode/test_engine_contract.py",
     "recycler/decode/cuda/test_gpu_plan.py",
     "recycler/decode/cuda/test_device.py",
     "recycler/decode/cuda/test_compiles.py",
+    "recycler/decode/cpu/test_compiled.py",
     "recycler/decode/test_rounds.py",
     "attack/test_rows.py",
     "tuning/replay/test_matches_decoder.py",
     "recycler/decode/test_identities_default_model.py",
-    "recycler/decode/cpu/test_compiled.py",
     "recycler/test_generate.py",
     "tuning/optimize/test_optimize_resumes.py",
     "tuning/optimize/test_exact.py",

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from recycler.model.prefill import PREFILL_CHUNK_TOKENS
 from recycler.model.shape import check_positions
 
+# On a GPU: the first step compiles or loads its kernels, the second is captured.
+_WARMING_STEPS = 2
+
 
 class TokenStream(Protocol):
     """What a streamer of transformers can do."""
@@ -33,16 +36,21 @@ class Generation:
         tokens: The new tokens, at least one. The first comes out of prefill, each other one out of a decode step.
         prefill_s: Seconds from the start to the first new token.
         decode_s: Seconds from the first new token to the last.
+        warming_steps: The first steps, in which a GPU gets ready: kernels are compiled or loaded, and captured.
+        warming_s: Seconds of them.
     """
 
     tokens: tuple[int, ...]
     prefill_s: float
     decode_s: float
+    warming_steps: int = 0
+    warming_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Decode steps per second; None if there was none."""
-        return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else None
+        """Decode steps per second, the warming ones aside; None if there was none."""
+        n_steps = len(self.tokens) - 1 - self.warming_steps
+        return n_steps / (self.decode_s - self.warming_s) if n_steps else None
 
 
 def generate_tokens(
@@ -94,8 +102,16 @@ def generate_tokens(
             **drawing,
             **_padding(model),
         )
-    begin, first, *_ = clock.times
-    return Generation(tuple(output[0, len(prompt_tokens) :].tolist()), first - begin, clock.times[-1] - first)
+    begin, first, *later = clock.times
+    # Of a text of fewer steps all count, rather than none.
+    warming = _WARMING_STEPS if model.device.type == "cuda" and len(later) > _WARMING_STEPS else 0
+    return Generation(
+        tuple(output[0, len(prompt_tokens) :].tolist()),
+        prefill_s=first - begin,
+        decode_s=clock.times[-1] - first,
+        warming_steps=warming,
+        warming_s=later[warming - 1] - first if warming else 0.0,
+    )
 
 
 class _Clock:
