@@ -8,9 +8,11 @@ texts, and what every rule makes of them. A run that was cut off goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,12 +62,14 @@ def main(
     """Compare texts, then count what holds."""
     file = PolicyFile.read(policy)
     rules = tuned_rules(tuned)
-    asked = {
+    asked: dict[str, Any] = {
         "context_tokens": context_tokens,
         "tokens": tokens,
         "first_index": first_index,
         "rule": stop_to_json(rules[0].rule),
-        "policy": policy.name,
+        "policy": _digest(policy),
+        "rules": _digest(tuned),
+        "drafted_per_kind": drafted_per_kind,
     }
     found = _known(out, asked) or {
         "what": "python benchmarks/exact_texts.py",
@@ -78,46 +82,73 @@ def main(
     how = {"n_per_kind": per_kind, "context_tokens": context_tokens, "n_steps": tokens + _MOST_DRAFTS}
     loaded = load_model(None)
     prompts = default_prompts(loaded.tokenizer, **how, first_index=first_index)  # type: ignore[arg-type]
-    for dtype, ways in (("float32", (_greedy, _drawn)), ("bfloat16", (_narrow,))):
-        model = loaded if dtype == "float32" else load_model(None, dtype=dtype)
-        for prompt in tqdm(prompts, f"texts, {dtype}"):
-            for way in ways:
-                name = way.__name__.removeprefix("_")
-                if (prompt.name, name) not in {(row["prompt"], row["way"]) for row in found["texts"]}:
-                    compared = way(model, file, rules[0].rule, prompt, tokens)
-                    found["texts"].append({"prompt": prompt.name, "kind": prompt.kind, "way": name, **compared})
-                    write_text(out, json.dumps(found, indent=1))
-    for kind in dict.fromkeys(prompt.kind for prompt in prompts):
-        of_kind = [prompt for prompt in prompts if prompt.kind == kind][:drafted_per_kind]
-        for texts, options in _TEXTS.items():
-            if (kind, texts) not in {(row["kind"], row["texts"]) for row in found["rounds"]}:
-                rounds = drafted_rounds(
-                    loaded,
-                    of_kind,
-                    file.policy,
-                    file.selection,
-                    n_tokens=tokens,
-                    n_drafts=_MOST_DRAFTS,
-                    desc=f"{kind}, {texts}",
-                    **options,  # type: ignore[arg-type]
-                )
-                by_number = {
-                    str(n): expected(FixedDrafts(n), rounds, rules[0].costs).tokens_per_round for n in _NUMBERS
-                }
-                found["rounds"].append(
-                    {"kind": kind, "texts": texts, "by_number": by_number, "by_costs": _by_costs(rounds, rules)}
-                )
-                write_text(out, json.dumps(found, indent=1))
-    _print(found)
+    save = partial(_save, out, found)
+    _add_texts(found, loaded, prompts, _FLOAT32, file, rules[0].rule, save)
+    _add_rounds(found, loaded, prompts, file, rules, save)
+    _add_texts(found, load_model(None, dtype="bfloat16"), prompts, _BFLOAT16, file, rules[0].rule, save)
+    for line in _lines(found):
+        print(line)
     return {"out": str(out)}
 
 
+def _save(out: Path, found: dict[str, Any]) -> None:
+    write_text(out, json.dumps(found, indent=1))
+
+
+def _add_texts(
+    found: dict[str, Any],
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    ways: Mapping[str, Callable[..., dict[str, Any]]],
+    file: PolicyFile,
+    rule: StopRule,
+    save: Callable[[], None],
+) -> None:
+    """Write a text after every prompt in every way, and compare it."""
+    for prompt in tqdm(prompts, ", ".join(ways)):
+        for name, way in ways.items():
+            if (prompt.name, name) not in {(row["prompt"], row["way"]) for row in found["texts"]}:
+                compared = way(loaded, file, rule, prompt, found["tokens"])
+                found["texts"].append({"prompt": prompt.name, "kind": prompt.kind, "way": name, **compared})
+                save()
+
+
+def _add_rounds(
+    found: dict[str, Any],
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    file: PolicyFile,
+    rules: Sequence[TunedRule],
+    save: Callable[[], None],
+) -> None:
+    """Draft whole rounds along texts of every kind, and say what the rules make of them."""
+    for kind in dict.fromkeys(prompt.kind for prompt in prompts):
+        of_kind = [prompt for prompt in prompts if prompt.kind == kind][: found["drafted_per_kind"]]
+        for texts, options in _TEXTS.items():
+            if (kind, texts) in {(row["kind"], row["texts"]) for row in found["rounds"]}:
+                continue
+            how: dict[str, Any] = {"n_tokens": found["tokens"], "n_drafts": _MOST_DRAFTS, **options}
+            rounds = drafted_rounds(loaded, of_kind, file.policy, file.selection, desc=f"{kind}, {texts}", **how)
+            held = {str(n): expected(FixedDrafts(n), rounds, rules[0].costs).tokens_per_round for n in _NUMBERS}
+            found["rounds"].append(
+                {"kind": kind, "texts": texts, "by_number": held, "by_costs": _by_costs(rounds, rules)}
+            )
+            save()
+
+
 def _known(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What an equal run had found when it was cut off."""
+    """What an equal run had found when it was cut off; results of another one are not written over."""
     if not out.exists():
         return None
     known: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return known if {name: known.get(name) for name in asked} == asked else None
+    for name, value in asked.items():
+        if known.get(name) != value:
+            raise ValueError(f"{out} has results of {name} {known.get(name)}, not {value}: give another --out.")
+    return known
+
+
+def _digest(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def _greedy(loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Prompt, n_tokens: int) -> dict[str, Any]:
@@ -145,12 +176,11 @@ def _beside_stock(
         "tokens_per_round": counted.tokens_per_round,
         "rounds": counted.n_rounds,
         "drafts": counted.n_drafts,
-        "accepted": counted.n_accepted,
         "repeats": _repeats(stock),
     }
 
 
-def _narrow(loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Prompt, n_tokens: int) -> dict[str, Any]:
+def _bfloat16(loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Prompt, n_tokens: int) -> dict[str, Any]:
     """Exact greedy decoding beside the same engine with every unit full, and both beside stock `generate`."""
     stock = _written(loaded, prompt, n_tokens, {})
     with recycled(loaded, AlwaysFull(), file.selection):
@@ -159,8 +189,7 @@ def _narrow(loaded: LoadedModel, file: PolicyFile, rule: StopRule, prompt: Promp
         exact = _written(loaded, prompt, n_tokens, {})
     return {
         "beside_full": _compared(loaded, prompt, exact, full),
-        "shared_with_stock": len(list(takewhile(lambda pair: pair[0] == pair[1], zip(exact, stock, strict=True)))),
-        "full_shared_with_stock": len(list(takewhile(lambda pair: pair[0] == pair[1], zip(full, stock, strict=True)))),
+        "shared_with_stock": _n_shared(exact, stock),
         "repeats": _repeats(stock),
     }
 
@@ -173,18 +202,28 @@ def _written(loaded: LoadedModel, prompt: Prompt, n_tokens: int, how: dict[str, 
 
 @torch.no_grad()
 def _compared(loaded: LoadedModel, prompt: Prompt, ours: Sequence[int], theirs: Sequence[int]) -> str:
-    """Whether two texts are equal, or where they part, and how far the two likeliest tokens are apart there."""
+    """Whether two texts are equal, or where they part, and how far the logits of their tokens are apart there."""
     if ours == theirs:
         return "equal"
-    first = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+    first = _n_shared(ours, theirs)
     before = [*prompt.tokens[: prompt.n_prompt_tokens].tolist(), *theirs[:first]]
-    best, second = loaded.model(torch.tensor([before]), logits_to_keep=1).logits[0, -1].topk(2).values.tolist()
-    return f"{'a tie' if best - second < _TIE else 'different'} at {first}: logits {best - second:.2e} apart"
+    logits = loaded.model(torch.tensor([before]), logits_to_keep=1).logits[0, -1].double()
+    apart = float(logits[theirs[first]] - logits[ours[first]])
+    return f"{'a tie' if abs(apart) < _TIE else 'different'} at {first}: logits {apart:.2e} apart"
+
+
+def _n_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two texts begin with alike."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=True))))
 
 
 def _repeats(text: Sequence[int]) -> bool:
     """Whether some sixteen tokens come twice."""
     return max(Counter(zip(*(text[i:] for i in range(_REPEATED)), strict=False)).values(), default=0) > 1
+
+
+_FLOAT32 = {"greedy": _greedy, "drawn": _drawn}
+_BFLOAT16 = {"bfloat16": _bfloat16}
 
 
 def _by_costs(rounds: DraftedRounds, rules: Sequence[TunedRule]) -> list[dict[str, Any]]:
@@ -208,13 +247,8 @@ def _by_costs(rounds: DraftedRounds, rules: Sequence[TunedRule]) -> list[dict[st
     return rows
 
 
-def _print(found: dict[str, Any]) -> None:
-    for line in _lines(found):
-        print(line)
-
-
 def _lines(found: dict[str, Any]) -> Iterator[str]:
-    for way, beside in (("greedy", "beside_stock"), ("drawn", "beside_stock"), ("narrow", "beside_full")):
+    for way, beside in (("greedy", "beside_stock"), ("drawn", "beside_stock"), ("bfloat16", "beside_full")):
         rows = [row for row in found["texts"] if row["way"] == way]
         counts = Counter(row[beside].split(" at ")[0] for row in rows)
         yield f"{way}: {len(rows)} texts, {dict(counts)}"
@@ -225,7 +259,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
                 how = "repeat" if repeats else "do not repeat"
                 mean = sum(row["tokens_per_round"] for row in some) / len(some)
                 yield f"    {len(some)} that {how} themselves: {mean:.2f} tokens per round"
-    shared = [row["shared_with_stock"] for row in found["texts"] if row["way"] == "narrow"]
+    shared = [row["shared_with_stock"] for row in found["texts"] if row["way"] == "bfloat16"]
     yield f"bfloat16 beside stock: {shared.count(found['tokens'])} of {len(shared)} texts are equal to their end"
     for texts in _TEXTS:
         by_number = [row["by_number"] for row in found["rounds"] if row["texts"] == texts]

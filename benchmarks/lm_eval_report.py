@@ -21,7 +21,8 @@ context is read with full attention, and the continuation is decoded token by to
 choice of one token takes none, and there no policy differs from full attention. Rolling log-likelihoods decode all of a
 text after one token. One line of the log tells what was applied, and the results have it under `config.recycled`.
 Always full has the results of `--model hf` (`make test-lm-eval`). `fast=False` keeps to the plain path;
-`exact=True` lets the policy draft, and answers as `--model hf` does. Beams and encoders with decoders are refused.
+`exact=True` lets the policy draft, and in float32 answers as `--model hf` does. Beams and encoders with decoders are
+refused.
 
 Of RULER's tasks, `niah_single_1`, `niah_multikey_2`, `ruler_vt`, `ruler_cwe` and `ruler_fwe` make their documents
 without a network (`pip install wonderwords nltk`); the other needles want a data set of essays and `nltk`'s
@@ -45,6 +46,11 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         *table(result),
     ]
+    elsewhere = {
+        (name, row["machine"]) for rows in result["tasks"].values() for name, row in rows.items() if "machine" in row
+    }
+    for name, machine in sorted(elsewhere):
+        lines += ["", f"Rows of *{name}* were measured on {machine}."]
     return _HOW + "\n" + "\n".join(lines) + "\n"
 
 

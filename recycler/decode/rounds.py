@@ -29,23 +29,25 @@ class _Row:
     """A row of the text.
 
     Attributes:
-        verified: Tokens that are verified and were not fed yet, in order, each with the logits after it and their best.
+        verified: Tokens that are verified and were not fed yet, in order, each with the logits after it, their best,
+            and whether it was drafted.
         last: The token that was fed last.
         place: The position at which the next one is expected.
         best: The most likely token after it.
         repeats: Whether the text is over, and is fed one token again and again.
     """
 
-    verified: deque[tuple[int, Tensor, int]] = field(default_factory=deque)
+    verified: deque[tuple[int, Tensor, int, bool]] = field(default_factory=deque)
     last: int = -1
     place: int = -1
     best: int = -1
     repeats: bool = False
 
-    def answer(self) -> Tensor:
-        """The logits after the token that is fed now."""
-        _, logits, self.best = self.verified.popleft()
-        return logits
+    def answer(self) -> tuple[Tensor, RoundCounts]:
+        """The logits after the token that is fed now, and what it counts."""
+        _, logits, self.best, drafted = self.verified.popleft()
+        # Of a text that is over nothing was drafted that anybody looks at.
+        return logits, RoundCounts() if self.repeats else RoundCounts(n_accepted=int(drafted), n_tokens=1)
 
 
 class ExactEngine(Engine):
@@ -147,12 +149,13 @@ class Rounds(Decoding):
             row.last, row.place = token, place + 1
         if due.any():
             self._round(tokens, places, due)
-        answer = torch.stack([row.answer() for row in self._rows])
+        logits, counted = zip(*(row.answer() for row in self._rows), strict=True)
+        self._rounds = sum(counted, self._rounds)
         self._n_own += 1
         for layer in self._layers:
             for part in layer.parts:
                 part.n_own += 1
-        return answer
+        return torch.stack(logits)
 
     def _round(self, fed: Tensor, fed_places: Tensor, due: np.ndarray) -> None:
         """Draft and verify, until every row that is due has an answer."""
@@ -215,16 +218,13 @@ class Rounds(Decoding):
             tokens = of_row[:n_tokens]
             if not tokens:
                 continue
-            row.verified.append((tokens[0], logits[at], best[at]))
-            n_accepted = 0
+            row.verified.append((tokens[0], logits[at], best[at], False))
             for j in range(1, len(tokens)):
                 if not row.repeats and best[at + j - 1] != tokens[j]:
                     break
-                row.verified.append((tokens[j], logits[at + j], best[at + j]))
-                n_accepted += 1
-            # Of a text that is over nothing was drafted that anybody looks at.
+                row.verified.append((tokens[j], logits[at + j], best[at + j], True))
             if not row.repeats:
-                self._rounds += RoundCounts(1, len(tokens) - 1, n_accepted)
+                self._rounds += RoundCounts(1, len(tokens) - 1)
             at += len(tokens)
 
 

@@ -66,11 +66,14 @@ class RecycledLM(HFLM):
             raise ValueError(f"recycled attention runs decoders alone, and this model's backend is {self.backend!r}.")
         model = model_of(self.model)
         self._asked, self._fast = Asked.of(policy, selection, None, model), fast
+        if not isinstance(exact, (bool, StopRule)):
+            raise ValueError(f"exact must be True, False or a rule of policies.stops, not {exact!r}.")
         self._exact = exact
         if exact:
             # What drafts says nothing of the answers.
             self._asked = dataclasses.replace(self._asked, horizon_steps=None, notes=())
-            self._exact = self._asked.stop or True if exact is True else exact
+        if exact is True and self._asked.stop is not None:
+            self._exact = self._asked.stop
         for note in self._asked.notes:
             _LOGGER.warning("%s", note)
         self._tally, self._why_plain = Tally(model_shape(model).units), ""

@@ -59,8 +59,11 @@ def drafted_rounds(
         desc: For the progress bar.
 
     Raises:
-        ValueError: If texts are forced that are shorter than `n_tokens + n_drafts` tokens, or not of one length.
+        ValueError: If texts are forced that are shorter than `n_tokens + n_drafts` tokens, or not of one length, or are
+            forced at a temperature.
     """
+    if forced and temperature:
+        raise ValueError(f"where texts are given nothing is drawn: leave out temperature={temperature}.")
     texts = _continuations(prompts, n_tokens + n_drafts).to(loaded.model.device) if forced else None
     drafting, tokens, n_prompt = _begun(loaded, prompts, policy, selection, n_tokens + n_drafts)
     rows, device = np.arange(len(prompts)), tokens.device
@@ -102,7 +105,8 @@ def drafted_rounds(
 def _continuations(prompts: Sequence[Prompt], least: int) -> Tensor:
     """What follows each prompt, int64 `(prompts, tokens)`."""
     found = [prompt.tokens[prompt.n_prompt_tokens :].astype("int64") for prompt in prompts]
-    if (lengths := {len(one) for one in found}) != {len(found[0])} or len(found[0]) < least:
+    lengths = {len(one) for one in found}
+    if len(lengths) != 1 or min(lengths) < least:
         raise ValueError(f"texts that drafts follow have one length, at least {least} tokens, not {sorted(lengths)}.")
     return torch.from_numpy(np.stack(found))
 

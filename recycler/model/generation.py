@@ -14,9 +14,6 @@ from transformers import PreTrainedModel
 from recycler.model.prefill import PREFILL_CHUNK_TOKENS
 from recycler.model.shape import check_positions
 
-# On a GPU: the first step compiles or loads its kernels, the second is captured.
-_WARMING_STEPS = 2
-
 
 class TokenStream(Protocol):
     """What a streamer of transformers can do."""
@@ -36,7 +33,7 @@ class Generation:
         tokens: The new tokens, at least one. The first comes out of prefill, each other one out of a decode step.
         prefill_s: Seconds from the start to the first new token.
         decode_s: Seconds from the first new token to the last.
-        warming_steps: The first steps, in which a GPU gets ready: kernels are compiled or loaded, and captured.
+        warming_steps: The first steps, in which an engine gets ready.
         warming_s: Seconds of them.
     """
 
@@ -63,6 +60,7 @@ def generate_tokens(
     seed: int = 0,
     streamer: TokenStream | None = None,
     ends: bool = True,
+    warming_steps: int = 0,
 ) -> Generation:
     """Continue a text with the model as it is, or as a `with recycled(...)` around the call makes it.
 
@@ -76,6 +74,8 @@ def generate_tokens(
         seed: Of the drawing.
         streamer: Is given the prompt, then each new token as soon as it is known.
         ends: False lets a text go on after what would end it, as after any other token.
+        warming_steps: Steps that get an engine ready, as on a GPU the first one, which waits for kernels, and the
+            second, which is captured: they are no part of the speed, if there are more.
 
     Raises:
         ValueError: If the model has too few positions.
@@ -103,8 +103,8 @@ def generate_tokens(
             **_padding(model),
         )
     begin, first, *later = clock.times
-    # Of a text of fewer steps all count, rather than none.
-    warming = _WARMING_STEPS if model.device.type == "cuda" and len(later) > _WARMING_STEPS else 0
+    # Of a text of no more steps all count, rather than none.
+    warming = warming_steps if len(later) > warming_steps else 0
     return Generation(
         tuple(output[0, len(prompt_tokens) :].tolist()),
         prefill_s=first - begin,

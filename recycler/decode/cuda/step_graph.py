@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
 
-from recycler.decode.cuda.compiling import told_of_compiling
+_LOGGER = logging.getLogger("recycler")
 
 
 class StepGraph:
@@ -38,9 +39,10 @@ class StepGraph:
             self._graph = graph
             graph.replay()
         else:
+            _tell_that_a_gpu_gets_ready()
             # On the stream of the capture: a library's workspace belongs to a stream.
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream), told_of_compiling():
+            with torch.cuda.stream(self._stream):
                 step()
             torch.cuda.current_stream().wait_stream(self._stream)
             self._is_ready = True
@@ -51,6 +53,15 @@ class StepGraph:
         self._stream.synchronize()
         torch.cuda.current_stream().synchronize()
         self._graph, self._is_ready = None, False
+
+
+@cache
+def _tell_that_a_gpu_gets_ready() -> None:
+    """One line per process, before the first step: whoever waits for the second token wants to know for what."""
+    _LOGGER.warning(
+        "getting kernels for this GPU: the second token of a new policy or batch waits until they are compiled, or "
+        "loaded from the folders where Triton and torch keep them"
+    )
 
 
 class Aside:

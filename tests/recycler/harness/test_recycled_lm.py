@@ -156,6 +156,11 @@ def test_a_context_that_is_too_long_is_cut_as_the_stock_model_does(folder: Path)
     np.testing.assert_allclose([log_p for log_p, _ in ours], [log_p for log_p, _ in theirs], atol=1e-4)
 
 
+def test_what_is_no_rule_of_rounds_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"exact must be True, False or a rule of policies\.stops, not 8"):
+        lm_of(folder, NeverFull(), exact=8)
+
+
 def test_a_model_without_a_policy_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="give policy=FILE in --model_args"):
         RecycledLM(str(folder / "model"))

@@ -44,6 +44,28 @@ def test_packed_weights_are_not_guessed(make_model: Callable[..., PreTrainedMode
         model.set_output_embeddings(kept)
 
 
+def test_where_a_configuration_hides_what_is_read_nothing_is_said(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mixtral", torch.float32, num_local_experts=4, num_experts_per_tok=1)
+    assert weight_bytes(model) is not None
+    with monkeypatch.context() as patch:
+        # As some configurations have it, one for each layer.
+        patch.setitem(vars(model.config), "num_experts_per_tok", [1, 2])
+        assert weight_bytes(model) is None
+    monkeypatch.setattr(model.config, "quantization_config", {"quant_method": "mxfp4"}, raising=False)
+    assert weight_bytes(model) is None
+
+
+def test_without_a_head_its_layers_are_read(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama", torch.float32)
+    whole, head = weight_bytes(model), model.get_output_embeddings().weight.nbytes
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert weight_bytes(model) == whole - head
+
+
 def test_memory_is_read_at_some_rate() -> None:
     # A byte takes longer than a picosecond, and a gigabyte less than ten seconds.
     assert 0.1 < read_gb_per_s(torch.device("cpu"), n_bytes=1 << 24, n_times=2) < 1000

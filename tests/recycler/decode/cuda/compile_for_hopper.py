@@ -26,7 +26,6 @@ from policies import (
     StepPolicy,
 )
 from recycler.decode import engines
-from recycler.decode.cuda.compiling import told_of_compiling
 from recycler.decode.cuda.engine import CudaEngine
 from recycler.decode.cuda.machine import Machine
 from recycler.decode.recycled import recycled
@@ -93,13 +92,12 @@ def main() -> None:
     JITFunction.run = compile_only
     machine = Machine(n_programs=264, captures=False, compiles=False)
     engines.engine_for = lambda model: CudaEngine(model, machine)
-    with told_of_compiling():
-        decode(BudgetConstrained(LOGISTIC, 0.1), Selection.unpooled(256), torch.bfloat16, 1)
-        decode(RefreshKeys(FixedStride(10)), Selection(256), torch.float32, 2)
-        decode(CosineThreshold(0.5, 2.5), Selection(256, ranking="accumulated"), torch.float16, 2)
-        decode(NeverFull(), Selection(256), torch.bfloat16, 2, exact=True)
-        age(Selection(256))
-        age(Selection(256, ranking="decayed"))
+    decode(BudgetConstrained(LOGISTIC, 0.1), Selection.unpooled(256), torch.bfloat16, 1)
+    decode(RefreshKeys(FixedStride(10)), Selection(256), torch.float32, 2)
+    decode(CosineThreshold(0.5, 2.5), Selection(256, ranking="accumulated"), torch.float16, 2)
+    decode(NeverFull(), Selection(256), torch.bfloat16, 2, exact=True)
+    age(Selection(256))
+    age(Selection(256, ranking="decayed"))
     for name, kernel in compiled.values():
         assembly = kernel.asm
         told = {

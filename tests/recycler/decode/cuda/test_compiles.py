@@ -25,10 +25,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    # Of ten kernels, one line.
-    told = [line for line in done.stderr.splitlines() if "compiling kernels for this GPU" in line]
-    assert len(told) == 1
-    assert told[0].endswith(environment["TRITON_CACHE_DIR"])
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

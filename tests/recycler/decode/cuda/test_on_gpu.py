@@ -24,7 +24,6 @@ from recycler.decode.cuda.machine import Machine
 from recycler.decode.engine_run import EngineRun
 from recycler.decode.receipt import Receipt
 from recycler.decode.recycled import recycled
-from recycler.model.generation import generate_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -163,9 +162,3 @@ def test_long_sets_of_long_caches_are_those_of_the_plain_path(models: Make) -> N
         plain = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False)
     assert found == plain[:, n_tokens:].tolist()
     assert receipt.tokens_read.tolist() == session.receipt().tokens_read.tolist()
-
-
-def test_steps_that_get_a_gpu_ready_are_no_part_of_the_speed_that_is_told(models: Make) -> None:
-    run = generate_tokens(models(torch.bfloat16), list(range(1, 100)), max_new_tokens=8, ends=False)
-    assert run.warming_steps == 2
-    assert 0 < run.warming_s < run.decode_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from policies import BudgetConstrained, CosineThreshold, FixedStride, Selection
-from recycler.decode.cuda import engine
+from recycler.decode.cuda import engine, step_graph
 from recycler.decode.cuda.unit_kernels import UnitKernels
 from recycler.decode.recycled import recycled
 
@@ -118,6 +119,26 @@ def launches(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]
     for name in ("prepare", "attend", "settle"):
         watch(name)
     return launched
+
+
+def test_one_line_tells_before_the_first_step_what_is_waited_for(
+    make_model: Make,
+    make_tokens: Make,
+    on_engine: Make,
+    gpu: Gpu,
+    launches: list[tuple[str, int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    step_graph._tell_that_a_gpu_gets_ready.cache_clear()
+    model, tokens = make_model(head_dim=16, dtype=torch.float32), make_tokens(20)
+    on_engine(captures=True)
+    caplog.handler.addFilter(lambda record: not launches)
+    with caplog.at_level(logging.WARNING, "recycler"):
+        for _ in range(2):
+            with recycled(model, FixedStride(2), Selection(12, sinks=2, window=4)):
+                model.generate(tokens, max_new_tokens=3, min_new_tokens=3)
+    assert launches
+    assert [message.partition(":")[0] for message in caplog.messages] == ["getting kernels for this GPU"]
 
 
 @pytest.mark.parametrize(
