@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from exact_texts_report import NUMBERS, lines
 from machine import machine_name
 from tqdm import tqdm
 from tuned_rules import TunedRule, tuned_rules
@@ -39,7 +41,6 @@ from tuning.drafts.choose import best_rule, expected, fixed_rules
 
 _RESULTS = Path(__file__).parents[1] / "docs/results"
 _MOST_DRAFTS, _TEMPERATURE, _REPEATED = 16, 0.7, 16
-_NUMBERS = (4, 8, 16)
 # Of two logits that are nearer to each other than this, sums of another order may choose the other.
 _TIE = 1e-4
 _TEXTS = {
@@ -86,7 +87,7 @@ def main(
     _add_texts(found, loaded, prompts, _FLOAT32, file, rules[0].rule, save)
     _add_rounds(found, loaded, prompts, file, rules, save)
     _add_texts(found, load_model(None, dtype="bfloat16"), prompts, _BFLOAT16, file, rules[0].rule, save)
-    for line in _lines(found):
+    for line in lines(found):
         print(line)
     return {"out": str(out)}
 
@@ -129,7 +130,7 @@ def _add_rounds(
                 continue
             how: dict[str, Any] = {"n_tokens": found["tokens"], "n_drafts": _MOST_DRAFTS, **options}
             rounds = drafted_rounds(loaded, of_kind, file.policy, file.selection, desc=f"{kind}, {texts}", **how)
-            held = {str(n): expected(FixedDrafts(n), rounds, rules[0].costs).tokens_per_round for n in _NUMBERS}
+            held = {str(n): expected(FixedDrafts(n), rounds, rules[0].costs).tokens_per_round for n in NUMBERS}
             found["rounds"].append(
                 {"kind": kind, "texts": texts, "by_number": held, "by_costs": _by_costs(rounds, rules)}
             )
@@ -207,9 +208,15 @@ def _compared(loaded: LoadedModel, prompt: Prompt, ours: Sequence[int], theirs: 
         return "equal"
     first = _n_shared(ours, theirs)
     before = [*prompt.tokens[: prompt.n_prompt_tokens].tolist(), *theirs[:first]]
-    logits = loaded.model(torch.tensor([before]), logits_to_keep=1).logits[0, -1].double()
-    apart = float(logits[theirs[first]] - logits[ours[first]])
-    return f"{'a tie' if abs(apart) < _TIE else 'different'} at {first}: logits {apart:.2e} apart"
+    logits = loaded.model(torch.tensor([before]), logits_to_keep=1).logits[0, -1]
+    apart = float(logits[theirs[first]].double() - logits[ours[first]].double())
+    return f"{'a tie' if abs(apart) <= _tie(logits) else 'different'} at {first}: logits {apart:.2e} apart"
+
+
+def _tie(logits: torch.Tensor) -> float:
+    """How near two logits are of which rounding may choose the other: in narrow types, neighbours."""
+    narrow = torch.finfo(logits.dtype).eps * 2.0 ** math.floor(math.log2(float(logits.max())))
+    return max(_TIE, narrow)
 
 
 def _n_shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -245,32 +252,6 @@ def _by_costs(rounds: DraftedRounds, rules: Sequence[TunedRule]) -> list[dict[st
             }
         )
     return rows
-
-
-def _lines(found: dict[str, Any]) -> Iterator[str]:
-    for way, beside in (("greedy", "beside_stock"), ("drawn", "beside_stock"), ("bfloat16", "beside_full")):
-        rows = [row for row in found["texts"] if row["way"] == way]
-        counts = Counter(row[beside].split(" at ")[0] for row in rows)
-        yield f"{way}: {len(rows)} texts, {dict(counts)}"
-        yield from (f"    {row['prompt']}: {row[beside]}" for row in rows if row[beside] != "equal")
-        for repeats in (False, True):
-            some = [row for row in rows if row["repeats"] == repeats and "tokens_per_round" in row]
-            if some:
-                how = "repeat" if repeats else "do not repeat"
-                mean = sum(row["tokens_per_round"] for row in some) / len(some)
-                yield f"    {len(some)} that {how} themselves: {mean:.2f} tokens per round"
-    shared = [row["shared_with_stock"] for row in found["texts"] if row["way"] == "bfloat16"]
-    yield f"bfloat16 beside stock: {shared.count(found['tokens'])} of {len(shared)} texts are equal to their end"
-    for texts in _TEXTS:
-        by_number = [row["by_number"] for row in found["rounds"] if row["texts"] == texts]
-        means = [sum(of[str(n)] for of in by_number) / len(by_number) for n in _NUMBERS]
-        yield f"{texts}: " + ", ".join(f"{mean:.2f} of {n + 1}" for n, mean in zip(_NUMBERS, means, strict=True))
-    for row in found["rounds"]:
-        for by in row["by_costs"]:
-            yield (
-                f"{row['kind']}, {row['texts']}, {by['costs_of']}: {by['tokens_per_round']:.2f} tokens per round, "
-                f"{by['times_full']:.2f} x always full; {by['best_fixed_times_full']:.2f} by {by['best_fixed']} drafts"
-            )
 
 
 if __name__ == "__main__":

@@ -173,11 +173,22 @@ def test_every_path_that_the_readme_names_exists() -> None:
 
 
 def test_what_the_readme_says_of_exact_decoding_was_measured() -> None:
-    found = json.loads((README.parent / "docs/results/exact.json").read_text(encoding="utf-8"))
-    assert all(text[rule]["equal"] == "equal" for text in found["texts"] for rule in ("4", "8", "0.2", "0.4"))
+    compared = json.loads((README.parent / "docs/results/exact-texts.json").read_text(encoding="utf-8"))
     text = README.read_text(encoding="utf-8").partition("**Exact**")[2]
-    (held,) = re.findall(r"eight drafts to a verification ([\d.]+) of 9 tokens hold", text)
-    assert held == f"{np.mean([one['8']['tokens_per_round'] for one in found['texts']]):.1f}"
+    ((n_texts, n_tokens),) = re.findall(r"Of (\d+) texts of (\d+) tokens, .*? every one is stock `generate`'s", text)
+    written = [row for row in compared["texts"] if row["way"] != "bfloat16"]
+    assert all(row["beside_stock"] == "equal" for row in written)
+    assert [int(n_texts), int(n_tokens)] == [len(written), compared["tokens"]]
+    held = re.findall(
+        r"eight drafts to a verification ([\d.]+) of 9 tokens hold.*?, ([\d.]+) along .*? and ([\d.]+)\s+where", text
+    )
+    means = {
+        texts: np.mean([row["by_number"]["8"] for row in compared["rounds"] if row["texts"] == texts])
+        for texts in ("own", "held-out", "own, temperature 0.7")
+    }
+    assert held == [tuple(f"{mean:.1f}" for mean in means.values())]
+
+    found = json.loads((README.parent / "docs/results/exact.json").read_text(encoding="utf-8"))
     (told,) = re.findall(r"at 2,000 and 8,000 tokens it has ([\d.]+) and ([\d.]+) of the\s+speed", text)
     times = {(row["batch"], row["context_tokens"], row["case"]): row["times_full"] for row in found["times"]}
     assert list(told) == [f"{times[1, context, 'exact, 8']:.2f}" for context in (2000, 8000)]
