@@ -18,8 +18,11 @@ def test_the_page_on_ways_has_the_table_of_the_json(benchmark_module: Callable[[
     assert lines[lines.index(table[0]) :][: len(table)] == table
 
 
-def test_every_text_is_stock_generates_and_in_bfloat16_the_engines_own() -> None:
+def test_every_text_is_stock_generates_and_in_bfloat16_the_engines_own_but_for_ties() -> None:
     by_way = {way: [row for row in FOUND["texts"] if row["way"] == way] for way in ("greedy", "drawn", "bfloat16")}
     assert [len(rows) for rows in by_way.values()][:2] == [60, 60]
     assert {row["beside_stock"] for way in ("greedy", "drawn") for row in by_way[way]} == {"equal"}
-    assert {row["beside_full"] for row in by_way["bfloat16"]} == {"equal"}
+    beside_full = [row["beside_full"].partition(" at ")[0] for row in by_way["bfloat16"]]
+    assert set(beside_full) <= {"equal", "a tie"}
+    log = (DOCS / "LOG.md").read_text(encoding="utf-8")
+    assert f"In bfloat16 {beside_full.count('equal')} of {len(beside_full)} greedy texts are those of the same" in log
