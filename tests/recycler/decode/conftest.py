@@ -380,6 +380,32 @@ def _mended_interpreter() -> Iterator[None]:
             is_pointer = isinstance(kind.scalar, interpreter.tl.pointer_type)
             return np.dtype(np.uint64) if is_pointer else of_scalar(kind.scalar)
 
+        def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+            # As it is, once for each type of numbers and shape: there are a million blocks of some hundred types.
+            if type(element_ty) is not interpreter.tl.dtype:
+                init_block_type(self, element_ty, shape)
+                return
+            key = (element_ty.name, *(getattr(n, "value", n) for n in shape))
+            if key not in blocks:
+                init_block_type(self, element_ty, shape)
+                blocks[key] = dict(vars(self))
+            vars(self).update(blocks[key])
+
+        def init_tensor(self: Any, handle: Any, type: Any) -> None:
+            # Likewise: what a tensor knows of itself follows from its shape.
+            shape = type.shape if type.is_block() else ()
+            if shape not in shapes:
+                init_tensor_of(self, handle, type)
+                shapes[shape] = (self.numel, self.shape)
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.numel, self.shape = shapes[shape]
+
+        tl = interpreter.tl
+        init_block_type, init_tensor_of = tl.block_type.__init__, tl.tensor.__init__
+        blocks: dict[Any, dict[str, Any]] = {}
+        shapes: dict[Any, tuple[Any, Any]] = {}
+        patch.setattr(tl.block_type, "__init__", init_block)
+        patch.setattr(tl.tensor, "__init__", init_tensor)
         patch.setattr(
             interpreter.interpreter_builder,
             "options",

@@ -32,6 +32,12 @@ SELECTION = Selection(12, sinks=2, window=4)
 SIZES = Selection(12, sinks=2, window=4, unit_k=((8, 16), (12, 12)))
 
 
+@pytest.fixture(autouse=True)
+def _gb_per_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading memory takes a tenth of a second every time, and is tested elsewhere."""
+    monkeypatch.setattr(explaining, "read_gb_per_s", lambda device: 2.0)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("selection", [SELECTION, SIZES])
 @pytest.mark.parametrize(
@@ -82,7 +88,6 @@ def test_memory_is_that_of_cache_and_sets(make_model: Callable[..., PreTrainedMo
 def test_reading_weights_and_cache_takes_time(
     make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explaining, "read_gb_per_s", lambda device: 2.0)
     model = make_model("llama", torch.float32)
     said = explain(model, FixedStride(4), SELECTION, context_tokens=1000, batch_size=3)
     weights = weight_bytes(model)

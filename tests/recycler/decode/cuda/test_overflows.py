@@ -54,7 +54,7 @@ def test_an_overflow_is_an_error() -> None:
         (BudgetConstrained(LOGISTIC, 0.3), Selection(12, sinks=2, window=4, pool_backward=0, pool_forward=0), False),
         (RefreshKeys(FixedStride(2)), Selection(12, sinks=2, window=4), False),
         (CosineThreshold(0.5, 2.5), Selection(12, sinks=2, window=4, ranking="accumulated"), False),
-        (FixedStride(2), Selection(12, sinks=2, window=4), FixedDrafts(2)),
+        (FixedStride(2), Selection(12, sinks=2, window=4), FixedDrafts(1)),
     ],
     ids=["learned", "keys only", "accumulated", "exact"],
 )
@@ -68,7 +68,7 @@ def test_steps_and_rounds_overflow_nowhere(
     # A second round chooses its sets by the votes of the first.
     model = runs_on("cuda").model()
     with recycled(model, policy, selection, exact=exact) as session:
-        model.generate(make_tokens(20, rows=2), max_new_tokens=5, min_new_tokens=5)
+        model.generate(make_tokens(20), max_new_tokens=5, min_new_tokens=5)
     receipt = session.receipt()
     assert receipt.engine == "cuda"
-    assert receipt.rounds is None or receipt.rounds.n_rounds > 2
+    assert receipt.rounds is None or receipt.rounds.n_rounds >= 2
