@@ -105,7 +105,7 @@ def main(
     machine = machine_name(where)
     console.print(f"{subject.name}, {dtype} on {where}, {torch.get_num_threads()} threads, {machine}")
     console.print(
-        f"weights {(weights - traffic.unread_bytes) / 1e6:.0f} MB read per step, {token_bytes} bytes per token of "
+        f"weights {weights / 1e6:.0f} MB read per step, {token_bytes} bytes per token of "
         f"cache, reading {gb_per_s:.1f} GB/s"
     )
     bench = Bench(subject.model, subject.tokens, k, steps)

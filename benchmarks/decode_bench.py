@@ -18,7 +18,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from policies import FixedStride, Selection, StepPolicy
 from policies.stops import StopRule
 from recycler import Receipt, Session, model_shape, recycled
-from recycler.model.memory import read_gb_per_s
+from recycler.model.memory import read_gb_per_s, weight_bytes
 from recycler.model.prefill import prefill
 
 
@@ -79,28 +79,23 @@ class Traffic:
     """What a step reads, in bytes.
 
     Attributes:
-        weight_bytes: All weights.
-        unread_bytes: Those of them that a step leaves out: of a table that is not the head as well, it reads a row per
-            token.
+        weight_bytes: Weights, but for what it leaves out.
         token_bytes: Keys and values of a token in all layers.
     """
 
     weight_bytes: int
-    unread_bytes: int
     token_bytes: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Traffic:
         """Of a model."""
-        weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        unread = 0 if embedding is head else embedding.numel() * embedding.element_size()
-        units = model_shape(model)
-        return cls(weights, unread, 2 * units.layers * units.kv_heads * units.head_dim * model.dtype.itemsize)
+        weights, units = weight_bytes(model), model_shape(model)
+        assert weights is not None
+        return cls(weights, 2 * units.layers * units.kv_heads * units.head_dim * model.dtype.itemsize)
 
     def floor_ms(self, n_tokens: float, batch: int, gb_per_s: float) -> float:
         """Time to read the weights, and of each row's cache so many tokens."""
-        return (self.weight_bytes - self.unread_bytes + batch * n_tokens * self.token_bytes) / gb_per_s / 1e6
+        return (self.weight_bytes + batch * n_tokens * self.token_bytes) / gb_per_s / 1e6
 
 
 class _Clock(LogitsProcessor):

@@ -24,6 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
+from known_rows import measured_elsewhere
 from lm_eval_report import page
 from machine import machine_name
 from torch import Tensor
@@ -143,11 +144,7 @@ def main(
 
 def _joined(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Rows that were measured before, and those that were measured now on the same documents."""
-    for name in found.keys() - {"tasks", "machine"}:
-        if found[name] != known[name]:
-            raise ValueError(f"the rows that are known are of {name} {known[name]}, not {found[name]}.")
-    tasks = dict(known["tasks"])
-    elsewhere = {} if found["machine"] == known["machine"] else {"machine": found["machine"]}
+    tasks, elsewhere = dict(known["tasks"]), measured_elsewhere(known, found, "tasks")
     for name, rows in found["tasks"].items():
         if name not in tasks:
             raise ValueError(f"rows of the task {name} are not known: run all contenders on it.")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
+from exact_loop import exact_loop
+from known_rows import measured_elsewhere
 from long_outputs_report import draw, page, report
 from machine import machine_name
 from tqdm import tqdm
@@ -31,19 +32,13 @@ from policies import (
     Selection,
     SentenceBoundary,
     StepPolicy,
-    policy_to_json,
 )
-from policies.serialize import stop_to_json
 from policies.stops import StopRule
-from recycler.decode.recycled import recycled
 from recycler.evaluate.baselines import streaming_llm_set
 from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.measure.ablation import measure_prompt_sensitivity
 from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore
-from recycler.measure.store import Store, digest_of_tokens
-from recycler.model.divergence import kl_divergence
 from recycler.model.loading import LoadedModel, load_model
-from recycler.model.prefill import prefill
 from recycler.prompts import KINDS, Prompt, default_prompts
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
@@ -139,11 +134,8 @@ def main(
 
 def _joined(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Rows that were measured before, and those that were measured now on the same prompts."""
-    for name in found.keys() - {"rows", "machine"}:
-        if found[name] != known[name]:
-            raise ValueError(f"the rows that are known are of {name} {known[name]}, not {found[name]}.")
-    elsewhere = {} if found["machine"] == known["machine"] else {"machine": found["machine"]}
-    return {**known, "rows": {**known["rows"], **{name: {**row, **elsewhere} for name, row in found["rows"].items()}}}
+    elsewhere = measured_elsewhere(known, found, "rows")
+    return {**known, "rows": {**known["rows"], **{name: row | elsewhere for name, row in found["rows"].items()}}}
 
 
 def _contenders(files: Mapping[str, PolicyFile]) -> list[Contender]:
@@ -219,8 +211,10 @@ def _run(
     """By contender what it did on each prompt: closed loops without the axis of policies."""
     found: dict[str, list[ClosedLoop]] = {}
     approximate = [contender for contender in contenders if contender.stop is None]
-    for exact in (contender for contender in contenders if contender.stop is not None):
-        found[exact.name] = [_exact_loop(store, loaded, prompt, exact) for prompt in tqdm(prompts, exact.name)]
+    for one in contenders:
+        if one.stop is not None:
+            how = (one.policy, one.selection, one.stop)
+            found[one.name] = [exact_loop(store.folder, loaded, prompt, *how) for prompt in tqdm(prompts, one.name)]
     for selection in dict.fromkeys(contender.selection for contender in approximate):
         mine = [contender for contender in approximate if contender.selection == selection]
         policies, desc = [contender.policy for contender in mine], ", ".join(contender.name for contender in mine)
@@ -229,42 +223,6 @@ def _run(
             arrays = [{field.name: getattr(loop, field.name)[row] for field in fields(loop)} for loop in loops]
             found[contender.name] = [ClosedLoop(**one) for one in arrays]
     return found
-
-
-def _exact_loop(store: ClosedLoopStore, loaded: LoadedModel, prompt: Prompt, exact: Contender) -> ClosedLoop:
-    """A text fed to exact decoding token by token, whatever the model would write; kept as other loops are."""
-    assert exact.stop is not None
-    depends_on = {
-        "exact loop of": digest_of_tokens(prompt.tokens),
-        "n_prompt_tokens": prompt.n_prompt_tokens,
-        "policy": policy_to_json(exact.policy),
-        "selection": exact.selection.to_json(),
-        "stop": stop_to_json(exact.stop),
-    }
-    arrays = Store(store.folder).get(loaded, depends_on, lambda: _exact_arrays(loaded, prompt, exact))
-    return ClosedLoop(**arrays)
-
-
-@torch.no_grad()
-def _exact_arrays(loaded: LoadedModel, prompt: Prompt, exact: Contender) -> dict[str, np.ndarray]:
-    model: Any = loaded.model
-    tokens, n = torch.as_tensor(prompt.tokens.astype("int64"))[None], prompt.n_prompt_tokens
-    full = model(tokens[:, n:], past_key_values=prefill(loaded.model, tokens[:, :n])).logits[0].log_softmax(-1)
-    with recycled(loaded, exact.policy, exact.selection, exact=exact.stop) as session:
-        cache = model(tokens[:, :n], use_cache=True, logits_to_keep=1).past_key_values
-        fed = [model(tokens[:, at : at + 1], past_key_values=cache) for at in range(n, tokens.shape[1])]
-        found = torch.cat([step.logits[0] for step in fed]).log_softmax(-1)
-    receipt = session.receipt()
-    steps, best = len(found), found.argmax(-1)
-    follows = torch.cat([best[:-1] == tokens[0, n + 1 :], torch.zeros(1, dtype=torch.bool)])
-    return {
-        "kl": kl_divergence(full, found).double().clamp(min=0).numpy(),
-        "agreement": (best == full.argmax(-1)).numpy(),
-        "accuracy": follows.numpy(),
-        # What was read for a step is read for several at once: the mean of all.
-        "full": np.tile(receipt.unit_full_share, (steps, 1, 1)),
-        "read_share": np.full(steps, receipt.read_share),
-    }
 
 
 def _row(loops: Sequence[ClosedLoop], kinds: Sequence[str]) -> dict[str, Any]:

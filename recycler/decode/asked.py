@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from policies import PolicyFile, Selection, StepPolicy, check_fits
-from policies.stops import StopRule
+from policies.stops import FixedDrafts, StopRule
 from recycler.model.shape import model_shape
 from recycler.model.weights_digest import weights_sample
+
+# Drafts of a round, where nobody says: with as many the most time was gained of those that were tried.
+_DRAFTS = 8
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,22 @@ class Asked:
         check_fits(policy, shape)
         check_fits(selection, shape)
         return cls(policy, selection, horizon_steps, (note,) if note else (), stop)
+
+    def in_rounds(self, exact: bool | StopRule) -> Asked:
+        """The same for exact decoding, with the rule that ends its rounds as `stop`; without any if `exact` is False.
+
+        Raises:
+            ValueError: If `exact` is neither a truth nor a rule.
+        """
+        if not isinstance(exact, (bool, StopRule)):
+            raise ValueError(
+                f"exact must be True, False or a rule of policies.stops such as FixedDrafts(8), not {exact!r}."
+            )
+        if exact is False:
+            return dataclasses.replace(self, stop=None)
+        stop = exact if isinstance(exact, StopRule) else self.stop or FixedDrafts(_DRAFTS)
+        # How far a policy leads away from full attention, for how long and on which weights, says nothing here.
+        return dataclasses.replace(self, horizon_steps=None, notes=(), stop=stop)
 
 
 def model_of(target: Any) -> PreTrainedModel:

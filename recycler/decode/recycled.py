@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policies import PolicyFile, Selection, StepPolicy
-from policies.stops import FixedDrafts, StopRule
+from policies.stops import StopRule
 from recycler.decode import engines
 from recycler.decode.asked import Asked, model_of
 from recycler.decode.audit import Auditor
@@ -21,8 +20,6 @@ from recycler.model.shape import changing_rope_type
 
 # Steps between audits where they only serve to govern.
 _GOVERNED_STEPS = 64
-# Drafts of a round, where nobody says: with as many the most time was gained of those that were tried.
-_DRAFTS = 8
 
 
 @contextmanager
@@ -92,20 +89,13 @@ def recycled(
             if the cache changes in a way that sets cannot follow, or the model has layers that cannot take back drafts.
     """
     model = model_of(target)
-    asked = Asked.of(policy, selection, horizon_steps, model)
-    if exact:
-        # How far a policy leads away from full attention, for how long and on which weights, says nothing here.
-        asked = dataclasses.replace(asked, horizon_steps=None, notes=())
+    asked = Asked.of(policy, selection, horizon_steps, model).in_rounds(exact)
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)
     if most is not None and govern_kl is None:
         raise ValueError(f"most={most} is the largest budget of govern_kl, which is not given.")
     if (audit is not None or govern_kl is not None) and getattr(model.config, "return_dict", True) is False:
         raise ValueError("an audit reads the model's logits by name, and its config has return_dict=False.")
-    if not isinstance(exact, (bool, StopRule)):
-        raise ValueError(
-            f"exact must be True, False or a rule of policies.stops such as FixedDrafts(8), not {exact!r}."
-        )
     if exact and (rope := changing_rope_type(model)):
         raise ValueError(
             f"exact decoding reads several tokens at once, and this model's rotary embedding, of type {rope!r}, turns "
@@ -115,7 +105,6 @@ def recycled(
         raise ValueError(
             "exact decoding is no way from full attention: leave out audit and govern_kl, which measure it."
         )
-    rule = exact if isinstance(exact, StopRule) else (asked.stop or FixedDrafts(_DRAFTS)) if exact else None
     governor = None if govern_kl is None else Governor(asked.policy, govern_kl, most)
     if governor is not None and audit is None:
         audit = _GOVERNED_STEPS
@@ -123,7 +112,7 @@ def recycled(
         raise ValueError(f"audit_tokens={audit_tokens} is how much an audit repeats, and audit is not given.")
     auditor = None if audit is None else Auditor(audit, audit_tokens)
     notes = (*asked.notes, auditor.note) if auditor is not None and auditor.note else asked.notes
-    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, notes, auditor, governor, rule)
+    session = Session(model, asked.policy, asked.selection, asked.horizon_steps, notes, auditor, governor, asked.stop)
     if fast:
         try:
             session.use(engines.engine_for(model))

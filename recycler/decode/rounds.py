@@ -35,6 +35,8 @@ class _Row:
         place: The position at which the next one is expected.
         best: The most likely token after it.
         repeats: Whether the text is over, and is fed one token again and again.
+        n_tokens: Tokens of the text.
+        n_accepted: Those of them that were drafted.
     """
 
     verified: deque[tuple[int, Tensor, int, bool]] = field(default_factory=deque)
@@ -42,12 +44,17 @@ class _Row:
     place: int = -1
     best: int = -1
     repeats: bool = False
+    n_tokens: int = 0
+    n_accepted: int = 0
 
-    def answer(self) -> tuple[Tensor, RoundCounts]:
-        """The logits after the token that is fed now, and what it counts."""
+    def answer(self) -> Tensor:
+        """The logits after the token that is fed now."""
         _, logits, self.best, drafted = self.verified.popleft()
         # Of a text that is over nothing was drafted that anybody looks at.
-        return logits, RoundCounts() if self.repeats else RoundCounts(n_accepted=int(drafted), n_tokens=1)
+        if not self.repeats:
+            self.n_tokens += 1
+            self.n_accepted += drafted
+        return logits
 
 
 class ExactEngine(Engine):
@@ -110,7 +117,8 @@ class Rounds(Decoding):
 
     @property
     def rounds(self) -> RoundCounts:
-        return self._rounds
+        followed = (sum(row.n_accepted for row in self._rows), sum(row.n_tokens for row in self._rows))
+        return self._rounds + RoundCounts(0, 0, *followed)
 
     @property
     def full(self) -> np.ndarray:
@@ -149,13 +157,12 @@ class Rounds(Decoding):
             row.last, row.place = token, place + 1
         if due.any():
             self._round(tokens, places, due)
-        logits, counted = zip(*(row.answer() for row in self._rows), strict=True)
-        self._rounds = sum(counted, self._rounds)
+        answer = torch.stack([row.answer() for row in self._rows])
         self._n_own += 1
         for layer in self._layers:
             for part in layer.parts:
                 part.n_own += 1
-        return torch.stack(logits)
+        return answer
 
     def _round(self, fed: Tensor, fed_places: Tensor, due: np.ndarray) -> None:
         """Draft and verify, until every row that is due has an answer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,15 +64,7 @@ class RecycledLM(HFLM):
         if self.backend != "causal":
             raise ValueError(f"recycled attention runs decoders alone, and this model's backend is {self.backend!r}.")
         model = model_of(self.model)
-        self._asked, self._fast = Asked.of(policy, selection, None, model), fast
-        if not isinstance(exact, (bool, StopRule)):
-            raise ValueError(f"exact must be True, False or a rule of policies.stops, not {exact!r}.")
-        self._exact = exact
-        if exact:
-            # What drafts says nothing of the answers.
-            self._asked = dataclasses.replace(self._asked, horizon_steps=None, notes=())
-        if exact is True and self._asked.stop is not None:
-            self._exact = self._asked.stop
+        self._asked, self._fast = Asked.of(policy, selection, None, model).in_rounds(exact), fast
         for note in self._asked.notes:
             _LOGGER.warning("%s", note)
         self._tally, self._why_plain = Tally(model_shape(model).units), ""
@@ -90,8 +81,14 @@ class RecycledLM(HFLM):
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         asked = self._asked
-        how: dict[str, Any] = {"fast": self._fast, "horizon_steps": asked.horizon_steps, "exact": self._exact}
-        with recycled(self.model, asked.policy, asked.selection, **how) as session:
+        with recycled(
+            self.model,
+            asked.policy,
+            asked.selection,
+            fast=self._fast,
+            horizon_steps=asked.horizon_steps,
+            exact=asked.stop or False,
+        ) as session:
             tokens: Tensor = super()._model_generate(*args, **kwargs)
         self._count(session.receipt())
         return tokens
@@ -112,7 +109,7 @@ class RecycledLM(HFLM):
         for fitting, places in of_context.items():
             scored = score_each(
                 self.model,
-                AlwaysFull() if self._exact else asked.policy,
+                asked.policy if asked.stop is None else AlwaysFull(),
                 fitting,
                 [requests[place][2] for place in places],
                 asked.selection,
