@@ -393,7 +393,7 @@ def _mended_interpreter() -> Iterator[None]:
 
         def init_tensor(self: Any, handle: Any, type: Any) -> None:
             # Likewise: what a tensor knows of itself follows from its shape.
-            shape = type.shape if type.is_block() else ()
+            shape = tuple(type.shape.values) if type.is_block() else ()
             if shape not in shapes:
                 init_tensor_of(self, handle, type)
                 shapes[shape] = (self.numel, self.shape)
