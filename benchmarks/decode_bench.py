@@ -62,6 +62,7 @@ class Timed:
         tokens_read: What a unit read of the cache in a step, in tokens, mean.
         peak_bytes: Most memory that the cache and decoding took on a GPU in these steps; 0 elsewhere.
         tokens_per_round: Tokens that a verification gave, mean, where decoding was exact.
+        drafts_per_round: Drafts that a verification read, mean, likewise.
         between_ms: Time between two tokens, of each step.
     """
 
@@ -71,6 +72,7 @@ class Timed:
     tokens_read: float
     peak_bytes: int = 0
     tokens_per_round: float | None = None
+    drafts_per_round: float | None = None
     between_ms: tuple[float, ...] = ()
 
 
@@ -160,13 +162,15 @@ class Bench:
         between_ms = tuple(1e3 * (after - before) for before, after in itertools.pairwise(counted))
         peak = torch.cuda.max_memory_allocated() - in_use_bytes if on_gpu else 0
         if session is None or clock.before is None:
-            return Timed(step_ms, "transformers", 1.0, context_tokens + self._steps / 2, peak, None, between_ms)
+            read = context_tokens + self._steps / 2
+            return Timed(step_ms, "transformers", 1.0, read, peak, between_ms=between_ms)
         before, after = clock.before, session.receipt()
         unit_steps = (after.row_steps - before.row_steps) * after.full_steps.size
         full_share = (_full_counts(after) - _full_counts(before)) / unit_steps
         read = (after.tokens_read - before.tokens_read).sum() / unit_steps
-        per_round = None if after.rounds is None else after.rounds.tokens_per_round
-        return Timed(step_ms, after.engine, full_share, read, peak, per_round, between_ms)
+        rounds = after.rounds
+        per_round = (None, None) if rounds is None else (rounds.tokens_per_round, rounds.n_drafts / rounds.n_rounds)
+        return Timed(step_ms, after.engine, full_share, read, peak, *per_round, between_ms)
 
     def _session(self, case: Case) -> Any:
         assert case.policy is not None

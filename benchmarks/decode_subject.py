@@ -79,19 +79,26 @@ def cosine_under(budget: float) -> StepPolicy:
     return BudgetConstrained(CosineThreshold(1.0), budget)
 
 
-def subject_of(model: str | None, shape: str | None, dtype: str, device: str | None, policy: Path | None) -> Subject:
+def subject_of(
+    model: str | None,
+    shape: str | None,
+    dtype: str,
+    device: str | None,
+    policy: Path | None,
+    prompt_tokens: int = _PROMPT_TOKENS,
+) -> Subject:
     if shape is not None:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         made = random_model(shape, dtype, where)
-        tokens = torch.randint(made.config.vocab_size, (1, _PROMPT_TOKENS), device=where)
+        tokens = torch.randint(made.config.vocab_size, (1, prompt_tokens), device=where)
         return Subject(
             f"random weights in the shape of {shape}", made, tokens, cosine_under(0.1), "cosine under a budget"
         )
     loaded = load_model(model, dtype=dtype, device=device)
     prompt = default_prompts(
-        loaded.tokenizer, n_per_kind=1, context_tokens=_PROMPT_TOKENS, n_steps=1, kinds=["technical"]
+        loaded.tokenizer, n_per_kind=1, context_tokens=prompt_tokens, n_steps=1, kinds=["technical"]
     )[0]
-    tokens = torch.as_tensor(prompt.tokens[:_PROMPT_TOKENS].astype("int64"), device=loaded.model.device)[None]
+    tokens = torch.as_tensor(prompt.tokens[:prompt_tokens].astype("int64"), device=loaded.model.device)[None]
     file = PolicyFile.read(policy or _TUNED)
     return Subject(loaded.id, loaded.model, tokens, file.policy, "tuned policy", file.selection)
 

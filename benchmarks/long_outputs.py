@@ -2,15 +2,16 @@
 
 Teacher-forced on prompts that no tuning saw, all policies of one selection as rows of the same run. Every run is kept
 in the output folder as it comes, so an interrupted one goes on where it stopped. Writes `docs/long_outputs.md`, its
-picture and `docs/results/long-outputs.json`. With other steps, context or k it writes a JSON file of its own, and a
-section of the page. `--quick` is a rehearsal that writes to the output folder only.
+picture and `docs/results/long-outputs.json`. With another model, other steps, context, k or seeds it writes a JSON file
+of its own, and a section of the page. `--quick` is a rehearsal that writes to the output folder only.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from exact_loop import exact_loop
 from known_rows import measured_elsewhere
 from long_outputs_report import draw, page, report
 from machine import machine_name
+from method_loop import method_loops
 from tqdm import tqdm
 from tuned_rules import tuned_rules
 
@@ -35,6 +37,8 @@ from policies import (
 )
 from policies.stops import StopRule
 from recycler.evaluate.baselines import streaming_llm_set
+from recycler.evaluate.kascade import kascade_for
+from recycler.evaluate.method import Method, Scheduled
 from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.measure.ablation import measure_prompt_sensitivity
 from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore
@@ -50,16 +54,21 @@ _POLICIES = f"{_DOCS}/results/policy-budget-0.1.json,{_DOCS}/results/policy-budg
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A policy with how its sets are chosen; with a rule, exact decoding that it drafts for."""
+class ExactDrafts:
+    """Exact decoding: who drafts, and when a round ends."""
 
-    name: str
     policy: StepPolicy
     selection: Selection
-    stop: StopRule | None = None
+    stop: StopRule
+
+
+Contender = Method | ExactDrafts
+# By name; what makes one may have to measure something.
+Makers = dict[str, Callable[[], Contender]]
 
 
 def main(
+    model: Annotated[str | None, typer.Option(help="Hugging Face id or folder; default: the embedded model.")] = None,
     policies: Annotated[str, typer.Option(help="Policy files, separated by commas.")] = _POLICIES,
     out: Annotated[Path, typer.Option(help="Folder of everything on the way.")] = Path("results/long_outputs"),
     steps: Annotated[int, typer.Option(help="Decode steps.", min=8)] = 512,
@@ -67,24 +76,29 @@ def main(
     per_kind: Annotated[int, typer.Option(help="Prompts per kind and seed.", min=1)] = 4,
     seeds: Annotated[str, typer.Option(help="Of the prompts, separated by commas.")] = "0",
     k: Annotated[int | None, typer.Option(help="Tokens of the sets; default: as in the policy files.")] = None,
-    others: Annotated[bool, typer.Option(help="Whether methods of others decode as well.")] = True,
+    others: Annotated[bool, typer.Option(help="Whether exact decoding and methods of others run as well.")] = True,
     only: Annotated[
-        str, typer.Option(help="Contenders to decode, separated by semicolons; their rows join those of the JSON file.")
+        str,
+        typer.Option(
+            help="Contenders to decode, separated by semicolons; their rows join those of a JSON file that is there."
+        ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A rehearsal on one prompt.")] = False,
 ) -> dict[str, Any]:
     """Decode long outputs by every policy and by strides, and say how KL grows along them."""
     began = time.perf_counter()
-    loaded = load_model(None)
+    loaded = load_model(model)
     files = {path: PolicyFile.read(path) for path in policies.split(",")}
     own_k = next(iter(files.values())).selection.k
     if k is not None:
         files = {path: file.at_k(k) for path, file in files.items()}
-    contenders = [*_contenders(files), _exact(files), *(_others(loaded, out, k or own_k) if others else ())]
+    makers = _contenders(files)
+    if others:
+        makers |= _exact(files) | _others(loaded, out, k or own_k)
     wanted = [name.strip() for name in only.split(";") if name.strip()]
-    if unknown := set(wanted) - {contender.name for contender in contenders}:
-        raise ValueError(f"there is no contender {min(unknown)!r}: there are {[one.name for one in contenders]}.")
-    contenders = [contender for contender in contenders if not wanted or contender.name in wanted]
+    if unknown := set(wanted) - set(makers):
+        raise ValueError(f"there is no contender {min(unknown)!r}: there are {list(makers)}.")
+    contenders = {name: make() for name, make in makers.items() if not wanted or name in wanted}
     prompts = [
         prompt
         for seed in map(int, seeds.split(","))
@@ -100,16 +114,19 @@ def main(
         )
     ]
     found = _run(ClosedLoopStore(out), loaded, prompts, contenders)
-    names = [contender.name for contender in contenders]
     result: dict[str, Any] = {
         "model": loaded.id,
         "machine": machine_name(),
         "steps": steps,
         "context_tokens": context_tokens,
         "k": k or own_k,
+        "seeds": [int(seed) for seed in seeds.split(",")],
         "prompts": len(prompts),
         "kinds": [kind for kind in KINDS if any(prompt.kind == kind for prompt in prompts)],
-        "rows": {name: _row(found[name], [prompt.kind for prompt in prompts]) for name in names},
+        "rows": {
+            name: {**_row(found[name], [prompt.kind for prompt in prompts]), **_chosen_settings(contender)}
+            for name, contender in contenders.items()
+        },
     }
     figure = draw(result)
     out.mkdir(parents=True, exist_ok=True)
@@ -117,14 +134,19 @@ def main(
     if quick:
         document = report([result])
     else:
-        usual = (steps, context_tokens, k or own_k) == (512, 1536, own_k)
-        name = "long-outputs" if usual else f"long-outputs-{context_tokens}-{steps}-k{k or own_k}"
-        if wanted:
-            result = _joined(json.loads((_DOCS / "results" / f"{name}.json").read_text(encoding="utf-8")), result)
+        of_seeds = "" if seeds == "0" else f"-seed{seeds.replace(',', '-')}"
+        of_model = "" if model is None else f"-{re.sub('[^a-z0-9.]+', '-', Path(loaded.id).name.lower())}"
+        of_sizes = f"-{context_tokens}-{steps}-k{k or own_k}"
+        usual_sizes = of_sizes == f"-1536-512-k{own_k}"
+        usual = usual_sizes and not of_seeds and not of_model
+        name = f"long-outputs{of_model}{'' if usual_sizes and not of_model else of_sizes}{of_seeds}"
+        path = _DOCS / "results" / f"{name}.json"
+        if wanted and path.exists():
+            result = _joined(json.loads(path.read_text(encoding="utf-8")), result)
             figure = draw(result)
         if usual:
             figure.savefig(_DOCS / "pictures" / "long-outputs.png", dpi=110)
-        write_text(_DOCS / "results" / f"{name}.json", json.dumps(result))
+        write_text(path, json.dumps(result))
         document = page(_DOCS / "results")
         write_text(_DOCS / "long_outputs.md", document)
     write_text(out / "long_outputs.md", document)
@@ -138,26 +160,37 @@ def _joined(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return {**known, "rows": {**known["rows"], **{name: row | elsewhere for name, row in found["rows"].items()}}}
 
 
-def _contenders(files: Mapping[str, PolicyFile]) -> list[Contender]:
+def _chosen_settings(contender: Contender) -> dict[str, Any]:
+    """Settings that were chosen on tuning prompts."""
+    return {} if isinstance(contender, Scheduled | ExactDrafts) else {"settings": contender.settings()}
+
+
+def _scheduled(policy: StepPolicy, selection: Selection) -> Callable[[], Contender]:
+    return lambda: Scheduled("", "", policy, selection)
+
+
+def _contenders(files: Mapping[str, PolicyFile]) -> Makers:
     """Policies that were tuned, and stride 10 with every set that one of them has, pooled and not."""
-    names = {path: f"tuned on {file.horizon_steps} steps" for path, file in files.items()}
-    tuned = [Contender(names[path], file.policy, file.selection) for path, file in files.items()]
-    sets: dict[Selection, str] = {}
+    first = next(iter(files.values()))
+    found = {"full attention": _scheduled(AlwaysFull(), first.selection)}
     for file in files.values():
-        sets.setdefault(file.selection.pooled(), f"stride 10, pooled {file.selection.ranking} sets")
-        sets.setdefault(file.selection, f"stride 10, unpooled {file.selection.ranking} sets")
-    strides = [Contender(name, FixedStride(10), selection) for selection, name in sets.items()]
-    return [Contender("full attention", AlwaysFull(), tuned[0].selection), *tuned, *strides]
+        found[f"tuned on {file.horizon_steps} steps"] = _scheduled(file.policy, file.selection)
+    for file in files.values():
+        ranking = file.selection.ranking
+        found.setdefault(f"stride 10, pooled {ranking} sets", _scheduled(FixedStride(10), file.selection.pooled()))
+        found.setdefault(f"stride 10, unpooled {ranking} sets", _scheduled(FixedStride(10), file.selection))
+    return found
 
 
-def _exact(files: Mapping[str, PolicyFile]) -> Contender:
+def _exact(files: Mapping[str, PolicyFile]) -> Makers:
     """What was tuned on the longest outputs drafts, until the rule that was learned for a CPU verifies."""
     drafts = max(files.values(), key=lambda file: file.horizon_steps or 0)
     stop = tuned_rules(_DOCS / "results/exact-tuned.json")[0].rule
-    return Contender(f"exact, drafts tuned on {drafts.horizon_steps} steps", drafts.policy, drafts.selection, stop)
+    name = f"exact, drafts tuned on {drafts.horizon_steps} steps"
+    return {name: lambda: ExactDrafts(drafts.policy, drafts.selection, stop)}
 
 
-def _others(loaded: LoadedModel, out: Path, k: int) -> list[Contender]:
+def _others(loaded: LoadedModel, out: Path, k: int) -> Makers:
     """Methods of others near a tenth of unit-steps, with settings of ours where a source gives none.
 
     - SFI (arXiv 2603.12038): full where a sentence ends, with its authors' least gap of 16 steps and 32 at most; and as
@@ -167,22 +200,30 @@ def _others(loaded: LoadedModel, out: Path, k: int) -> list[Contender]:
     - FreeKV (arXiv 2505.13109), in kind: a KV head looks when the cosine of its query with that of the step before is
       below a threshold, one for all. The authors have one for each model, and choose pages for every next step off the
       critical path, which counts as nothing there and would be reading here; ours is the threshold that gives a tenth.
+    - Kascade (arXiv 2512.16391): 5 anchors of all layers, as its authors have for 32, which read here as much as a
+      tenth full does, and k = 128, the least they take; anchors and whom heads follow are chosen on tuning prompts.
     """
     paper = Selection(k, prompt_queries=1)
     ends = sentence_end_tokens(loaded.tokenizer)
-    streaming = streaming_llm_set(k)
-    prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=1536, n_steps=24)
-    damage = measure_prompt_sensitivity(loaded, out / "streaming", prompts, streaming)
+    return {
+        "SFI, gap 16 to 32": _scheduled(SentenceBoundary(ends, 32, 16), paper),
+        "SFI, gap 8 to 12": _scheduled(SentenceBoundary(ends, 12, 8), paper),
+        "DuoAttention-like": lambda: _duo(loaded, out, streaming_llm_set(k)),
+        "FreeKV-like": lambda: Scheduled("", "", _at_a_tenth(loaded, ClosedLoopStore(out), paper), paper),
+        "Kascade": lambda: kascade_for(loaded, _tuning_prompts(loaded, 2, 64), "Kascade", k, n_anchors=5),
+    }
+
+
+def _tuning_prompts(loaded: LoadedModel, per_kind: int, n_steps: int) -> list[Prompt]:
+    return default_prompts(loaded.tokenizer, n_per_kind=per_kind, context_tokens=1536, n_steps=n_steps)
+
+
+def _duo(loaded: LoadedModel, out: Path, streaming: Selection) -> Scheduled:
+    """A tenth of heads always full, those that do most damage with sinks and window alone."""
+    damage = measure_prompt_sensitivity(loaded, out / "streaming", _tuning_prompts(loaded, 1, 24), streaming)
     table = np.sum([np.sqrt(np.maximum(kl, 0)) for kl in damage.kl.values()], axis=0)
     least = np.sort(table, axis=None)[-round(table.size / 10)]
-    duo = FixedStride(np.where(table >= least, 1, 1e9).tolist())
-    freekv = _at_a_tenth(loaded, ClosedLoopStore(out), paper)
-    return [
-        Contender("SFI, gap 16 to 32", SentenceBoundary(ends, 32, 16), paper),
-        Contender("SFI, gap 8 to 12", SentenceBoundary(ends, 12, 8), paper),
-        Contender("DuoAttention-like", duo, streaming),
-        Contender("FreeKV-like", freekv, paper),
-    ]
+    return Scheduled("", "", FixedStride(np.where(table >= least, 1, 1e9).tolist()), streaming)
 
 
 def _at_a_tenth(loaded: LoadedModel, store: ClosedLoopStore, selection: Selection) -> LearnedLogistic:
@@ -191,7 +232,7 @@ def _at_a_tenth(loaded: LoadedModel, store: ClosedLoopStore, selection: Selectio
     def looking_beyond(drift: float) -> LearnedLogistic:
         return LearnedLogistic(("step_drift",), (1.0,), -drift)
 
-    prompts = default_prompts(loaded.tokenizer, n_per_kind=1, context_tokens=1536, n_steps=128)
+    prompts = _tuning_prompts(loaded, 1, 128)
     drifts = np.geomspace(0.02, 1.0, 15)
     loops = store.run_all(
         loaded,
@@ -206,22 +247,24 @@ def _at_a_tenth(loaded: LoadedModel, store: ClosedLoopStore, selection: Selectio
 
 
 def _run(
-    store: ClosedLoopStore, loaded: LoadedModel, prompts: Sequence[Prompt], contenders: Sequence[Contender]
+    store: ClosedLoopStore, loaded: LoadedModel, prompts: Sequence[Prompt], contenders: Mapping[str, Contender]
 ) -> dict[str, list[ClosedLoop]]:
     """By contender what it did on each prompt: closed loops without the axis of policies."""
     found: dict[str, list[ClosedLoop]] = {}
-    approximate = [contender for contender in contenders if contender.stop is None]
-    for one in contenders:
-        if one.stop is not None:
+    together: dict[Selection, dict[str, StepPolicy]] = {}
+    for name, one in contenders.items():
+        if isinstance(one, Scheduled):
+            together.setdefault(one.selection, {})[name] = one.policy
+        elif isinstance(one, ExactDrafts):
             how = (one.policy, one.selection, one.stop)
-            found[one.name] = [exact_loop(store.folder, loaded, prompt, *how) for prompt in tqdm(prompts, one.name)]
-    for selection in dict.fromkeys(contender.selection for contender in approximate):
-        mine = [contender for contender in approximate if contender.selection == selection]
-        policies, desc = [contender.policy for contender in mine], ", ".join(contender.name for contender in mine)
-        loops = store.run_all(loaded, prompts, policies, selection, desc=desc)
-        for row, contender in enumerate(mine):
+            found[name] = [exact_loop(store.folder, loaded, prompt, *how) for prompt in tqdm(prompts, name)]
+        else:
+            found[name] = method_loops(store.folder, loaded, prompts, one)
+    for selection, policies in together.items():
+        loops = store.run_all(loaded, prompts, list(policies.values()), selection, desc=", ".join(policies))
+        for row, name in enumerate(policies):
             arrays = [{field.name: getattr(loop, field.name)[row] for field in fields(loop)} for loop in loops]
-            found[contender.name] = [ClosedLoop(**one) for one in arrays]
+            found[name] = [ClosedLoop(**one) for one in arrays]
     return found
 
 

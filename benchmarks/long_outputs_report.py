@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from traces.reporting import picture_style as style
 
+_TUNED = "tuned on 512 steps"
 # Steps over which a curve is smoothed.
 _SMOOTHED = 32
 # Of sums in another order.
@@ -22,7 +23,11 @@ def page(folder: Path) -> str:
     """The page on all that was measured over long outputs, from the JSON files in a folder."""
     usual = folder / "long-outputs.json"
     others = sorted(path for path in folder.glob("long-outputs-*.json") if path != usual)
-    sections = [report([_read(path) for path in (usual, *others)]).rstrip("\n")]
+    results = [_read(path) for path in (usual, *others)]
+    of_seeds = [result for result in results if _is_of_another_seed(result)]
+    sections = [report([result for result in results if result not in of_seeds]).rstrip("\n")]
+    if of_seeds:
+        sections.append("\n".join(_seeds([results[0], *of_seeds])))
     for name, section in (("left-out.json", _left_out), ("turns.json", _turns), ("peers.json", _peers)):
         if (folder / name).exists():
             sections.append("\n".join(section(_read(folder / name))))
@@ -32,6 +37,43 @@ def page(folder: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
+
+
+def _is_of_another_seed(result: Mapping[str, Any]) -> bool:
+    return list(result["seeds"]) != [0]
+
+
+def _seeds(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same with other prompts and another search."""
+    lines = [
+        "## Other seeds",
+        "",
+        f"Of prompts and of the search: `python -m tuning.optimize --seed N`, and {results[0]['prompts']} prompts of "
+        "that seed that no tuning saw.",
+        "Shares are of the better stride 10; the machine is named where it is not that of the first.",
+        "",
+        "| seed | KL | share of stride 10's | by quarter of the output | last / first | worst kind, share "
+        "| copying accuracy | full share | tokens read |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        row, stride = result["rows"][_TUNED], _baseline(result["rows"])
+        shares = {kind: row["kinds"][kind]["kl"] / stride["kinds"][kind]["kl"] for kind in result["kinds"]}
+        worst = max(shares, key=lambda kind: shares[kind])
+        elsewhere = "" if result["machine"] == results[0]["machine"] else f", {result['machine']}"
+        cells = [
+            f"{', '.join(map(str, result['seeds']))}{elsewhere}",
+            f"{row['kl']:.3f}",
+            f"{row['kl'] / stride['kl']:.3f}",
+            _numbers(row["quarters"]),
+            f"{row['quarters'][-1] / row['quarters'][0]:.2f}",
+            f"{worst}, {shares[worst]:.2f}",
+            _copying(row, result["rows"]["full attention"]),
+            f"{row['full_share']:.1%}",
+            f"{row['read_share']:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _left_out(result: Mapping[str, Any]) -> list[str]:
@@ -166,7 +208,8 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sizes(result: Mapping[str, Any]) -> str:
-    return f"{result['steps']:,} steps after {result['context_tokens']:,} tokens, k = {result['k']}"
+    of_model = "" if "SmolLM2-135M" in result["model"] else f", {Path(result['model']).name}"
+    return f"{result['steps']:,} steps after {result['context_tokens']:,} tokens, k = {result['k']}{of_model}"
 
 
 def _tables(result: Mapping[str, Any]) -> list[str]:

@@ -37,11 +37,11 @@ class Method(ABC):
 
     @abstractmethod
     def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
-        """Begin to decode, with one row.
+        """Begin to decode, with one row per prompt.
 
         Args:
-            model: The model that read the prompt.
-            prompt: Where decoding begins.
+            model: The model that read the prompts.
+            prompt: Where decoding begins: one, or several side by side.
             fast: False keeps to the plain path.
         """
 
@@ -66,7 +66,7 @@ class Scheduled(Method):
         return {"policy": policy_to_json(self.policy), "selection": self.selection.to_json()}
 
     def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
-        return decode_rows(model, prompt, [self.policy], self.selection, fast=fast)
+        return decode_rows(model, prompt, [self.policy] * len(prompt.logits), self.selection, fast=fast)
 
 
 def begin(

@@ -4,14 +4,16 @@ Every continuation is made of segments, and a prompt says where they begin (`Pro
 told. Like the other kinds they are teacher-forced and go on for any number of steps.
 """
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from recycler.prompts.hiding import spliced
 from recycler.prompts.kinds import TASK_LICENCE, PromptGenerator, key_value_lines, reshuffled, task_licence
 from recycler.prompts.prompt import Prompt
 from recycler.prompts.request import PromptRequest
-from recycler.prompts.texts import copied_text, haystack_text, key_words
+from recycler.prompts.texts import Corpus, copied_text, haystack_text, key_words
 
 # Tokens of a segment, drawn evenly: an output turns some ten times in 512 steps.
 _SEGMENT_TOKENS = (24, 96)
@@ -22,6 +24,38 @@ _TOKENS_PER_NOTE = 160
 _CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Delhi", "Turin", "Osaka", "Quito", "Perth", "Dakar", "Leeds", "Malmo")
 
 
+class Notes(NamedTuple):
+    """Passages of some 40 tokens, each with a name.
+
+    Attributes:
+        names: A word each.
+        quotes: Tokens of each.
+        hidden: The same as they stand in a text, with their names.
+        corpus: Where they come from.
+    """
+
+    names: list[str]
+    quotes: list[list[int]]
+    hidden: list[list[int]]
+    corpus: Corpus
+
+
+def drawn_notes(request: PromptRequest, rng: random.Random) -> Notes:
+    """Notes for a prompt, one per 160 tokens of context."""
+    n_notes = max(2, request.n_context // _TOKENS_PER_NOTE)
+    quoted = request.texts(copied_text)
+    names = rng.sample(key_words(), n_notes)
+    quotes = [
+        request.encode(" " + " ".join(str(request.tokenizer.decode(passage)).split()))
+        for passage in (quoted.passage(request.index * n_notes + i, _NOTE_TOKENS) for i in range(n_notes))
+    ]
+    hidden = [
+        [*request.encode(f" Note on {name}:"), *quote, *request.encode(" End of note.")]
+        for name, quote in zip(names, quotes, strict=True)
+    ]
+    return Notes(names, quotes, hidden, quoted.corpus)
+
+
 def several_questions(request: PromptRequest) -> Prompt:
     """Notes hidden in a long text, then questions that are answered by quoting one of them each.
 
@@ -29,33 +63,24 @@ def several_questions(request: PromptRequest) -> Prompt:
     in another. A segment is a question with its answer.
     """
     rng = request.rng()
-    n_notes = max(2, request.n_context // _TOKENS_PER_NOTE)
-    essays, quoted = request.texts(haystack_text), request.texts(copied_text)
-    names = rng.sample(key_words(), n_notes)
-    notes = [
-        request.encode(" " + " ".join(str(request.tokenizer.decode(passage)).split()))
-        for passage in (quoted.passage(request.index * n_notes + i, _NOTE_TOKENS) for i in range(n_notes))
-    ]
-    hidden = [
-        [*request.encode(f" Note on {name}:"), *note, *request.encode(" End of note.")]
-        for name, note in zip(names, notes, strict=True)
-    ]
+    notes, essays = drawn_notes(request, rng), request.texts(haystack_text)
+    n_notes = len(notes.names)
     answers = [
-        [*request.encode(f"What does the note on {name} say? It says:"), *note, *request.encode("\n")]
-        for name, note in zip(names, notes, strict=True)
+        [*request.encode(f"What does the note on {name} say? It says:"), *quote, *request.encode("\n")]
+        for name, quote in zip(notes.names, notes.quotes, strict=True)
     ]
     separator = request.encode("\n\n")
-    n_hay = request.n_context - sum(map(len, hidden)) - len(separator) - _BEGUN_TOKENS
+    n_hay = request.n_context - sum(map(len, notes.hidden)) - len(separator) - _BEGUN_TOKENS
     if n_hay < n_notes:
         raise ValueError(f"{request.context_tokens} tokens of context are too few to hide {n_notes} notes in")
     hay = essays.passage(request.index, request.n_context)[:n_hay]
-    haystack = spliced(hay, hidden, sorted(rng.sample(range(n_hay), n_notes)), request.tokenizer)
+    haystack = spliced(hay, notes.hidden, sorted(rng.sample(range(n_hay), n_notes)), request.tokenizer)
     return _turning(
         request,
         [*haystack, *separator],
         reshuffled(answers, rng),
-        f"{essays.corpus.source}; {quoted.corpus.source}",
-        f"{essays.corpus.licence}; {quoted.corpus.licence} (texts), {TASK_LICENCE} (task)",
+        f"{essays.corpus.source}; {notes.corpus.source}",
+        f"{essays.corpus.licence}; {notes.corpus.licence} (texts), {TASK_LICENCE} (task)",
     )
 
 
@@ -106,25 +131,37 @@ def lists_in_prose(request: PromptRequest) -> Prompt:
     )
 
 
+def drawn_table(request: PromptRequest, rng: random.Random, n_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of a table in at most so many tokens of HTML, without its first and last line, and the same in TSV.
+
+    Raises:
+        ValueError: If there are too few names for so long a table.
+    """
+    words, n_asked = key_words(), n_tokens
+    names = rng.sample(words, len(words))
+    html: list[list[int]] = []
+    rows: list[list[int]] = []
+    for name in names:
+        cells = [name, rng.choice(_CITIES), str(rng.randint(18, 80)), str(rng.randint(1000, 9999))]
+        written = request.encode("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n")
+        n_tokens -= len(written)
+        if n_tokens < 0:
+            return html, rows
+        html.append(written)
+        rows.append(request.encode("\t".join(cells) + "\n"))
+    raise ValueError(
+        f"a table has {len(names)} rows at most, too few for {n_asked} tokens: ask for at most {n_asked - n_tokens}"
+    )
+
+
 def table_rewriting(request: PromptRequest) -> Prompt:
     """A generated table in HTML, then its rows as tab-separated values, in order, and again in a drawn order.
 
     HTML to TSV is the task of long outputs of Recycled Attention (arXiv 2411.05787). A segment is a row.
     """
     rng = request.rng()
-    words = key_words()
-    names = iter(rng.sample(words, len(words)))
     n_room = request.n_context - _BEGUN_TOKENS - len(request.encode("<table>\n</table>\n\n"))
-    html: list[list[int]] = []
-    rows: list[list[int]] = []
-    while True:
-        cells = [next(names), rng.choice(_CITIES), str(rng.randint(18, 80)), str(rng.randint(1000, 9999))]
-        written = request.encode("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n")
-        n_room -= len(written)
-        if n_room < 0:
-            break
-        html.append(written)
-        rows.append(request.encode("\t".join(cells) + "\n"))
+    html, rows = drawn_table(request, rng, n_room)
     table = [*request.encode("<table>\n"), *chain.from_iterable(html), *request.encode("</table>\n\n")]
     return _turning(request, table, chain(rows, reshuffled(rows, rng)), "drawn by this project", TASK_LICENCE)
 

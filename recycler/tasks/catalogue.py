@@ -14,6 +14,8 @@ from recycler.tasks.frequent_words import FREQUENT_WORDS
 from recycler.tasks.key_values import KEY_VALUES
 from recycler.tasks.natural import COPYING, NATURAL_TASKS
 from recycler.tasks.needles import NEEDLE_TASKS
+from recycler.tasks.several_questions import SEVERAL_QUESTIONS
+from recycler.tasks.table_rewriting import TABLE_REWRITING
 from recycler.tasks.task import Task, TaskPrompt
 from recycler.tasks.variable_tracking import VARIABLE_TRACKING
 from recycler.tasks.word_list import WORD_LIST
@@ -31,6 +33,8 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             FREQUENT_WORDS,
             COPYING,
             KEY_VALUES,
+            TABLE_REWRITING,
+            SEVERAL_QUESTIONS,
             WORD_LIST,
             FEW_SHOT,
             *NATURAL_TASKS,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from policies import FixedStride, NeverFull, Selection
 from recycler.evaluate import Method, Quest, Scheduled
 from recycler.evaluate.baselines import fresh_top_k
+from recycler.evaluate.kascade import Kascade
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
 from recycler.tasks import TaskPrompt
@@ -65,6 +66,7 @@ def methods() -> list[Method]:
     return [
         Scheduled("stride", "", FixedStride(3), window),
         Quest("pages", "", 8, page_tokens=4, dense_layers=1),
+        Kascade("anchors", "", 8, (0,), ((0, 1), (1, 0))),
         Scheduled("h2o", "", NeverFull(), Selection(12, 0, 6, 0, 0, "mean", "accumulated", None)),  # type: ignore[arg-type]
         Scheduled("never", "", NeverFull(), window),
         fresh_top_k("fresh", "", window),

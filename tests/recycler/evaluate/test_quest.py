@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recycler.decode.read_prompt import read_prompt
-from recycler.evaluate.quest import Chosen, Quest
+from recycler.evaluate.chosen import Chosen
+from recycler.evaluate.quest import Quest
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 3, 4
 
@@ -143,10 +144,10 @@ class Latest(Quest):
     """Every query head attends to a number of latest tokens of its own."""
 
     def choose(self, layer: int, query: Tensor, key: Tensor) -> Chosen:
-        kv_heads, group, tokens = *query.shape[:2], key.shape[1]
+        kv_heads, group, tokens = *query.shape[-3:-1], key.shape[-2]
         n_latest = torch.arange(2, 2 + kv_heads * group).reshape(kv_heads, group, 1)
-        allowed = torch.arange(tokens) >= tokens - n_latest
-        return Chosen(allowed, allowed.any(1).sum(-1).double())
+        allowed = (torch.arange(tokens) >= tokens - n_latest).expand(len(query), -1, -1, -1)
+        return Chosen(allowed, allowed.any(-2).sum(-1).double())
 
 
 def test_a_row_attends_to_what_is_chosen_for_each_head_and_to_nothing_else(

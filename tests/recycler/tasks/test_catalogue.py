@@ -14,7 +14,7 @@ from recycler.tasks import TASKS, TaskPrompt, task_prompts
 
 NATURAL = {"prose", "technical", "code"}
 # Their questions end with a whole item of a list.
-OF_ITEMS = {"common_words", "frequent_words", "key_values", "few_shot"}
+OF_ITEMS = {"common_words", "frequent_words", "key_values", "table_rewriting", "few_shot"}
 DRAWN = set(TASKS) - NATURAL - {"copying"}
 
 Made = Callable[..., TaskPrompt]
@@ -51,6 +51,8 @@ def test_the_tasks_are_those_described_under_their_own_names() -> None:
         "frequent_words",
         "copying",
         "key_values",
+        "table_rewriting",
+        "several_questions",
         "word_list",
         "few_shot",
         "prose",
@@ -148,7 +150,7 @@ def test_bos_of_the_tokenizer_is_the_first_token_and_counts(bos_tokenizer: PreTr
 
 def test_every_prompt_says_where_its_text_comes_from(tokenizer: PreTrainedTokenizerBase) -> None:
     for made in task_prompts(tokenizer, list(TASKS), n_prompts=1, context_tokens=1024):
-        is_essay = "needle" in made.prompt.kind or made.prompt.kind in {"prose", "word_list"}
+        is_essay = "needle" in made.prompt.kind or made.prompt.kind in {"prose", "several_questions", "word_list"}
         assert ("Paul Graham" in made.prompt.source) == is_essay
         assert made.prompt.licence
 

@@ -1,0 +1,202 @@
+"""Kascade: a few layers look at all keys at every step, and the others take over what they found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recycler.decode.read_prompt import ReadPrompt
+from recycler.decode.rows import Rows
+from recycler.evaluate.chosen import Chosen, begin_choosing
+from recycler.evaluate.method import Method
+from recycler.model.loading import LoadedModel
+from recycler.model.shape import model_shape
+from recycler.prompts import Prompt
+from recycler.record.step_attention import StepAttention, watch_steps
+
+
+@dataclass(frozen=True)
+class Kascade(Method):
+    """Tokens of an anchor layer's highest attention, which the layers up to the next anchor attend to as well.
+
+    Source: Kascade (arXiv 2512.16391) and its authors' code: the first layer attends to everything; an anchor computes
+    the attention of all keys at every step, sums it over the query heads of a KV head, and attends to the k highest; a
+    layer between anchors takes over the tokens of one KV head of the anchor before, chosen on other texts. The authors'
+    k is a tenth of the context and at least 128, shared in tiles of 32 queries where prompts are read; here prompts are
+    read with full attention, as by every method.
+
+    Attributes:
+        k: Tokens that a KV head attends to.
+        anchors: Layers that look, rising from 0.
+        heads: By layer, the KV head of the anchor before that each KV head follows; an anchor's follow themselves.
+    """
+
+    k: int
+    anchors: tuple[int, ...]
+    heads: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"Kascade attends to at least one token, not k = {self.k}.")
+        if not self.anchors or self.anchors[0] or list(self.anchors) != sorted(set(self.anchors)):
+            raise ValueError(f"anchors are layers that rise from 0, not {list(self.anchors)}.")
+        if self.anchors[-1] >= len(self.heads):
+            raise ValueError(f"there is no layer {self.anchors[-1]} of {len(self.heads)} to be an anchor.")
+
+    @property
+    def prompt_queries(self) -> int | None:
+        return 1
+
+    def settings(self) -> dict[str, Any]:
+        return {"kascade": {"k": self.k, "anchors": list(self.anchors), "heads": [list(of) for of in self.heads]}}
+
+    def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
+        units = model_shape(model).units
+        if (len(self.heads), *{len(of) for of in self.heads}) != units:
+            raise ValueError(f"{self.name} is for {len(self.heads)} layers, and the model has {units} of KV heads.")
+        return begin_choosing(model, prompt, _Following(self).choose)
+
+
+class _Following:
+    """What the last anchor found, at one step after another."""
+
+    def __init__(self, kascade: Kascade) -> None:
+        self._kascade, self._found = kascade, torch.empty(0)
+
+    def choose(self, layer: int, query: Tensor, key: Tensor, logits: Tensor) -> Chosen:
+        kascade, n_tokens = self._kascade, key.shape[-2]
+        looks = layer in kascade.anchors
+        if looks:
+            self._found = highest(logits.softmax(-1), kascade.k)
+            held = self._found
+        else:
+            held = self._found[:, list(kascade.heads[layer])]
+        allowed = torch.zeros_like(logits[..., 0, :], dtype=torch.bool).scatter_(-1, held, True)
+        if layer == 0:
+            allowed.fill_(True)
+        n_held = allowed.sum(-1).double()
+        read = (n_tokens + n_held) / 2 if looks else n_held
+        return Chosen(allowed[..., None, :].expand_as(logits), read, keys_only=looks and layer > 0)
+
+
+def highest(weights: Tensor, k: int) -> Tensor:
+    """The k tokens of most attention, summed over a group: `(..., group, tokens)` to int64 `(..., k)`."""
+    return weights.sum(-2).topk(min(k, weights.shape[-1])).indices
+
+
+def kascade_for(loaded: LoadedModel, prompts: Sequence[Prompt], name: str, k: int, n_anchors: int) -> Kascade:
+    """Choose anchors and whom heads follow, as the authors do, on the decode steps of some prompts.
+
+    How well a KV head follows another is the attention it has on the other's k tokens, as a share of that on its own,
+    at the step where that is least, mean over prompts; a layer is worth the mean over its KV heads of the best each
+    finds in the anchor, times what its attention turns the residual stream: 1 - cosine of before and after.
+
+    Args:
+        loaded: The model.
+        prompts: To learn from; the authors take a thousand questions of MuSiQue.
+        name: Of the method.
+        k: Tokens that a KV head attends to.
+        n_anchors: How many layers look, the first included; the authors take 5 of 32 for Llama 3.1 8B.
+    """
+    found = [_similarity(loaded, prompt, k) for prompt in prompts]
+    similarity = np.mean([one for one, _ in found], axis=0)
+    importance = np.mean([one for _, one in found], axis=0)
+    by_layer = similarity.max(1).mean(-1) * importance
+    anchors = best_anchors(by_layer, n_anchors)
+    anchor_of = [max(anchor for anchor in anchors if anchor <= layer) for layer in range(len(by_layer))]
+    n_heads = similarity.shape[-1]
+    heads = [
+        tuple(range(n_heads)) if anchor == layer else tuple(similarity[anchor, :, layer].argmax(0).tolist())
+        for layer, anchor in enumerate(anchor_of)
+    ]
+    return Kascade(name, "arXiv 2512.16391", k, anchors, tuple(heads))
+
+
+def best_anchors(worth: np.ndarray, n_anchors: int) -> tuple[int, ...]:
+    """The anchors, the first layer among them, that serve all layers best.
+
+    Args:
+        worth: float64 `(anchors, layers)`: of what an anchor finds, to a layer from it on.
+        n_anchors: How many.
+
+    Raises:
+        ValueError: If there are fewer layers.
+    """
+    n_layers = len(worth)
+    if not 1 <= n_anchors <= n_layers:
+        raise ValueError(f"a model of {n_layers} layers has 1 to {n_layers} anchors, not {n_anchors}.")
+    to_layer = np.cumsum(worth, axis=1)
+
+    @functools.cache
+    def best_from(anchor: int, n_left: int) -> tuple[float, tuple[int, ...]]:
+        before = to_layer[anchor, anchor - 1] if anchor else 0.0
+        if n_left == 1:
+            return float(to_layer[anchor, -1] - before), (anchor,)
+        tried = []
+        for following in range(anchor + 1, n_layers - n_left + 2):
+            gain, rest = best_from(following, n_left - 1)
+            tried.append((float(to_layer[anchor, following - 1] - before) + gain, (anchor, *rest)))
+        return max(tried)
+
+    return best_from(0, n_anchors)[1]
+
+
+def _similarity(loaded: LoadedModel, prompt: Prompt, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """How well heads follow others `(anchors, their heads, layers, heads)`, and importance `(layers,)`."""
+    weights: list[Tensor] = []
+
+    def watch(layer: int, heads: slice, attention: StepAttention) -> None:
+        weights.append(attention.weights[:, :, 1:].sum(1))
+
+    with _Turning(loaded.model) as turning:
+        watch_steps(
+            loaded.model, prompt, watch, n_voters=1, n_heads=model_shape(loaded.model).kv_heads, chunk_tokens=None
+        )
+    layers, kv_heads = model_shape(loaded.model).units
+    # `(layers x heads, steps, tokens)`, and the tokens of most attention.
+    attention = torch.cat(weights)
+    held = attention.topk(k).indices
+    own = attention.gather(-1, held).sum(-1)
+    table = torch.stack([(attention.gather(-1, of.expand_as(held)).sum(-1) / own).amin(-1) for of in held])
+    return table.reshape(layers, kv_heads, layers, kv_heads).double().cpu().numpy(), turning.shares()
+
+
+class _Turning:
+    """Watches how far attention turns the residual stream of each decoder layer."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._layers: nn.ModuleList = model.base_model.layers  # type: ignore[assignment]
+        self._before: dict[int, Tensor] = {}
+        self._turned: dict[int, float] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Turning:
+        for index, layer in enumerate(self._layers):
+            self._handles += [
+                layer.register_forward_pre_hook(functools.partial(self._note, index)),
+                layer.self_attn.register_forward_hook(functools.partial(self._compare, index)),  # type: ignore[union-attr]
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def shares(self) -> np.ndarray:
+        """1 - cosine, mean over the tokens of the last forward, by layer."""
+        return np.array([self._turned[index] for index in range(len(self._layers))])
+
+    def _note(self, index: int, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self._before[index] = arguments[0]
+
+    def _compare(self, index: int, _: nn.Module, __: Any, output: tuple[Any, ...]) -> None:
+        before = self._before.pop(index)
+        cosine = torch.nn.functional.cosine_similarity(before, before + output[0], dim=-1)
+        self._turned[index] = 1 - float(cosine.mean())
