@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +48,9 @@ def main(
     ] = TEXT_TOKENS,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind; half of them are held out.", min=2)] = 2,
     most_drafts: Annotated[int, typer.Option(help="Most drafts of a round.", min=1, max=256)] = MOST_DRAFTS,
+    temperature: Annotated[
+        float, typer.Option(help="At which texts are drawn; 0: the most likely token at every place.", min=0)
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     costs: Annotated[
         str | None,
@@ -67,7 +70,14 @@ def main(
         loaded.tokenizer, n_per_kind=per_kind, context_tokens=context_tokens, n_steps=tokens, seed=seed
     )
     return tuned_exactly(
-        loaded, file, split_by_prompt(prompts), out, n_tokens=tokens, most_drafts=most_drafts, costs=of_rounds
+        loaded,
+        file,
+        split_by_prompt(prompts),
+        out,
+        n_tokens=tokens,
+        most_drafts=most_drafts,
+        costs=of_rounds,
+        temperature=temperature,
     )
 
 
@@ -80,11 +90,11 @@ def tuned_exactly(
     n_tokens: int = TEXT_TOKENS,
     most_drafts: int = MOST_DRAFTS,
     costs: RoundCosts | None = None,
+    temperature: float = 0.0,
 ) -> dict[str, Any]:
     """Tune, write the policy file and its picture, print a table; what the file says of it, and where it is."""
-    result = tune_drafts(
-        loaded, file, split.tune, split.held_out, n_tokens=n_tokens, most_drafts=most_drafts, costs=costs
-    )
+    how: dict[str, Any] = {"n_tokens": n_tokens, "most_drafts": most_drafts, "costs": costs, "temperature": temperature}
+    result = tune_drafts(loaded, file, split.tune, split.held_out, **how)
     result.file(file).write(out)
     picture = out.with_suffix(".png")
     write_picture(draw_drafts(result, costs is None), picture)
@@ -101,6 +111,7 @@ def tune_drafts(
     n_tokens: int,
     most_drafts: int,
     costs: RoundCosts | None = None,
+    temperature: float = 0.0,
 ) -> DraftsResult:
     """Choose what drafts and when a round ends, for the most tokens of full attention's own text per unit of time.
 
@@ -113,8 +124,11 @@ def tune_drafts(
         most_drafts: Of a round.
         costs: What rounds of the file's policy take, where they will run, and nothing else is tried; None measures it
             here, of one row, and tries a policy that never looks again and larger sets too.
+        temperature: At which texts are drawn; 0 for the most likely token at every place. What is drawn leaves drafts
+            that full attention finds most likely, so a rule for drawn texts drafts less.
     """
     tried = [(size, name) for size in _SIZES for name in ("tuned", "never full")] if costs is None else [(1, "tuned")]
+    texts: dict[str, Any] = {"n_tokens": n_tokens, "n_drafts": most_drafts, "temperature": temperature}
     drafters = sorted(
         (
             _drafter(
@@ -123,8 +137,7 @@ def tune_drafts(
                 file.policy if name == "tuned" else NeverFull(),
                 file.selection.at_k(size * file.selection.k),
                 tune,
-                n_tokens,
-                most_drafts,
+                texts,
                 costs,
             )
             for size, name in tried
@@ -132,15 +145,17 @@ def tune_drafts(
         key=lambda one: -one.tuned.tokens_per_ms,
     )
     best = drafters[0]
-    how = {"n_tokens": n_tokens, "n_drafts": most_drafts, "desc": "held-out texts"}
-    rounds = drafted_rounds(loaded, held_out, best.policy, best.selection, **how)  # type: ignore[arg-type]
+    rounds = drafted_rounds(loaded, held_out, best.policy, best.selection, **texts, desc="held-out texts")
     fixed, _ = best_rule(fixed_rules(most_drafts), best.rounds, best.costs)
     return DraftsResult(
         drafters=tuple(drafters),
         held_out=rounds,
         predicted=expected(best.rule, rounds, best.costs),
         fixed=(fixed, expected(fixed, rounds, best.costs)),
-        measured=exact_beside_full(loaded, held_out, best.policy, best.selection, best.rule, n_tokens=n_tokens),
+        measured=exact_beside_full(
+            loaded, held_out, best.policy, best.selection, best.rule, n_tokens=n_tokens, temperature=temperature
+        ),
+        temperature=temperature,
     )
 
 
@@ -150,16 +165,13 @@ def _drafter(
     policy: StepPolicy,
     selection: Selection,
     prompts: Sequence[Prompt],
-    n_tokens: int,
-    most_drafts: int,
+    texts: Mapping[str, Any],
     costs: RoundCosts | None,
 ) -> Drafter:
     name = f"{name}, k = {selection.k}"
-    rounds = drafted_rounds(
-        loaded, prompts, policy, selection, n_tokens=n_tokens, n_drafts=most_drafts, desc=f"drafts, {name}"
-    )
+    rounds = drafted_rounds(loaded, prompts, policy, selection, **texts, desc=f"drafts, {name}")
     costs = costs or round_costs(loaded, prompts[0], policy, selection)
-    rule, tuned = best_rule([*fixed_rules(most_drafts), *learned_rules(rounds)], rounds, costs)
+    rule, tuned = best_rule([*fixed_rules(rounds.most_drafts), *learned_rules(rounds)], rounds, costs)
     return Drafter(name, policy, selection, costs, rounds, rule, tuned)
 
 

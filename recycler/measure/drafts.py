@@ -175,8 +175,9 @@ def exact_beside_full(
     rule: StopRule,
     *,
     n_tokens: int,
+    temperature: float = 0.0,
 ) -> MeasuredRounds:
-    """Time exact decoding and the same engine with every unit full, in turns, text by text."""
+    """Time exact decoding and the same engine with every unit full, in turns, text by text, drawn with one seed."""
     seconds, steps, n_equal, counted = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0, RoundCounts()
     for prompt in tqdm(prompts, desc="exact beside full", unit="prompt"):
         texts = {}
@@ -187,6 +188,7 @@ def exact_beside_full(
                     loaded.model,
                     prompt.tokens[: prompt.n_prompt_tokens].tolist(),
                     max_new_tokens=n_tokens,
+                    temperature=temperature,
                     ends=False,
                 )
             texts[in_rounds] = run.tokens

@@ -46,6 +46,7 @@ class DraftsResult:
         predicted: What the rule comes to there.
         fixed: The best number of drafts on the tuning prompts, and what it comes to on the held-out ones.
         measured: The same prompts, decoded.
+        temperature: At which texts were drawn; 0 for the most likely token at every place.
     """
 
     drafters: tuple[Drafter, ...]
@@ -53,6 +54,7 @@ class DraftsResult:
     predicted: Expected
     fixed: tuple[StopRule, Expected]
     measured: MeasuredRounds
+    temperature: float = 0.0
 
     @property
     def best(self) -> Drafter:
@@ -77,6 +79,7 @@ class DraftsResult:
         best, (rule, of_fixed) = self.best, self.fixed
         return {
             "drafts_by": best.name,
+            "temperature": self.temperature,
             "stop": stop_to_json(best.rule),
             "costs": dataclasses.asdict(best.costs),
             "tried": [

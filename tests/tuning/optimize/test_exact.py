@@ -56,6 +56,24 @@ def test_the_file_drafts_by_its_rule_and_its_text_is_full_attentions(
     assert all(torch.equal(text, stock) for text in texts)
 
 
+def test_a_rule_for_drawn_texts_is_learned_on_texts_that_are_drawn(
+    first: Run, out: Path, model: Path, tmp_path: Path
+) -> None:
+    asked = ("--policy", out / "policy.json", "--model", model, "--tokens", 24, "--most-drafts", 5)
+    results = []
+    for temperature in (0, 3.0):
+        written = tmp_path / f"{temperature}.json"
+        how = ("--context-tokens", 160, "--costs", "5.2,9.5,0.2,11", "--temperature", temperature, "--out", written)
+        code, told, err = tune(*asked, *how)
+        assert code == 0, err
+        results.append(json.loads(told.splitlines()[-1]))
+        assert PolicyFile.read(written).provenance["exact"]["temperature"] == temperature
+    greedy, drawn = results
+    # Drawn with one seed, a text is full attention's too; but fewer drafts are what is drawn.
+    assert drawn["measured"]["n_equal"] == 6
+    assert drawn["predicted"]["tokens_per_round"] < greedy["predicted"]["tokens_per_round"]
+
+
 @pytest.mark.parametrize("costs", ["5", "5,6,7", "5,6,x,9", "1,2,-3,4", "0,0,0,1"])
 def test_costs_that_cannot_be_are_one_sentence(costs: str) -> None:
     code, _, err = tune("--costs", costs)
