@@ -169,7 +169,7 @@ class Bench:
         full_share = (_full_counts(after) - _full_counts(before)) / unit_steps
         read = (after.tokens_read - before.tokens_read).sum() / unit_steps
         rounds = after.rounds
-        per_round = (None, None) if rounds is None else (rounds.tokens_per_round, rounds.n_drafts / rounds.n_rounds)
+        per_round = (None, None) if rounds is None else (rounds.tokens_per_round, rounds.drafts_per_round)
         return Timed(step_ms, after.engine, full_share, read, peak, *per_round, between_ms)
 
     def _session(self, case: Case) -> Any:

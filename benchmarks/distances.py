@@ -2,9 +2,8 @@
 
 `python -m tuning.optimize` asks what a unit does to the model by letting it keep the prompt's set for 24 steps while
 all others run full. Here it keeps it for as many as an output has, and its damage is taken near the prompt and at
-several distances: how alike the orders of units are (Spearman), how much of the total each distance has, and what the
-allocation of a budget would lose if it went by damage near the prompt where damage far from it is what counts. Every
-run is kept in the output folder as it comes. Writes `docs/results/distances.json`.
+several distances: what units do in sum, how alike their orders are (Spearman), and whether the worst are the same.
+Every run is kept in the output folder as it comes. Writes `docs/results/distances.json`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""`python benchmarks/exact.py`: what exact decoding gains, on the default model with the exported policy.
+"""`python benchmarks/exact.py`: what exact decoding gains, on the default model with the exported policy or another.
 
 Milliseconds per token, in turns, beside the same engine with every unit full, which is what is exact without drafts. A
 round of n drafts costs n recycled steps and one reading of weights and cache for n + 1 queries. The floor of a step is
 its reading at the best rate of this machine's memory, that of a verification its reading or its arithmetic, whichever
-is longer, at the best rate at which it multiplies matrices; both rates are printed first. A long context is a shorter
-text repeated unless `--prompt-tokens` says otherwise, so there drafts hold as they do on that. Whether texts are full
-attention's, and how many tokens a verification gives, is told by `benchmarks/exact_texts.py`.
+is longer, at the best rate at which it multiplies matrices; both rates are printed first. That of a draft is as if no
+unit looked again. A long context is a shorter text repeated (`--prompt-tokens`): times depend on its size. Whether
+texts are full attention's, and how many tokens a verification gives, is told by `benchmarks/exact_texts.py`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main(
     }
     of_shapes = [tuple(int(number) for number in shape.split("x")) for shape in shapes.split(",")]
     subject = subject_of(model, None, "float32", None, policy, prompt_tokens)
+    if out.exists() and (of := json.loads(out.read_text(encoding="utf-8")).get("model")) != subject.name:
+        raise ValueError(f"{out} is of {of}, not of {subject.name}: give another --out.")
     result: dict[str, Any] = {
         "model": subject.name,
         "machine": machine_name(torch.device("cpu")),
@@ -62,6 +64,8 @@ def main(
         "read_gb_per_s": round(best_read_gb_per_s(torch.device("cpu")), 1),
         "k": k,
         "prompt_tokens": prompt_tokens,
+        "steps": steps,
+        "rounds": rounds,
     }
     print(
         f"matrices are multiplied at {result['best_gflops']} GFLOP/s, memory is read at {result['read_gb_per_s']} GB/s",
@@ -106,11 +110,12 @@ class _Floor:
         gflop = batch * n_queries * (2 * self._n_weights + per_token * n_tokens) / 1e9
         return max(self.step_ms(n_tokens, batch), 1e3 * gflop / self._gflops)
 
-    def token_ms(self, case: Case, one: Timed, draft_tokens_read: float, n_tokens: float, batch: int) -> float:
-        """Of a token of a case; where rounds are, at the drafts that held."""
+    def token_ms(self, case: Case, one: Timed, n_tokens: float, batch: int) -> float:
+        """Of a token of a case, at the drafts that held where there are rounds."""
         if case.exact is None or one.drafts_per_round is None or one.tokens_per_round is None:
             return self.step_ms(one.tokens_read, batch)
-        drafts_ms = one.drafts_per_round * self.step_ms(draft_tokens_read, batch)
+        assert case.selection is not None
+        drafts_ms = one.drafts_per_round * self.step_ms(case.selection.k, batch)
         return (drafts_ms + self.verification_ms(n_tokens, batch, one.drafts_per_round + 1)) / one.tokens_per_round
 
 
@@ -132,7 +137,6 @@ def _time(
         *(Case(f"exact, {name}", subject.policy, selection=selection, exact=rule) for name, rule in rules.items()),
     ]
     bench = Bench(subject.model, subject.tokens, k, steps)
-    tuned = cases[1].name
     timed: dict[str, list[Any]] = {case.name: [] for case in cases}
     for _ in tqdm(range(rounds), f"{batch} x {context} tokens"):
         for case in cases:
@@ -140,14 +144,14 @@ def _time(
     rows = []
     for case in cases:
         pairs = zip(timed[cases[0].name], timed[case.name], strict=True)
-        one, draft_tokens_read = timed[case.name][0], timed[tuned][0].tokens_read
+        one = timed[case.name][0]
         row = {
             "batch": batch,
             "context_tokens": context,
             "case": case.name,
             "step_ms": round(statistics.median(one.step_ms for one in timed[case.name]), 2),
             "times_full": round(statistics.median(full.step_ms / one.step_ms for full, one in pairs), 3),
-            "floor_ms": round(floor.token_ms(case, one, draft_tokens_read, context + steps / 2, batch), 2),
+            "floor_ms": round(floor.token_ms(case, one, context + steps / 2, batch), 2),
             "tokens_per_round": one.tokens_per_round,
             "drafts_per_round": one.drafts_per_round,
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from full_attention import full_log_p, tokens_of
 
 from policies import Selection, StepPolicy, policy_to_json
 from policies.serialize import stop_to_json
@@ -16,7 +17,6 @@ from recycler.measure.closed_loop import ClosedLoop
 from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.divergence import kl_divergence
 from recycler.model.loading import LoadedModel
-from recycler.model.prefill import prefill
 from recycler.prompts import Prompt
 
 
@@ -54,19 +54,20 @@ def _arrays(
     loaded: LoadedModel, prompt: Prompt, policy: StepPolicy, selection: Selection, stop: StopRule
 ) -> dict[str, np.ndarray]:
     model: Any = loaded.model
-    tokens, n = torch.as_tensor(prompt.tokens.astype("int64"))[None], prompt.n_prompt_tokens
-    full = model(tokens[:, n:], past_key_values=prefill(loaded.model, tokens[:, :n])).logits[0].log_softmax(-1)
+    full = full_log_p(loaded, prompt)
+    tokens, n = tokens_of(loaded, prompt)[None], prompt.n_prompt_tokens
     with recycled(loaded, policy, selection, exact=stop) as session:
         cache = model(tokens[:, :n], use_cache=True, logits_to_keep=1).past_key_values
         fed = [model(tokens[:, at : at + 1], past_key_values=cache) for at in range(n, tokens.shape[1])]
         found = torch.cat([step.logits[0] for step in fed]).log_softmax(-1)
     receipt = session.receipt()
     steps, best = len(found), found.argmax(-1)
-    follows = torch.cat([best[:-1] == tokens[0, n + 1 :], torch.zeros(1, dtype=torch.bool)])
+    # The last step's next token is not in the text.
+    follows = np.append((best[:-1] == tokens[0, n + 1 :]).cpu().numpy(), False)
     return {
-        "kl": kl_divergence(full, found).double().clamp(min=0).numpy(),
-        "agreement": (best == full.argmax(-1)).numpy(),
-        "accuracy": follows.numpy(),
+        "kl": kl_divergence(full, found).double().clamp(min=0).cpu().numpy(),
+        "agreement": (best == full.argmax(-1)).cpu().numpy(),
+        "accuracy": follows,
         "full": np.tile(receipt.unit_full_share, (steps, 1, 1)),
         "read_share": np.full(steps, receipt.read_share),
     }

@@ -2,8 +2,8 @@
 
 Teacher-forced on prompts that no tuning saw, all policies of one selection as rows of the same run. Every run is kept
 in the output folder as it comes, so an interrupted one goes on where it stopped. Writes `docs/long_outputs.md`, its
-picture and `docs/results/long-outputs.json`. With another model, other steps, context, k or seeds it writes a JSON file
-of its own, and a section of the page. `--quick` is a rehearsal that writes to the output folder only.
+picture and `docs/results/long-outputs.json`. With another model, other steps, context, k or prompts it writes a JSON
+file of its own, and a section of the page. `--quick` is a rehearsal that writes to the output folder only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from policies import (
 )
 from policies.stops import StopRule
 from recycler.evaluate.baselines import streaming_llm_set
-from recycler.evaluate.kascade import kascade_for
+from recycler.evaluate.kascade import Kascade, kascade_for
 from recycler.evaluate.method import Method, Scheduled
 from recycler.evaluate.sentence_ends import sentence_end_tokens
 from recycler.measure.ablation import measure_prompt_sensitivity
@@ -49,6 +49,8 @@ from traces.reporting.whole_file import write_text
 
 _ROOT = Path(__file__).parents[1]
 _DOCS = _ROOT / "docs"
+_TUNING_TOKENS = 1536
+_FULL = "full attention"
 # Tuned on outputs of 64 and of 512 steps.
 _POLICIES = f"{_DOCS}/results/policy-budget-0.1.json,{_DOCS}/results/policy-budget-0.1-512-steps.json"
 
@@ -74,7 +76,10 @@ def main(
     steps: Annotated[int, typer.Option(help="Decode steps.", min=8)] = 512,
     context_tokens: Annotated[int, typer.Option(help="Prompt tokens.")] = 1536,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind and seed.", min=1)] = 4,
-    seeds: Annotated[str, typer.Option(help="Of the prompts, separated by commas.")] = "0",
+    seed: Annotated[int, typer.Option(help="Of what is drawn in the prompts.")] = 0,
+    first_index: Annotated[
+        int, typer.Option(help="Of the first prompt of each kind; default: after those of python -m tuning.optimize.")
+    ] = 4,
     k: Annotated[int | None, typer.Option(help="Tokens of the sets; default: as in the policy files.")] = None,
     others: Annotated[bool, typer.Option(help="Whether exact decoding and methods of others run as well.")] = True,
     only: Annotated[
@@ -94,25 +99,30 @@ def main(
         files = {path: file.at_k(k) for path, file in files.items()}
     makers = _contenders(files)
     if others:
-        makers |= _exact(files) | _others(loaded, out, k or own_k)
+        makers |= _exact(files) | _others(loaded, out, k or own_k, context_tokens + steps // 2)
     wanted = [name.strip() for name in only.split(";") if name.strip()]
     if unknown := set(wanted) - set(makers):
         raise ValueError(f"there is no contender {min(unknown)!r}: there are {list(makers)}.")
+    of_model = [] if model is None else [re.sub("[^a-z0-9.]+", "-", Path(loaded.id).name.lower())]
+    of_sizes = (
+        [] if (context_tokens, steps, k or own_k) == (1536, 512, own_k) else [context_tokens, steps, f"k{k or own_k}"]
+    )
+    of_prompts = [] if (seed, first_index) == (0, 4) else [f"seed{seed}", f"from{first_index}"]
+    path = _DOCS / "results" / f"{'-'.join(map(str, ['long-outputs', *of_model, *of_sizes, *of_prompts]))}.json"
+    # Shares are of a stride, and accuracies of full attention.
+    is_whole = _FULL in wanted and any(name.startswith("stride 10") for name in wanted)
+    if wanted and not (quick or is_whole or path.exists()):
+        raise ValueError(f"{path.name} is not there, and needs rows of {_FULL} and a stride 10 first: --only {only!r}.")
     contenders = {name: make() for name, make in makers.items() if not wanted or name in wanted}
-    prompts = [
-        prompt
-        for seed in map(int, seeds.split(","))
-        for prompt in default_prompts(
-            loaded.tokenizer,
-            n_per_kind=1 if quick else per_kind,
-            context_tokens=context_tokens,
-            n_steps=steps,
-            seed=seed,
-            kinds=["copying"] if quick else None,
-            # After those that are tuned and confirmed on by default.
-            first_index=4,
-        )
-    ]
+    prompts = default_prompts(
+        loaded.tokenizer,
+        n_per_kind=1 if quick else per_kind,
+        context_tokens=context_tokens,
+        n_steps=steps,
+        seed=seed,
+        kinds=["copying"] if quick else None,
+        first_index=first_index,
+    )
     found = _run(ClosedLoopStore(out), loaded, prompts, contenders)
     result: dict[str, Any] = {
         "model": loaded.id,
@@ -120,7 +130,8 @@ def main(
         "steps": steps,
         "context_tokens": context_tokens,
         "k": k or own_k,
-        "seeds": [int(seed) for seed in seeds.split(",")],
+        "seed": seed,
+        "first_index": first_index,
         "prompts": len(prompts),
         "kinds": [kind for kind in KINDS if any(prompt.kind == kind for prompt in prompts)],
         "rows": {
@@ -134,17 +145,10 @@ def main(
     if quick:
         document = report([result])
     else:
-        of_seeds = "" if seeds == "0" else f"-seed{seeds.replace(',', '-')}"
-        of_model = "" if model is None else f"-{re.sub('[^a-z0-9.]+', '-', Path(loaded.id).name.lower())}"
-        of_sizes = f"-{context_tokens}-{steps}-k{k or own_k}"
-        usual_sizes = of_sizes == f"-1536-512-k{own_k}"
-        usual = usual_sizes and not of_seeds and not of_model
-        name = f"long-outputs{of_model}{'' if usual_sizes and not of_model else of_sizes}{of_seeds}"
-        path = _DOCS / "results" / f"{name}.json"
         if wanted and path.exists():
             result = _joined(json.loads(path.read_text(encoding="utf-8")), result)
             figure = draw(result)
-        if usual:
+        if path.stem == "long-outputs":
             figure.savefig(_DOCS / "pictures" / "long-outputs.png", dpi=110)
         write_text(path, json.dumps(result))
         document = page(_DOCS / "results")
@@ -161,7 +165,7 @@ def _joined(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen_settings(contender: Contender) -> dict[str, Any]:
-    """Settings that were chosen on tuning prompts."""
+    """Settings of what is no schedule."""
     return {} if isinstance(contender, Scheduled | ExactDrafts) else {"settings": contender.settings()}
 
 
@@ -172,14 +176,17 @@ def _scheduled(policy: StepPolicy, selection: Selection) -> Callable[[], Contend
 def _contenders(files: Mapping[str, PolicyFile]) -> Makers:
     """Policies that were tuned, and stride 10 with every set that one of them has, pooled and not."""
     first = next(iter(files.values()))
-    found = {"full attention": _scheduled(AlwaysFull(), first.selection)}
+    found: list[tuple[str, StepPolicy, Selection]] = [(_FULL, AlwaysFull(), first.selection)]
+    found += [(f"tuned on {file.horizon_steps} steps", file.policy, file.selection) for file in files.values()]
+    sets: dict[Selection, str] = {}
     for file in files.values():
-        found[f"tuned on {file.horizon_steps} steps"] = _scheduled(file.policy, file.selection)
-    for file in files.values():
-        ranking = file.selection.ranking
-        found.setdefault(f"stride 10, pooled {ranking} sets", _scheduled(FixedStride(10), file.selection.pooled()))
-        found.setdefault(f"stride 10, unpooled {ranking} sets", _scheduled(FixedStride(10), file.selection))
-    return found
+        sets.setdefault(file.selection.pooled(), f"stride 10, pooled {file.selection.ranking} sets")
+        sets.setdefault(file.selection, f"stride 10, unpooled {file.selection.ranking} sets")
+    found += [(name, FixedStride(10), selection) for selection, name in sets.items()]
+    names = [name for name, _, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"these policy files make contenders of one name: {', '.join(names)}.")
+    return {name: _scheduled(policy, selection) for name, policy, selection in found}
 
 
 def _exact(files: Mapping[str, PolicyFile]) -> Makers:
@@ -190,8 +197,10 @@ def _exact(files: Mapping[str, PolicyFile]) -> Makers:
     return {name: lambda: ExactDrafts(drafts.policy, drafts.selection, stop)}
 
 
-def _others(loaded: LoadedModel, out: Path, k: int) -> Makers:
+def _others(loaded: LoadedModel, out: Path, k: int, n_tokens: int) -> Makers:
     """Methods of others near a tenth of unit-steps, with settings of ours where a source gives none.
+
+    A cache has `n_tokens` in the mean.
 
     - SFI (arXiv 2603.12038): full where a sentence ends, with its authors' least gap of 16 steps and 32 at most; and as
       often as a tenth allows, gaps of 8 to 12 steps being ours.
@@ -200,22 +209,28 @@ def _others(loaded: LoadedModel, out: Path, k: int) -> Makers:
     - FreeKV (arXiv 2505.13109), in kind: a KV head looks when the cosine of its query with that of the step before is
       below a threshold, one for all. The authors have one for each model, and choose pages for every next step off the
       critical path, which counts as nothing there and would be reading here; ours is the threshold that gives a tenth.
-    - Kascade (arXiv 2512.16391): 5 anchors of all layers, as its authors have for 32, which read here as much as a
-      tenth full does, and k = 128, the least they take; anchors and whom heads follow are chosen on tuning prompts.
+    - Kascade (arXiv 2512.16391): at the k of all, with 5 anchors, as its authors have for 32 layers, which reads as
+      much of 30 as a tenth full does; and at the k of its authors, a tenth of the context and at least 128, with 4,
+      which reads a little more. Anchors and whom heads follow are chosen on tuning prompts.
     """
     paper = Selection(k, prompt_queries=1)
-    ends = sentence_end_tokens(loaded.tokenizer)
+    ends, tenth = sentence_end_tokens(loaded.tokenizer), max(128, round(n_tokens / 10))
     return {
         "SFI, gap 16 to 32": _scheduled(SentenceBoundary(ends, 32, 16), paper),
         "SFI, gap 8 to 12": _scheduled(SentenceBoundary(ends, 12, 8), paper),
         "DuoAttention-like": lambda: _duo(loaded, out, streaming_llm_set(k)),
         "FreeKV-like": lambda: Scheduled("", "", _at_a_tenth(loaded, ClosedLoopStore(out), paper), paper),
-        "Kascade": lambda: kascade_for(loaded, _tuning_prompts(loaded, 2, 64), "Kascade", k, n_anchors=5),
+        f"Kascade, 5 anchors, k = {k}": lambda: _kascade(loaded, k, 5),
+        f"Kascade, 4 anchors, k = {tenth}": lambda: _kascade(loaded, tenth, 4),
     }
 
 
+def _kascade(loaded: LoadedModel, k: int, n_anchors: int) -> Kascade:
+    return kascade_for(loaded, _tuning_prompts(loaded, 2, 64), "Kascade", k, n_anchors)
+
+
 def _tuning_prompts(loaded: LoadedModel, per_kind: int, n_steps: int) -> list[Prompt]:
-    return default_prompts(loaded.tokenizer, n_per_kind=per_kind, context_tokens=1536, n_steps=n_steps)
+    return default_prompts(loaded.tokenizer, n_per_kind=per_kind, context_tokens=_TUNING_TOKENS, n_steps=n_steps)
 
 
 def _duo(loaded: LoadedModel, out: Path, streaming: Selection) -> Scheduled:

@@ -24,10 +24,10 @@ def page(folder: Path) -> str:
     usual = folder / "long-outputs.json"
     others = sorted(path for path in folder.glob("long-outputs-*.json") if path != usual)
     results = [_read(path) for path in (usual, *others)]
-    of_seeds = [result for result in results if _is_of_another_seed(result)]
-    sections = [report([result for result in results if result not in of_seeds]).rstrip("\n")]
-    if of_seeds:
-        sections.append("\n".join(_seeds([results[0], *of_seeds])))
+    of_prompts = [result for result in results[1:] if _same_but_for_prompts(results[0], result)]
+    sections = [report([result for result in results if result not in of_prompts]).rstrip("\n")]
+    if of_prompts:
+        sections.append("\n".join(_other_prompts(results[0], of_prompts)))
     for name, section in (("left-out.json", _left_out), ("turns.json", _turns), ("peers.json", _peers)):
         if (folder / name).exists():
             sections.append("\n".join(section(_read(folder / name))))
@@ -39,30 +39,33 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _is_of_another_seed(result: Mapping[str, Any]) -> bool:
-    return list(result["seeds"]) != [0]
+def _same_but_for_prompts(usual: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a result is of the usual sizes and the usual model, on other prompts."""
+    return all(result[name] == usual[name] for name in ("model", "steps", "context_tokens", "k"))
 
 
-def _seeds(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The same with other prompts and another search."""
+def _other_prompts(usual: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Policies that were tuned on other prompts by another search, each on prompts that its tuning never saw."""
     lines = [
-        "## Other seeds",
+        "## Other prompts, other searches",
         "",
-        f"Of prompts and of the search: `python -m tuning.optimize --seed N`, and {results[0]['prompts']} prompts of "
-        "that seed that no tuning saw.",
-        "Shares are of the better stride 10; the machine is named where it is not that of the first.",
+        "A policy for each row, tuned on other prompts and by a search of another seed "
+        "(`python -m tuning.optimize --seed S --first-index I`),",
+        "on prompts that its tuning never saw (`python benchmarks/long_outputs.py --seed S --first-index J --policies "
+        "...`). Shares are of the",
+        "better stride 10.",
         "",
-        "| seed | KL | share of stride 10's | by quarter of the output | last / first | worst kind, share "
-        "| copying accuracy | full share | tokens read |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| seed, prompts of a kind | KL | share of stride 10's | by quarter of the output | last / first "
+        "| worst kind, share | copying accuracy | full share | tokens read | measured on |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in results:
+    for result in (usual, *others):
         row, stride = result["rows"][_TUNED], _baseline(result["rows"])
         shares = {kind: row["kinds"][kind]["kl"] / stride["kinds"][kind]["kl"] for kind in result["kinds"]}
         worst = max(shares, key=lambda kind: shares[kind])
-        elsewhere = "" if result["machine"] == results[0]["machine"] else f", {result['machine']}"
+        first, n = result["first_index"], result["prompts"] // len(result["kinds"])
         cells = [
-            f"{', '.join(map(str, result['seeds']))}{elsewhere}",
+            f"{result['seed']}, {first} to {first + n - 1}",
             f"{row['kl']:.3f}",
             f"{row['kl'] / stride['kl']:.3f}",
             _numbers(row["quarters"]),
@@ -71,6 +74,7 @@ def _seeds(results: Sequence[Mapping[str, Any]]) -> list[str]:
             _copying(row, result["rows"]["full attention"]),
             f"{row['full_share']:.1%}",
             f"{row['read_share']:.1%}",
+            result["machine"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -196,20 +200,20 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
         "nats per step; shares of KL are of the stride 10 with the best of its sets. Accuracy is that of the next",
         "token on copied text, as a share of full attention's.",
         "",
-        f"## {_sizes(usual)}",
+        f"## {_sizes(usual, usual)}",
         "",
         "![KL along the output](pictures/long-outputs.png)",
         "",
         *_tables(usual),
     ]
     for result in others:
-        lines += ["", f"## {_sizes(result)}", "", *_tables(result)]
+        lines += ["", f"## {_sizes(usual, result)}", "", *_tables(result)]
     return "\n".join(lines) + "\n"
 
 
-def _sizes(result: Mapping[str, Any]) -> str:
-    of_model = "" if "SmolLM2-135M" in result["model"] else f", {Path(result['model']).name}"
-    return f"{result['steps']:,} steps after {result['context_tokens']:,} tokens, k = {result['k']}{of_model}"
+def _sizes(usual: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    sizes = f"{result['steps']:,} steps after {result['context_tokens']:,} tokens, k = {result['k']}"
+    return sizes if result["model"] == usual["model"] else f"{sizes}, {Path(result['model']).name}"
 
 
 def _tables(result: Mapping[str, Any]) -> list[str]:

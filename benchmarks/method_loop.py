@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from full_attention import full_log_p, tokens_of
 from tqdm import tqdm
 
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
@@ -15,7 +17,6 @@ from recycler.evaluate.method import Method
 from recycler.measure.closed_loop import ClosedLoop, follow
 from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.loading import LoadedModel
-from recycler.model.prefill import prefill
 from recycler.prompts import Prompt
 
 # Prompts of one run, a row each.
@@ -42,24 +43,20 @@ def method_loops(folder: Path, loaded: LoadedModel, prompts: Sequence[Prompt], m
             "n_prompt_tokens": some[0].n_prompt_tokens,
             "method": method.settings(),
         }
-        arrays = Store(folder).get(loaded, depends_on, lambda some=some: _arrays(loaded, some, method))  # type: ignore[misc]
+        arrays = Store(folder).get(loaded, depends_on, partial(_arrays, loaded, some, method))
         found += [ClosedLoop(**{name: array[row] for name, array in arrays.items()}) for row in range(len(some))]
     return found
 
 
 @torch.no_grad()
 def _arrays(loaded: LoadedModel, prompts: Sequence[Prompt], method: Method) -> dict[str, np.ndarray]:
-    model: Any = loaded.model
     n, n_steps = prompts[0].n_prompt_tokens, prompts[0].n_steps
-    texts = [torch.as_tensor(prompt.tokens.astype("int64")) for prompt in prompts]
-    full = [
-        model(text[None, n:], past_key_values=prefill(loaded.model, text[None, :n])).logits[0].log_softmax(-1)
-        for text in texts
-    ]
+    texts = [tokens_of(loaded, prompt) for prompt in prompts]
+    full = [full_log_p(loaded, prompt) for prompt in prompts]
     queries = (method.prompt_queries,)
     read = [read_prompt(loaded.model, text[:n], n_steps, prompt_queries=queries) for text in texts]
     rows = method.begin(loaded.model, ReadPrompt.side_by_side(read))
     del read
     text = torch.stack(texts)[:, n:]
     found = follow(rows, text, lambda step, _: torch.stack([of[step] for of in full]), desc=method.name)
-    return {name: getattr(found, name) for name in ("kl", "agreement", "accuracy", "full", "read_share")}
+    return {field.name: getattr(found, field.name) for field in fields(ClosedLoop)}

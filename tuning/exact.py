@@ -128,7 +128,7 @@ def tune_drafts(
             that full attention finds most likely, so a rule for drawn texts drafts less.
     """
     tried = [(size, name) for size in _SIZES for name in ("tuned", "never full")] if costs is None else [(1, "tuned")]
-    texts: dict[str, Any] = {"n_tokens": n_tokens, "n_drafts": most_drafts, "temperature": temperature}
+    of_texts: dict[str, Any] = {"n_tokens": n_tokens, "n_drafts": most_drafts, "temperature": temperature}
     drafters = sorted(
         (
             _drafter(
@@ -137,7 +137,7 @@ def tune_drafts(
                 file.policy if name == "tuned" else NeverFull(),
                 file.selection.at_k(size * file.selection.k),
                 tune,
-                texts,
+                of_texts,
                 costs,
             )
             for size, name in tried
@@ -145,7 +145,7 @@ def tune_drafts(
         key=lambda one: -one.tuned.tokens_per_ms,
     )
     best = drafters[0]
-    rounds = drafted_rounds(loaded, held_out, best.policy, best.selection, **texts, desc="held-out texts")
+    rounds = drafted_rounds(loaded, held_out, best.policy, best.selection, **of_texts, desc="held-out texts")
     fixed, _ = best_rule(fixed_rules(most_drafts), best.rounds, best.costs)
     return DraftsResult(
         drafters=tuple(drafters),
@@ -165,11 +165,11 @@ def _drafter(
     policy: StepPolicy,
     selection: Selection,
     prompts: Sequence[Prompt],
-    texts: Mapping[str, Any],
+    of_texts: Mapping[str, Any],
     costs: RoundCosts | None,
 ) -> Drafter:
     name = f"{name}, k = {selection.k}"
-    rounds = drafted_rounds(loaded, prompts, policy, selection, **texts, desc=f"drafts, {name}")
+    rounds = drafted_rounds(loaded, prompts, policy, selection, **of_texts, desc=f"drafts, {name}")
     costs = costs or round_costs(loaded, prompts[0], policy, selection)
     rule, tuned = best_rule([*fixed_rules(rounds.most_drafts), *learned_rules(rounds)], rounds, costs)
     return Drafter(name, policy, selection, costs, rounds, rule, tuned)
@@ -201,7 +201,7 @@ def _named(rule: StopRule) -> str:
 def _print(result: DraftsResult, costs_of_here: bool) -> None:
     # Piped, the table is as wide as it needs to be; a terminal has its own width.
     console, measured = Console(width=None if sys.stdout.isatty() else 110), result.measured
-    table = Table(title="Exact decoding, tuning prompts", title_justify="left")
+    table = Table(title=f"Exact decoding, tuning prompts, {result.texts}", title_justify="left")
     for name in (
         "drafts by",
         "rounds end by",

@@ -92,6 +92,12 @@ def main(
         int, typer.Option(help="Decode steps that the policy is to hold for, where traces are recorded.", min=2)
     ] = 512,
     per_kind: Annotated[int, typer.Option(help="Prompts per kind, where traces are recorded.", min=2)] = 4,
+    first_index: Annotated[
+        int,
+        typer.Option(
+            help="Of the first prompt of each kind: natural texts go by index, and are alike at all seeds.", min=0
+        ),
+    ] = 0,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -139,7 +145,12 @@ def main(
     if traces is None:
         check_positions(loaded.model, context_tokens, steps)
         prompts = default_prompts(
-            loaded.tokenizer, n_per_kind=per_kind, context_tokens=context_tokens, n_steps=steps, seed=seed
+            loaded.tokenizer,
+            n_per_kind=per_kind,
+            context_tokens=context_tokens,
+            n_steps=steps,
+            seed=seed,
+            first_index=first_index,
         )
     else:
         prompts = [traced_prompt(file) for file in files]

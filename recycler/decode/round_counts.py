@@ -34,3 +34,8 @@ class RoundCounts:
     def tokens_per_round(self) -> float:
         """Tokens of the text for a verification, mean; NaN without one."""
         return self.n_tokens / self.n_rounds if self.n_rounds else float("nan")
+
+    @property
+    def drafts_per_round(self) -> float:
+        """Drafts for a verification, mean; NaN without one."""
+        return self.n_drafts / self.n_rounds if self.n_rounds else float("nan")

@@ -17,7 +17,7 @@ from recycler.decode.rows import Rows
 from recycler.evaluate.chosen import Chosen, begin_choosing
 from recycler.evaluate.method import Method
 from recycler.model.loading import LoadedModel
-from recycler.model.shape import model_shape
+from recycler.model.shape import model_shape, recycled_layers
 from recycler.prompts import Prompt
 from recycler.record.step_attention import StepAttention, watch_steps
 
@@ -27,10 +27,11 @@ class Kascade(Method):
     """Tokens of an anchor layer's highest attention, which the layers up to the next anchor attend to as well.
 
     Source: Kascade (arXiv 2512.16391) and its authors' code: the first layer attends to everything; an anchor computes
-    the attention of all keys at every step, sums it over the query heads of a KV head, and attends to the k highest; a
-    layer between anchors takes over the tokens of one KV head of the anchor before, chosen on other texts. The authors'
-    k is a tenth of the context and at least 128, shared in tiles of 32 queries where prompts are read; here prompts are
-    read with full attention, as by every method.
+    the attention of all keys at every step, sums it over the query heads of a KV head, and attends to the k highest. In
+    a layer between anchors each KV head attends to the tokens that one KV head of the anchor before has found; which
+    one that is was learned from other texts. The authors' k is a tenth of the context and at least 128; here it is a
+    number. Theirs also reads prompts so, in tiles of 32 queries; here prompts are read with full attention, as by every
+    method.
 
     Attributes:
         k: Tokens that a KV head attends to.
@@ -60,7 +61,10 @@ class Kascade(Method):
     def begin(self, model: PreTrainedModel, prompt: ReadPrompt, *, fast: bool = True) -> Rows:
         units = model_shape(model).units
         if (len(self.heads), *{len(of) for of in self.heads}) != units:
-            raise ValueError(f"{self.name} is for {len(self.heads)} layers, and the model has {units} of KV heads.")
+            raise ValueError(
+                f"{self.name} is for {len(self.heads)} layers of {len(self.heads[0])} KV heads, and the model has "
+                f"{units[0]} of {units[1]}."
+            )
         return begin_choosing(model, prompt, _Following(self).choose)
 
 
@@ -92,11 +96,15 @@ def highest(weights: Tensor, k: int) -> Tensor:
 
 
 def kascade_for(loaded: LoadedModel, prompts: Sequence[Prompt], name: str, k: int, n_anchors: int) -> Kascade:
-    """Choose anchors and whom heads follow, as the authors do, on the decode steps of some prompts.
+    """Choose anchors and whom heads follow on the decode steps of some prompts, by the authors' formulas.
 
     How well a KV head follows another is the attention it has on the other's k tokens, as a share of that on its own,
     at the step where that is least, mean over prompts; a layer is worth the mean over its KV heads of the best each
     finds in the anchor, times what its attention turns the residual stream: 1 - cosine of before and after.
+
+    Deviations: the authors look at all tiles of 32 queries of a prompt, and count what a tile has on itself on both
+    sides; here it is the steps of the continuation, which is where Kascade decodes here. They choose anchors at a k of
+    32 and run at others; here it is one k. What they look at is computed with sparse attention already, here with full.
 
     Args:
         loaded: The model.
@@ -104,6 +112,10 @@ def kascade_for(loaded: LoadedModel, prompts: Sequence[Prompt], name: str, k: in
         name: Of the method.
         k: Tokens that a KV head attends to.
         n_anchors: How many layers look, the first included; the authors take 5 of 32 for Llama 3.1 8B.
+
+    Raises:
+        ValueError: If some layers pass through, if attention's output is not added to the residual stream as it is, or
+            if there are fewer layers than anchors.
     """
     found = [_similarity(loaded, prompt, k) for prompt in prompts]
     similarity = np.mean([one for one, _ in found], axis=0)
@@ -162,7 +174,7 @@ def _similarity(loaded: LoadedModel, prompt: Prompt, k: int) -> tuple[np.ndarray
     layers, kv_heads = model_shape(loaded.model).units
     # `(layers x heads, steps, tokens)`, and the tokens of most attention.
     attention = torch.cat(weights)
-    held = attention.topk(k).indices
+    held = attention.topk(min(k, attention.shape[-1])).indices
     own = attention.gather(-1, held).sum(-1)
     table = torch.stack([(attention.gather(-1, of.expand_as(held)).sum(-1) / own).amin(-1) for of in held])
     return table.reshape(layers, kv_heads, layers, kv_heads).double().cpu().numpy(), turning.shares()
@@ -173,6 +185,12 @@ class _Turning:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._layers: nn.ModuleList = model.base_model.layers  # type: ignore[assignment]
+        altered = any(hasattr(self._layers[0], name) for name in ("pre_feedforward_layernorm", "residual_multiplier"))
+        if altered or len(recycled_layers(model)) < len(self._layers):
+            raise ValueError(
+                f"anchors are chosen for models whose layers all attend to everything and add attention's output as it "
+                f"is to what they read, not for {type(model).__name__}."
+            )
         self._before: dict[int, Tensor] = {}
         self._turned: dict[int, float] = {}
         self._handles: list[Any] = []

@@ -52,7 +52,8 @@ def drafted_rounds(
         selection: How sets are chosen.
         n_tokens: Tokens that each text has at least.
         n_drafts: Drafts of a round.
-        temperature: 0 for the most likely token at every place; else tokens are drawn, and a draft holds that is drawn.
+        temperature: 0 for the most likely token at every place; else tokens are drawn, all but the first of a text, and
+            a draft holds that is drawn.
         seed: Of what is drawn.
         forced: Whether texts are the prompts' continuations, whatever the model would write: a draft holds that full
             attention too finds the most likely there. Rounds that do not lie within a text do not count.

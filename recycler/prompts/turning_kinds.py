@@ -137,20 +137,20 @@ def drawn_table(request: PromptRequest, rng: random.Random, n_tokens: int) -> tu
     Raises:
         ValueError: If there are too few names for so long a table.
     """
-    words, n_asked = key_words(), n_tokens
+    words, n_left = key_words(), n_tokens
     names = rng.sample(words, len(words))
     html: list[list[int]] = []
     rows: list[list[int]] = []
     for name in names:
         cells = [name, rng.choice(_CITIES), str(rng.randint(18, 80)), str(rng.randint(1000, 9999))]
         written = request.encode("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n")
-        n_tokens -= len(written)
-        if n_tokens < 0:
+        n_left -= len(written)
+        if n_left < 0:
             return html, rows
         html.append(written)
         rows.append(request.encode("\t".join(cells) + "\n"))
     raise ValueError(
-        f"a table has {len(names)} rows at most, too few for {n_asked} tokens: ask for at most {n_asked - n_tokens}"
+        f"a table has {len(names)} rows at most, too few for {n_tokens} tokens of HTML: ask for a shorter context"
     )
 
 

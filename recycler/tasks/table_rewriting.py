@@ -15,15 +15,16 @@ from recycler.tasks.task import Task, TaskPrompt, answered, room_left
 
 # Rows that are written as values already.
 _N_BEGUN = 2
+# A few rows in HTML, those that are begun with, and one to ask for.
+_LEAST_TOKENS = 256
 
 
 def _make(request: PromptRequest) -> TaskPrompt:
     first, last = request.encode("<table>\n"), request.encode("</table>\n\n")
-    # A row of values is shorter than the same in HTML, for which there must be room once more.
-    n_room = room_left(request, len(first) + len(last), 256)
-    _, some = drawn_table(request, request.rng(), n_room)
-    n_begun = sum(map(len, some[:_N_BEGUN]))
-    html, rows = drawn_table(request, request.rng(), n_room - n_begun)
+    n_room = room_left(request, len(first) + len(last), _LEAST_TOKENS)
+    # The first rows take room twice, as values too; drawn again, they are the same.
+    _, begun = drawn_table(request, request.rng(), n_room)
+    html, rows = drawn_table(request, request.rng(), n_room - sum(map(len, begun[:_N_BEGUN])))
     asked = rows[_N_BEGUN:]
     n_asked = sum(n_tokens <= request.n_steps for n_tokens in accumulate(map(len, asked)))
     if n_asked == 0:

@@ -13,7 +13,9 @@ from tuning.drafts.results import DraftsResult
 def draw_drafts(result: DraftsResult, costs_of_here: bool) -> Figure:
     """Draw rounds of every length on the tuning prompts, by drafter, and what was chosen, on the held-out ones."""
     figure = style.new_figure(
-        "Exact decoding", "tokens of full attention's own text, for the time of rounds; 1 is always full", (9.6, 5.2)
+        "Exact decoding",
+        f"tokens of full attention's own text, for the time of rounds; 1 is always full; {result.texts}",
+        (9.6, 5.2),
     )
     axes = figure.add_subplot()
     style.style_axes(axes, "", "drafts per round", "times as fast as always full")

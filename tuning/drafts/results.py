@@ -61,6 +61,11 @@ class DraftsResult:
         """The drafter that is exported."""
         return self.drafters[0]
 
+    @property
+    def texts(self) -> str:
+        """What the texts are, in words."""
+        return f"texts drawn at a temperature of {self.temperature:g}" if self.temperature else "greedy texts"
+
     def file(self, tuned_from: PolicyFile) -> PolicyFile:
         """The policy file for `recycled(..., exact=True)`; it is of no use without."""
         best = self.best

@@ -148,6 +148,52 @@ def test_a_layer_follows_the_head_of_the_anchor_whose_tokens_have_most_of_its_at
     assert found.heads == (ITSELF, tuple(expected))
 
 
+def test_anchors_are_those_whose_tokens_serve_best_the_layers_that_turn_the_residual_stream_most(
+    make_model: Callable[..., PreTrainedModel], make_task: Callable[..., TaskPrompt]
+) -> None:
+    k, layers, model = 4, 5, make_model(layers=5)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    after: list[Tensor] = []
+    for layer in eager.model.layers:
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, given: after.append(given[0]))
+    prompts = [make_task(seed).prompt for seed in (3, 4, 5)]
+    kept, turned = np.zeros((3, layers, layers, 2, 2)), np.zeros((3, layers))
+    for place, prompt in enumerate(prompts):
+        after.clear()
+        with torch.no_grad():
+            found = eager(torch.tensor(prompt.tokens)[None], output_attentions=True, output_hidden_states=True)
+        weights = [of[0].unflatten(0, (2, -1)).sum(1)[:, prompt.n_prompt_tokens :] for of in found.attentions]
+        for layer in range(layers):
+            cosine = torch.cosine_similarity(found.hidden_states[layer], after[layer], dim=-1)[0]
+            # Of what was read with the continuation: the prompt's last token and all of that.
+            turned[place, layer] = 1 - cosine[prompt.n_prompt_tokens - 1 :].mean()
+            for anchor, head, followed in itertools.product(range(layers), range(2), range(2)):
+                own = weights[layer][head].topk(k).values.sum(-1)
+                held = weights[layer][head].gather(-1, weights[anchor][followed].topk(k).indices).sum(-1)
+                kept[place, anchor, layer, head, followed] = (held / own).min()
+    worth = kept.mean(0).max(-1).mean(-1) * turned.mean(0)
+    without = kept.mean(0).max(-1).mean(-1)
+    loaded = LoadedModel(model, None, "tiny")  # type: ignore[arg-type]
+    numbers = range(2, layers)
+    for n in numbers:
+        kascade = kascade_for(loaded, prompts, "kascade", k, n_anchors=n)
+        assert kascade.anchors == best_anchors(worth, n)
+        for layer in set(range(layers)) - set(kascade.anchors):
+            anchor = max(one for one in kascade.anchors if one < layer)
+            assert kascade.heads[layer] == tuple(kept.mean(0)[anchor, layer].argmax(-1))
+    # What layers turn counts: without, others would be chosen.
+    assert any(best_anchors(without, n) != best_anchors(worth, n) for n in numbers)
+
+
+def test_a_model_that_norms_what_attention_adds_is_refused(
+    make_model: Callable[..., PreTrainedModel], make_task: Callable[..., TaskPrompt]
+) -> None:
+    gemma = LoadedModel(make_model("gemma2", attention="eager", head_dim=8), None, "tiny")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not for Gemma2ForCausalLM"):
+        kascade_for(gemma, [make_task(3).prompt], "kascade", 4, n_anchors=1)
+
+
 @pytest.mark.parametrize(
     ("k", "anchors", "said"),
     [
@@ -167,5 +213,5 @@ def test_heads_of_another_model_are_refused(
     make_model: Callable[..., PreTrainedModel], make_tokens: Callable[..., Tensor]
 ) -> None:
     model, tokens = make_model(layers=2), make_tokens(9)[0]
-    with pytest.raises(ValueError, match="kascade is for 3 layers"):
+    with pytest.raises(ValueError, match="kascade is for 3 layers of 2 KV heads, and the model has 2 of 2"):
         kascade_of(4, (0,), (ITSELF, ITSELF, ITSELF)).begin(model, read_prompt(model, tokens[:8], 1))

@@ -16,7 +16,7 @@ def test_what_is_asked_for_are_the_next_rows_of_the_table(made: Made, texts: Tex
     question, answer = texts(made("table_rewriting", index, context_tokens=1500, n_steps=500))
     table, begun = question.split("</table>\n\n")
     rows = ["\t".join(re.findall("<td>(.*?)</td>", line)) for line in table.splitlines()[1:]]
-    n_begun = begun.count("\n")
+    n_begun = 2
     assert begun.splitlines() == rows[:n_begun]
     asked = answer.splitlines()
     assert len(asked) > 20
@@ -44,5 +44,5 @@ def test_less_than_a_row_is_refused(made: Made) -> None:
 
 
 def test_a_table_of_more_rows_than_there_are_names_is_refused(made: Made) -> None:
-    with pytest.raises(ValueError, match=r"a table has \d+ rows at most, too few for \d+ tokens: ask for at most \d+"):
+    with pytest.raises(ValueError, match=r"a table has \d+ rows at most, too few for \d+ tokens"):
         made("table_rewriting", context_tokens=200_000)
