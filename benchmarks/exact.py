@@ -113,7 +113,7 @@ class _Floor:
     def token_ms(self, case: Case, one: Timed, n_tokens: float, batch: int) -> float:
         """Of a token of a case, at the drafts that held where there are rounds."""
         if case.exact is None or one.drafts_per_round is None or one.tokens_per_round is None:
-            return self.step_ms(one.tokens_read, batch)
+            return self.step_ms(float(one.tokens_read), batch)
         assert case.selection is not None
         drafts_ms = one.drafts_per_round * self.step_ms(case.selection.k, batch)
         return (drafts_ms + self.verification_ms(n_tokens, batch, one.drafts_per_round + 1)) / one.tokens_per_round

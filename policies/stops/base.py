@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -31,11 +31,33 @@ class DraftSignals:
     entropy: np.ndarray
 
 
+class Outlook(NamedTuple):
+    """What becomes of a round if it is verified now, as far as the rule can tell; arrays are float64 `(rows,)`.
+
+    Attributes:
+        survival: Chance that all drafts hold: the product of their `acceptance`.
+        n_tokens: Tokens of the text that a verification gives in expectation: one, and the sum of the survivals so far.
+    """
+
+    survival: np.ndarray
+    n_tokens: np.ndarray
+
+    @classmethod
+    def before_drafts(cls, n_rows: int) -> Outlook:
+        """Of rounds that begin."""
+        return cls(np.ones(n_rows), np.ones(n_rows))
+
+    def after(self, acceptance: np.ndarray) -> Outlook:
+        """With a draft more, that full attention chooses with these chances."""
+        survival = self.survival * acceptance
+        return Outlook(survival, self.n_tokens + survival)
+
+
 class StopRule(ABC):
     """Decides for each row, after each draft, whether to verify what was drafted.
 
     A rule is a frozen dataclass of numbers and names. It tells how likely full attention is to choose a drafted token
-    too, given that it chose all before it; the product of that over a round, the *survival*, is kept for it.
+    too, given that it chose all before it; what that makes of a round, its `Outlook`, is kept for it.
     """
 
     # Its name.
@@ -54,12 +76,12 @@ class StopRule(ABC):
         return signals.probability
 
     @abstractmethod
-    def decide(self, signals: DraftSignals, survival: np.ndarray) -> np.ndarray:
+    def decide(self, signals: DraftSignals, outlook: Outlook) -> np.ndarray:
         """Which rows stop.
 
         Args:
             signals: Of the latest drafts.
-            survival: float64 `(rows,)`: product of `acceptance` over the round, the latest draft included.
+            outlook: Of the round, the latest draft included.
 
         Returns:
             bool `(rows,)`. A rule that reads distributions stops a row whose numbers are NaN.

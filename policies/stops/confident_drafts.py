@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.stops.base import DraftSignals, StopRule, check_most_drafts, check_survival
+from policies.stops.base import DraftSignals, Outlook, StopRule, check_most_drafts, check_survival
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,6 @@ class ConfidentDrafts(StopRule):
     def most_drafts(self) -> int:
         return self.n_drafts
 
-    def decide(self, signals: DraftSignals, survival: np.ndarray) -> np.ndarray:
-        stops: np.ndarray = (signals.n_drafts >= self.n_drafts) | ~(survival >= self.least_survival)
+    def decide(self, signals: DraftSignals, outlook: Outlook) -> np.ndarray:
+        stops: np.ndarray = (signals.n_drafts >= self.n_drafts) | ~(outlook.survival >= self.least_survival)
         return stops

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.stops.base import DraftSignals, StopRule, check_most_drafts
+from policies.stops.base import DraftSignals, Outlook, StopRule, check_most_drafts
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,6 @@ class FixedDrafts(StopRule):
     def most_drafts(self) -> int:
         return self.n_drafts
 
-    def decide(self, signals: DraftSignals, survival: np.ndarray) -> np.ndarray:
+    def decide(self, signals: DraftSignals, outlook: Outlook) -> np.ndarray:
         stops: np.ndarray = signals.n_drafts >= self.n_drafts
         return stops

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from policies.shown import shown
-from policies.stops.base import DraftSignals, StopRule, check_most_drafts, check_survival
+from policies.stops.base import DraftSignals, Outlook, StopRule, check_most_drafts, check_survival
 
 # What a chance may be learned from, in numbers of moderate size; a NaN among them is a NaN of the chance.
 FEATURES = ("n_drafts", "log_probability", "log_margin", "entropy")
@@ -66,8 +66,8 @@ class LearnedDrafts(StopRule):
         chance: np.ndarray = 1 / (1 + np.exp(-np.clip(score, -700, 700)))
         return chance
 
-    def decide(self, signals: DraftSignals, survival: np.ndarray) -> np.ndarray:
-        stops: np.ndarray = (signals.n_drafts >= self.n_drafts) | ~(survival >= self.least_survival)
+    def decide(self, signals: DraftSignals, outlook: Outlook) -> np.ndarray:
+        stops: np.ndarray = (signals.n_drafts >= self.n_drafts) | ~(outlook.survival >= self.least_survival)
         return stops
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from policies import StepPolicy
-from policies.stops import DraftSignals, StopRule
+from policies.stops import DraftSignals, Outlook, StopRule
 from recycler.decode.cache import KvLayer
 from recycler.decode.counts import Totals
 from recycler.decode.engine import Decoding, Drafting, Engine
@@ -198,7 +198,7 @@ class Rounds(Decoding):
         """
         drafted, n = [tokens], going.astype(np.int64)
         repeats = _sent(np.array([row.repeats for row in self._rows]), tokens.device)
-        survival = np.ones(len(going))
+        outlook = Outlook.before_drafts(len(going))
         # The first token of a round needs room too.
         going = going & (room > 1)
         for n_drafts in range(1, self._stop.most_drafts + 1):
@@ -212,8 +212,8 @@ class Rounds(Decoding):
                 signals = draft_signals(logits, n_drafts)
             else:
                 signals = DraftSignals(np.full(len(n), float(n_drafts)), *np.full((3, len(n)), np.nan))
-            survival = survival * self._stop.acceptance(signals)
-            going = going & ~self._stop.decide(signals, survival) & (room > n_drafts + 1)
+            outlook = outlook.after(self._stop.acceptance(signals))
+            going = going & ~self._stop.decide(signals, outlook) & (room > n_drafts + 1)
             # Those of rows that have stopped stay where the model has positions.
             places = places + _sent(going, places.device)
         return torch.stack(drafted, dim=1), n

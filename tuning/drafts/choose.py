@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from policies.stops import DraftSignals, FixedDrafts, LearnedDrafts, StopRule
+from policies.stops import DraftSignals, FixedDrafts, LearnedDrafts, Outlook, StopRule
 from policies.stops.learned_drafts import draft_features
 from traces.drafted_rounds import DraftedRounds, RoundCosts
 
@@ -64,7 +64,7 @@ def expected(rule: StopRule, rounds: DraftedRounds, costs: RoundCosts) -> Expect
     """
     n_rounds, most = rounds.signals.n_drafts.shape
     rows, start, n = np.arange(n_rounds), np.zeros(n_rounds, dtype=np.int64), np.zeros(n_rounds, dtype=np.int64)
-    survival, goes_on = np.ones(n_rounds), np.ones(n_rounds, dtype=bool)
+    outlook, goes_on = Outlook.before_drafts(n_rounds), np.ones(n_rounds, dtype=bool)
     n_tokens = n_drafts = n_ended = 0
     while goes_on.any():
         # Of rows that have ended the last draft is looked at again, and nothing follows from it.
@@ -74,15 +74,15 @@ def expected(rule: StopRule, rounds: DraftedRounds, costs: RoundCosts) -> Expect
         shown = DraftSignals(
             n.astype(np.float64), signals.probability[rows, at], signals.margin[rows, at], signals.entropy[rows, at]
         )
-        survival = survival * rule.acceptance(shown)
-        ends = goes_on & (rule.decide(shown, survival) | (start + n == most))
+        outlook = outlook.after(rule.acceptance(shown))
+        ends = goes_on & (rule.decide(shown, outlook) | (start + n == most))
         n_tokens += int((1 + np.minimum(n, rounds.n_held - start))[ends].sum())
         n_drafts += int(n[ends].sum())
         n_ended += int(ends.sum())
         following = start + n + 1
         goes_on = goes_on & (~ends | ((following <= rounds.n_held) & (following < most)))
         start, n = np.where(ends, following, start), np.where(ends, 0, n)
-        survival = np.where(ends, 1.0, survival)
+        outlook = Outlook(*(np.where(ends, 1.0, of_round) for of_round in outlook))
     drafts_per_round = n_drafts / n_ended
     return Expected(n_tokens / n_ended, drafts_per_round, n_tokens / (n_ended * costs.round_ms(drafts_per_round)))
 

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from policies import ModelShape, NeverFull, PolicyFile, Selection
 from policies.serialize import stop_from_json, stop_to_json
-from policies.stops import ConfidentDrafts, DraftSignals, FixedDrafts, LearnedDrafts, StopRule, registry
+from policies.stops import (
+    BudgetedDrafts,
+    ConfidentDrafts,
+    DraftSignals,
+    FixedDrafts,
+    LearnedDrafts,
+    Outlook,
+    StopRule,
+    registry,
+)
 from policies.stops.base import MOST_DRAFTS
 from policies.stops.learned_drafts import FEATURES
 
@@ -24,6 +33,7 @@ RULES: tuple[StopRule, ...] = (
     ConfidentDrafts(0.0, 9),
     LEARNED,
     LearnedDrafts((), (), 50.0, 0.5, 256),
+    BudgetedDrafts(0.1, 9),
 )
 
 
@@ -32,11 +42,11 @@ def signals(n_drafts: int, probability: float = 0.9, n_rows: int = 2) -> DraftSi
 
 
 def n_drafted(rule: StopRule, probabilities: list[float]) -> int:
-    survival = np.ones(1)
+    outlook = Outlook.before_drafts(1)
     for n, probability in enumerate(probabilities, 1):
         seen = signals(n, probability, 1)
-        survival = survival * rule.acceptance(seen)
-        if rule.decide(seen, survival)[0]:
+        outlook = outlook.after(rule.acceptance(seen))
+        if rule.decide(seen, outlook)[0]:
             return n
     raise AssertionError("it never stops")
 
@@ -63,7 +73,10 @@ def test_a_policy_file_has_the_rule_that_was_written(rule: StopRule) -> None:
 @pytest.mark.parametrize(
     ("stop", "problem"),
     [
-        ({"kind": "asks_a_friend"}, "unknown stop rule kind 'asks_a_friend': known are confident_drafts, fixed_drafts"),
+        (
+            {"kind": "asks_a_friend"},
+            "unknown stop rule kind 'asks_a_friend': known are budgeted_drafts, confident_drafts",
+        ),
         ({"kind": "fixed_drafts", "n_drafts": 0}, "from 1 to 256 tokens, not 0"),
         ({"kind": "fixed_drafts"}, "n_drafts"),
         ({"n_drafts": 3}, "stop"),
@@ -88,9 +101,10 @@ def test_a_learned_chance_is_one(probability: float, margin: float, entropy: flo
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_row_of_nan_stops_where_distributions_are_read_and_is_like_any_other_where_not(rule: StopRule) -> None:
-    stops = rule.decide(signals(1, np.nan), np.full(2, np.nan))
+    begun = Outlook.before_drafts(2)
+    stops = rule.decide(signals(1, np.nan), begun.after(np.full(2, np.nan)))
     assert stops.dtype == bool
-    others = rule.decide(signals(1), np.ones(2))
+    others = rule.decide(signals(1), begun.after(np.ones(2)))
     assert stops.all() if rule.reads_distributions else (stops == others).all()
 
 
@@ -99,6 +113,20 @@ def test_confident_rounds_end_where_the_product_falls_below_the_limit(chances: l
     below = np.flatnonzero(np.cumprod(chances) < least)
     expected = min(int(below[0]) + 1 if below.size else 20, 16)
     assert n_drafted(ConfidentDrafts(least, 16), chances) == expected
+
+
+@given(st.lists(st.floats(0, 1), min_size=40, max_size=40), st.floats(0.03, 1))
+def test_budgeted_rounds_end_where_as_many_tokens_are_expected_as_the_budget_asks_for(
+    chances: list[float], budget: float
+) -> None:
+    enough = np.flatnonzero(~((1 + np.cumsum(np.cumprod(chances))) * budget < 1))
+    expected = int(enough[0]) + 1 if enough.size else 40
+    assert n_drafted(BudgetedDrafts(budget, 40), chances) == expected
+
+
+@pytest.mark.parametrize(("budget", "n_drafts"), [(1.0, 1), (0.5, 1), (0.25, 3), (0.11, 9), (0.1, 9)])
+def test_sure_drafts_are_as_many_as_the_budget_allows_for(budget: float, n_drafts: int) -> None:
+    assert n_drafted(BudgetedDrafts(budget), [1.0] * MOST_DRAFTS) == n_drafts
 
 
 @pytest.mark.parametrize(
@@ -111,6 +139,9 @@ def test_confident_rounds_end_where_the_product_falls_below_the_limit(chances: l
         (lambda: ConfidentDrafts(1.1), "probability in .0, 1., not 1.1"),
         (lambda: ConfidentDrafts(float("nan")), "not nan"),
         (lambda: ConfidentDrafts(0.5, 0), "not 0"),
+        (lambda: BudgetedDrafts(0.0), "a budget is verifications for a token, in .0, 1., not 0"),
+        (lambda: BudgetedDrafts(float("nan")), "not nan"),
+        (lambda: BudgetedDrafts(0.1, 8), "at most 8 drafts give 9 tokens, and a budget of 0.1 asks for 10"),
         (lambda: LearnedDrafts(("mood",), (1.0,), 0.0, 0.5, 4), "unknown feature 'mood'"),
         (lambda: LearnedDrafts(("entropy", "entropy"), (1.0, 1.0), 0.0, 0.5, 4), "must differ"),
         (lambda: LearnedDrafts(("entropy",), (), 0.0, 0.5, 4), "1 features of drafts have 0 weights"),
