@@ -64,3 +64,13 @@ def test_what_the_readme_says_of_longer_outputs_and_contexts_was_measured() -> N
         stride = min(row["kl"] for who, row in result["rows"].items() if who.startswith("stride 10"))
         found += [f"{result['rows']['tuned on 512 steps']['kl'] / stride:.0%}", str(result["prompts"])]
     assert list(told.groups()) == found
+
+
+def test_what_the_readme_says_of_another_model_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"(\d+%) of stride 10's KL over 512 steps \((\d+) prompts;", readme)
+    assert told is not None
+    name = "long-outputs-qwen2.5-coder-0.5b-instruct"
+    result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    stride = min(row["kl"] for who, row in result["rows"].items() if who.startswith("stride 10"))
+    assert list(told.groups()) == [f"{result['rows']['tuned on 512 steps']['kl'] / stride:.0%}", str(result["prompts"])]
