@@ -7,7 +7,7 @@ first is quoted already. Unlike the kind `several_questions` of `recycler.prompt
 
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 
 from recycler.prompts.request import PromptRequest
 from recycler.prompts.turning_kinds import drawn_notes
@@ -26,16 +26,11 @@ def _make(request: PromptRequest) -> TaskPrompt:
         [*request.encode(f"Note on {notes.names[place]}:"), *notes.quotes[place], *request.encode("\n")]
         for place in order
     ]
-    begun, asked = quoted[0], quoted[1:]
-    n_asked = sum(n_tokens <= request.n_steps for n_tokens in accumulate(map(len, asked)))
-    if n_asked == 0:
-        raise ValueError(
-            f"the task {request.kind} needs n_steps of at least {len(asked[0])}, a note, not {request.n_steps}"
-        )
+    begun = quoted[0]
     n_hidden = sum(map(len, notes.hidden))
     # A haystack has as much text as there is hidden in it.
     n_room = room_left(request, len(listing) + len(begun), 2 * n_hidden)
-    answer = [*chain.from_iterable(asked[:n_asked])]
+    answer = [*chain.from_iterable(quoted[1:])][: request.n_steps]
     essays, quotes = request.texts(repeated_essays).corpus, notes.corpus
     return answered(
         request,
