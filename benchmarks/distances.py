@@ -19,7 +19,8 @@ import typer
 from machine import machine_name
 from scipy.stats import spearmanr
 
-from policies import FixedStride, PolicyFile
+from policies import PolicyFile
+from recycler.measure.ablation import one_never_looks
 from recycler.measure.closed_loop import ClosedLoopStore
 from recycler.model.loading import load_model
 from recycler.model.shape import model_shape
@@ -28,7 +29,6 @@ from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
 
 _ROOT = Path(__file__).parents[1]
-_NEVER = 1e9
 # Steps over which damage is a mean, as in tuning.
 _WINDOW = 24
 
@@ -44,12 +44,7 @@ def main(
     """Measure every unit's damage at several distances from the prompt."""
     began = time.perf_counter()
     loaded, selection = load_model(None), PolicyFile.read(policy).selection
-    layers, kv_heads = model_shape(loaded.model).units
-    alone = []
-    for unit in range(layers * kv_heads):
-        strides = np.ones((layers, kv_heads))
-        strides.flat[unit] = _NEVER
-        alone.append(FixedStride(strides.tolist()))
+    alone = one_never_looks(model_shape(loaded.model).units)
     # The first of each kind, on which tuning measures damage.
     prompts = default_prompts(
         loaded.tokenizer, n_per_kind=1, context_tokens=context_tokens, n_steps=steps, kinds=kinds.split(",")

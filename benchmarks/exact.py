@@ -95,10 +95,8 @@ class _Floor:
 
     def __init__(self, subject: Subject, gflops: float, gb_per_s: float) -> None:
         self._traffic, self._gflops, self._gb_per_s = Traffic.of(subject.model), gflops, gb_per_s
-        self._shape, self._n_weights = (
-            model_shape(subject.model),
-            self._traffic.weight_bytes / subject.model.dtype.itemsize,
-        )
+        self._shape = model_shape(subject.model)
+        self._n_weights = self._traffic.weight_bytes / subject.model.dtype.itemsize
 
     def step_ms(self, n_tokens: float, batch: int) -> float:
         """Of a step that reads so much of the cache."""

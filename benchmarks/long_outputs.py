@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,53 +20,25 @@ import numpy as np
 import typer
 from exact_loop import exact_loop
 from known_rows import measured_elsewhere
+from long_outputs_contenders import FULL, Contender, ExactDrafts, exact_drafts, methods_of_others, policies_and_strides
 from long_outputs_report import draw, page, report
 from machine import machine_name
 from method_loop import method_loops
 from tqdm import tqdm
-from tuned_rules import tuned_rules
 
-from policies import (
-    AlwaysFull,
-    FixedStride,
-    LearnedLogistic,
-    PolicyFile,
-    Selection,
-    SentenceBoundary,
-    StepPolicy,
-)
-from policies.stops import StopRule
-from recycler.evaluate.baselines import streaming_llm_set
-from recycler.evaluate.kascade import Kascade, kascade_for
-from recycler.evaluate.method import Method, Scheduled
-from recycler.evaluate.sentence_ends import sentence_end_tokens
-from recycler.measure.ablation import measure_prompt_sensitivity
+from policies import PolicyFile, Selection, StepPolicy
+from recycler.evaluate.method import Scheduled
 from recycler.measure.closed_loop import ClosedLoop, ClosedLoopStore
 from recycler.model.loading import LoadedModel, load_model
+from recycler.model.shape import model_shape
 from recycler.prompts import KINDS, Prompt, default_prompts
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
 
 _ROOT = Path(__file__).parents[1]
 _DOCS = _ROOT / "docs"
-_TUNING_TOKENS = 1536
-_FULL = "full attention"
 # Tuned on outputs of 64 and of 512 steps.
 _POLICIES = f"{_DOCS}/results/policy-budget-0.1.json,{_DOCS}/results/policy-budget-0.1-512-steps.json"
-
-
-@dataclass(frozen=True)
-class ExactDrafts:
-    """Exact decoding: who drafts, and when a round ends."""
-
-    policy: StepPolicy
-    selection: Selection
-    stop: StopRule
-
-
-Contender = Method | ExactDrafts
-# By name; what makes one may have to measure something.
-Makers = dict[str, Callable[[], Contender]]
 
 
 def main(
@@ -94,12 +66,14 @@ def main(
     began = time.perf_counter()
     loaded = load_model(model)
     files = {path: PolicyFile.read(path) for path in policies.split(",")}
+    for file in files.values():
+        file.check_model(model_shape(loaded.model))
     own_k = next(iter(files.values())).selection.k
     if k is not None:
         files = {path: file.at_k(k) for path, file in files.items()}
-    makers = _contenders(files)
+    makers = policies_and_strides(files)
     if others:
-        makers |= _exact(files) | _others(loaded, out, k or own_k, context_tokens + steps // 2)
+        makers |= exact_drafts(files) | methods_of_others(loaded, out, k or own_k, context_tokens + steps // 2)
     wanted = [name.strip() for name in only.split(";") if name.strip()]
     if unknown := set(wanted) - set(makers):
         raise ValueError(f"there is no contender {min(unknown)!r}: there are {list(makers)}.")
@@ -110,9 +84,9 @@ def main(
     of_prompts = [] if (seed, first_index) == (0, 4) else [f"seed{seed}", f"from{first_index}"]
     path = _DOCS / "results" / f"{'-'.join(map(str, ['long-outputs', *of_model, *of_sizes, *of_prompts]))}.json"
     # Shares are of a stride, and accuracies of full attention.
-    is_whole = _FULL in wanted and any(name.startswith("stride 10") for name in wanted)
+    is_whole = FULL in wanted and any(name.startswith("stride 10") for name in wanted)
     if wanted and not (quick or is_whole or path.exists()):
-        raise ValueError(f"{path.name} is not there, and needs rows of {_FULL} and a stride 10 first: --only {only!r}.")
+        raise ValueError(f"{path.name} is not there, and needs rows of {FULL} and a stride 10 first: --only {only!r}.")
     contenders = {name: make() for name, make in makers.items() if not wanted or name in wanted}
     prompts = default_prompts(
         loaded.tokenizer,
@@ -167,98 +141,6 @@ def _joined(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def _chosen_settings(contender: Contender) -> dict[str, Any]:
     """Settings of what is no schedule."""
     return {} if isinstance(contender, Scheduled | ExactDrafts) else {"settings": contender.settings()}
-
-
-def _scheduled(policy: StepPolicy, selection: Selection) -> Callable[[], Contender]:
-    return lambda: Scheduled("", "", policy, selection)
-
-
-def _contenders(files: Mapping[str, PolicyFile]) -> Makers:
-    """Policies that were tuned, and stride 10 with every set that one of them has, pooled and not."""
-    first = next(iter(files.values()))
-    found: list[tuple[str, StepPolicy, Selection]] = [(_FULL, AlwaysFull(), first.selection)]
-    found += [(f"tuned on {file.horizon_steps} steps", file.policy, file.selection) for file in files.values()]
-    sets: dict[Selection, str] = {}
-    for file in files.values():
-        sets.setdefault(file.selection.pooled(), f"stride 10, pooled {file.selection.ranking} sets")
-        sets.setdefault(file.selection, f"stride 10, unpooled {file.selection.ranking} sets")
-    found += [(name, FixedStride(10), selection) for selection, name in sets.items()]
-    names = [name for name, _, _ in found]
-    if len(set(names)) < len(names):
-        raise ValueError(f"these policy files make contenders of one name: {', '.join(names)}.")
-    return {name: _scheduled(policy, selection) for name, policy, selection in found}
-
-
-def _exact(files: Mapping[str, PolicyFile]) -> Makers:
-    """What was tuned on the longest outputs drafts, until the rule that was learned for a CPU verifies."""
-    drafts = max(files.values(), key=lambda file: file.horizon_steps or 0)
-    stop = tuned_rules(_DOCS / "results/exact-tuned.json")[0].rule
-    name = f"exact, drafts tuned on {drafts.horizon_steps} steps"
-    return {name: lambda: ExactDrafts(drafts.policy, drafts.selection, stop)}
-
-
-def _others(loaded: LoadedModel, out: Path, k: int, n_tokens: int) -> Makers:
-    """Methods of others near a tenth of unit-steps, with settings of ours where a source gives none.
-
-    A cache has `n_tokens` in the mean.
-
-    - SFI (arXiv 2603.12038): full where a sentence ends, with its authors' least gap of 16 steps and 32 at most; and as
-      often as a tenth allows, gaps of 8 to 12 steps being ours.
-    - DuoAttention (arXiv 2410.10819), in kind: a tenth of the KV heads are always full, those that alone do most damage
-      when they see sinks and window only, and the others see those only. It trains gates where this ablates.
-    - FreeKV (arXiv 2505.13109), in kind: a KV head looks when the cosine of its query with that of the step before is
-      below a threshold, one for all. The authors have one for each model, and choose pages for every next step off the
-      critical path, which counts as nothing there and would be reading here; ours is the threshold that gives a tenth.
-    - Kascade (arXiv 2512.16391): at the k of all, with 5 anchors, as its authors have for 32 layers, which reads as
-      much of 30 as a tenth full does; and at the k of its authors, a tenth of the context and at least 128, with 4,
-      which reads a little more. Anchors and whom heads follow are chosen on tuning prompts.
-    """
-    paper = Selection(k, prompt_queries=1)
-    ends, tenth = sentence_end_tokens(loaded.tokenizer), max(128, round(n_tokens / 10))
-    return {
-        "SFI, gap 16 to 32": _scheduled(SentenceBoundary(ends, 32, 16), paper),
-        "SFI, gap 8 to 12": _scheduled(SentenceBoundary(ends, 12, 8), paper),
-        "DuoAttention-like": lambda: _duo(loaded, out, streaming_llm_set(k)),
-        "FreeKV-like": lambda: Scheduled("", "", _at_a_tenth(loaded, ClosedLoopStore(out), paper), paper),
-        f"Kascade, 5 anchors, k = {k}": lambda: _kascade(loaded, k, 5),
-        f"Kascade, 4 anchors, k = {tenth}": lambda: _kascade(loaded, tenth, 4),
-    }
-
-
-def _kascade(loaded: LoadedModel, k: int, n_anchors: int) -> Kascade:
-    return kascade_for(loaded, _tuning_prompts(loaded, 2, 64), "Kascade", k, n_anchors)
-
-
-def _tuning_prompts(loaded: LoadedModel, per_kind: int, n_steps: int) -> list[Prompt]:
-    return default_prompts(loaded.tokenizer, n_per_kind=per_kind, context_tokens=_TUNING_TOKENS, n_steps=n_steps)
-
-
-def _duo(loaded: LoadedModel, out: Path, streaming: Selection) -> Scheduled:
-    """A tenth of heads always full, those that do most damage with sinks and window alone."""
-    damage = measure_prompt_sensitivity(loaded, out / "streaming", _tuning_prompts(loaded, 1, 24), streaming)
-    table = np.sum([np.sqrt(np.maximum(kl, 0)) for kl in damage.kl.values()], axis=0)
-    least = np.sort(table, axis=None)[-round(table.size / 10)]
-    return Scheduled("", "", FixedStride(np.where(table >= least, 1, 1e9).tolist()), streaming)
-
-
-def _at_a_tenth(loaded: LoadedModel, store: ClosedLoopStore, selection: Selection) -> LearnedLogistic:
-    """Looks where a query turns from the one before by more than what gives a tenth of full steps on tuning prompts."""
-
-    def looking_beyond(drift: float) -> LearnedLogistic:
-        return LearnedLogistic(("step_drift",), (1.0,), -drift)
-
-    prompts = _tuning_prompts(loaded, 1, 128)
-    drifts = np.geomspace(0.02, 1.0, 15)
-    loops = store.run_all(
-        loaded,
-        prompts,
-        [looking_beyond(float(drift)) for drift in drifts],
-        selection,
-        desc="calibrating FreeKV-like",
-    )
-    share = np.mean([loop.full_share for loop in loops], axis=0)
-    # Falls as the drift that is tolerated grows.
-    return looking_beyond(float(np.exp(np.interp(-0.1, -share, np.log(drifts)))))
 
 
 def _run(

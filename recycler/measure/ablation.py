@@ -29,6 +29,20 @@ from traces.sensitivity import FILE_NAME, Sensitivity
 _NEVER = 1e9
 
 
+def one_never_looks(units: tuple[int, int]) -> list[FixedStride]:
+    """For each unit the policy under which it alone keeps the prompt's set and all others run full.
+
+    Args:
+        units: `(layers, kv_heads)`.
+    """
+    policies = []
+    for unit in range(units[0] * units[1]):
+        strides = np.ones(units)
+        strides.flat[unit] = _NEVER
+        policies.append(FixedStride(strides.tolist()))
+    return policies
+
+
 def unit_sensitivity(
     loaded: LoadedModel,
     tokens: np.ndarray,
@@ -52,11 +66,7 @@ def unit_sensitivity(
         float64 `(layers, kv_heads)`, nats per step.
     """
     units = model_shape(loaded.model, loaded.id).units
-    policies = []
-    for unit in range(units[0] * units[1]):
-        strides = np.ones(units)
-        strides.flat[unit] = _NEVER
-        policies.append(FixedStride(strides.tolist()))
+    policies = one_never_looks(units)
     kl = np.concatenate(
         [
             run_closed_loop(

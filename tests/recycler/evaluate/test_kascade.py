@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recycler.decode.read_prompt import ReadPrompt, read_prompt
-from recycler.evaluate.kascade import Kascade, best_anchors, kascade_for
+from recycler.evaluate.kascade import Kascade
+from recycler.evaluate.kascade_anchors import best_anchors, kascade_for
 from recycler.model.loading import LoadedModel
 from recycler.tasks import TaskPrompt
 

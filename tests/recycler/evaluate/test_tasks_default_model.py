@@ -36,7 +36,7 @@ def smallest(loaded: LoadedModel, name: str) -> TaskPrompt:
 def test_full_attentions_answer_is_that_of_stock_generate_and_scores_the_same(loaded: LoadedModel, name: str) -> None:
     task = smallest(loaded, name)
     # What comes later in long answers is of the same kind.
-    task = replace(task, n_new_tokens=min(task.n_new_tokens, 8))
+    task = replace(task, n_new_tokens=min(task.n_new_tokens, 16))
     if not task.n_new_tokens:
         assert measure(loaded, task, []).methods["full"].answer is None
         return
