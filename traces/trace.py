@@ -74,6 +74,15 @@ class TraceHeader:
         """`(layers, kv_heads)`."""
         return self.model["layers"], self.model["kv_heads"]
 
+    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of each array of the trace, by its name."""
+        by_age = ("<f4", (self.n_steps, len(self.ages), *self.units))
+        return dict.fromkeys(BY_AGE, by_age) | {
+            "tokens": ("<i4", (self.prompt["n_prompt_tokens"] + self.n_steps,)),
+            "fresh_mass": ("<f4", (self.n_steps + 1, *self.units)),
+            "token_log_prob": ("<f4", (self.n_steps,)),
+        }
+
     def to_json(self) -> str:
         """One line of JSON, the format included, with sorted keys, so that equal headers are equal text."""
         return json.dumps({"format": FORMAT} | dataclasses.asdict(self), sort_keys=True)
@@ -151,16 +160,14 @@ class Trace:
     token_log_prob: np.ndarray
 
     def __post_init__(self) -> None:
-        header = self.header
-        by_age = (header.n_steps, len(header.ages), *header.units)
-        shapes = dict.fromkeys(BY_AGE, by_age) | {
-            "tokens": (header.prompt["n_prompt_tokens"] + header.n_steps,),
-            "fresh_mass": (header.n_steps + 1, *header.units),
-            "token_log_prob": (header.n_steps,),
-        }
-        for name, shape in shapes.items():
+        for name, (_, shape) in self.header.arrays().items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, not {shown(getattr(self, name).shape)}.")
+
+    @classmethod
+    def empty(cls, header: TraceHeader) -> Trace:
+        """A trace in memory, to be filled in."""
+        return cls(header, **{name: np.empty(shape, dtype) for name, (dtype, shape) in header.arrays().items()})
 
     @property
     def name(self) -> str:

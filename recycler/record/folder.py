@@ -16,10 +16,11 @@ from policies import Selection
 from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt
 from recycler.record.one_prompt import heads_at_once, record_trace, trace_header
-from traces import TraceFile, TraceHeader, write_trace
+from traces import TraceFile, TraceHeader
 from traces.reporting.differences import differences
 from traces.reporting.folder_lock import folder_locked
 from traces.trace_file import SUFFIX
+from traces.trace_on_disk import trace_on_disk
 
 _WAY_OUT = "record into another folder, or remove the trace."
 
@@ -64,10 +65,18 @@ def record_prompts(
             _clear(folder)
         for prompt in missing:
             progress.set_postfix_str(prompt.name)
-            trace = record_trace(
-                loaded.model, prompt, selection, max_age=max_age, model_id=loaded.id, memory_mib=memory_mib
-            )
-            recorded[prompt.name] = write_trace(trace, folder)
+            header = trace_header(loaded.model, prompt, selection, max_age=max_age, model_id=loaded.id)
+            with trace_on_disk(header, folder) as trace:
+                record_trace(
+                    loaded.model,
+                    prompt,
+                    selection,
+                    max_age=max_age,
+                    model_id=loaded.id,
+                    memory_mib=memory_mib,
+                    into=trace,
+                )
+            recorded[prompt.name] = TraceFile(folder / (prompt.name + SUFFIX))
             progress.update()
     return [recorded[prompt.name] for prompt in prompts]
 

@@ -19,6 +19,7 @@ from recycler.record.step_attention import StepAttention, watch_steps
 from recycler.sets.recycled_set import unit_sizes
 from traces import Trace, TraceFile, TraceHeader
 from traces.ages import recorded_ages
+from traces.trace import BY_AGE
 
 # Arrays of (rows, tokens) floats alive at once per KV head, beside two per query head: mean attention, pooled scores,
 # ranks (twice as wide) and their copy, set masks.
@@ -38,6 +39,7 @@ def record_trace(
     model_id: str | None = None,
     memory_mib: int = 1024,
     chunk_tokens: int | None = None,
+    into: Trace | None = None,
 ) -> Trace:
     """Record what every schedule would meet on one prompt.
 
@@ -53,22 +55,21 @@ def record_trace(
         memory_mib: Most memory that recording may take beside the model, its cache and its activations, in MiB. KV
             heads are recorded together as far as it reaches.
         chunk_tokens: Prompt tokens per forward; None for 4,096, and on a GPU for what `prefill` takes.
+        into: A trace with the header that `trace_header` gives, to be filled in; None makes one in memory.
 
     Raises:
         ValueError: If the text is longer than the model's positions or reaches a sliding window, or one KV head does
             not fit into `memory_mib`.
     """
     header = trace_header(model, prompt, selection, max_age=max_age, model_id=model_id)
-    shape = model_shape(model, model_id)
-    n_steps = prompt.n_steps
+    trace = Trace.empty(header) if into is None else into
     if chunk_tokens is None and model.device.type == "cpu":
         chunk_tokens = _CPU_CHUNK_TOKENS
-    # On the model's device until all is done: to fetch each layer's would let a GPU wait.
-    arrays = {
-        name: torch.empty((n_steps, len(header.ages), *shape.units), device=model.device)
-        for name in ("recovered_mass", "query_similarity", "overlap")
-    }
-    arrays["fresh_mass"] = torch.empty((n_steps + 1, *shape.units), device=model.device)
+    # On the model's device until all is done, where that is no CPU: to fetch each layer's would let a GPU wait.
+    measured = {name: torch.from_numpy(getattr(trace, name)) for name in (*BY_AGE, "fresh_mass")}
+    arrays = measured
+    if model.device.type != "cpu":
+        arrays = {name: torch.empty_like(array, device=model.device) for name, array in measured.items()}
 
     def watch(layer: int, heads: slice, attention: StepAttention) -> None:
         sizes = unit_sizes(selection, layer, attention.query.device)
@@ -88,12 +89,12 @@ def record_trace(
         chunk_tokens=chunk_tokens,
     )
     step_tokens = torch.as_tensor(prompt.tokens[prompt.n_prompt_tokens :].astype(np.int64), device=logits.device)
-    return Trace(
-        header=header,
-        tokens=prompt.tokens,
-        token_log_prob=_token_log_prob(logits, step_tokens),
-        **{name: array.cpu().numpy() for name, array in arrays.items()},
-    )
+    if arrays is not measured:
+        for name, array in arrays.items():
+            measured[name].copy_(array)
+    trace.tokens[:] = prompt.tokens
+    trace.token_log_prob[:] = _token_log_prob(logits, step_tokens)
+    return trace
 
 
 def trace_header(
