@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import llvmlite.binding as llvm
 from filelock import FileLock
 from numba import njit
 from numba.core.caching import IndexDataCacheFile
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import CPUDispatcher
+from numba.core.registry import CPUDispatcher, cpu_target
 
 from policies import program
 
@@ -56,6 +60,50 @@ class _KeptFiles(IndexDataCacheFile):  # type: ignore[misc]
             super().save(key, data)
 
 
+class _Part(JITCodeLibrary):  # type: ignore[misc]
+    """What is only ever compiled into a kernel: it is optimised there, and no machine code is made of it alone.
+
+    numba does both, to no use, of every helper, and three times over of what threads share.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        # Where numba notes what belongs to a function, once that is compiled.
+        notes = "".join(
+            f"@{variable.name} = common global i8* null\n"
+            for variable in self._final_module.global_variables
+            if variable.name.startswith("_ZN08NumbaEnv") and not variable.is_declaration
+        )
+        self._codegen._add_module(llvm.parse_assembly(notes))
+        self._codegen._engine.finalize_object()
+        self._finalized = True
+
+
+@contextmanager
+def _libraries_are(kind: type[JITCodeLibrary]) -> Iterator[None]:
+    """What numba makes libraries of, for whoever holds its compiler lock."""
+    codegen = cpu_target.target_context.codegen()
+    before, codegen._library_class = codegen._library_class, kind
+    try:
+        yield
+    finally:
+        codegen._library_class = before
+
+
+class _KernelCompiler(Compiler):  # type: ignore[misc]
+    """A kernel has machine code, and all else that it is made of has none."""
+
+    def compile_extra(self, function: Callable[..., Any]) -> Any:
+        self.state.library = JITCodeLibrary(self.state.targetctx.codegen(), function.__qualname__)
+        self.state.library.enable_object_caching()
+        with _libraries_are(_Part):
+            return super().compile_extra(function)
+
+
 class _Kernel(CPUDispatcher):  # type: ignore[misc]
     """What one process compiles, others wait for and load, instead of doing the same."""
 
@@ -63,7 +111,8 @@ class _Kernel(CPUDispatcher):  # type: ignore[misc]
         of_sig = hashlib.sha256(repr(sig).encode()).hexdigest()[:16]
         kept = self._cache._cache_file
         # In this order in all threads: a kernel compiles the kernels that it calls.
-        with global_compiler_lock, FileLock(f"{kept._index_path}.{of_sig}.lock"):
+        lock = FileLock(f"{kept._index_path}.{of_sig}.lock")
+        with global_compiler_lock, lock, _libraries_are(JITCodeLibrary):
             return super().compile(sig)
 
 
@@ -84,7 +133,7 @@ def stamped_kernel(digest: str, **options: Any) -> Callable[[Callable[..., Any]]
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = njit(error_model="numpy", cache=True, **options)(function)
+        compiled = njit(error_model="numpy", cache=True, pipeline_class=_KernelCompiler, **options)(function)
         compiled.__class__ = _Kernel
         cache = compiled._cache
         stamp = (cache._cache_file._source_stamp, digest)

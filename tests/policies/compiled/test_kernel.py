@@ -126,3 +126,45 @@ def test_kernels_call_helpers_and_python_is_told_that_it_cannot() -> None:
     assert numba.njit(lambda x: _twice(x))(3) == 6
     with pytest.raises(TypeError, match="_twice is for kernels alone"):
         _twice(3)
+
+
+PARTS = """
+import sys
+import numba, numpy as np
+from numba import prange
+from numba.core import codegen
+from policies.compiled.kernel import helper, stamped_kernel
+
+made = []
+stock = codegen.JITCodeLibrary._finalize_specific
+codegen.JITCodeLibrary._finalize_specific = lambda library: (made.append(library.name), stock(library))
+
+@helper()
+def squared(x):
+    return x * x
+
+@stamped_kernel("inner")
+def inner(x):
+    return squared(x) + 1
+
+@stamped_kernel("outer", parallel=True)
+def outer(x):
+    for i in prange(len(x)):
+        x[i] = squared(x[i]) + np.median(x[i] * np.ones(3))
+    return inner(x[0])
+
+x = np.arange(1.0, 5.0)
+assert (outer(x), x.tolist()) == (5.0, [2.0, 6.0, 12.0, 20.0])
+# What others compile beside it is numba's own affair, as is its runtime.
+assert numba.njit(lambda x: x + 1)(1) == 2
+assert set(made) - {"nrt"} == {*sys.argv[1:], "<lambda>"}, made
+"""
+
+
+def test_machine_code_is_made_of_kernels_and_of_nothing_that_they_are_made_of(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    # From disk one brings with it what it calls.
+    for kernels in (["inner", "outer"], ["outer"]):
+        subprocess.run([sys.executable, str(tmp_path / "parts.py"), *kernels], env=environment, check=True)
