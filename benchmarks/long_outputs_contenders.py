@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 from tuned_rules import tuned_rules
 
-from policies import AlwaysFull, FixedStride, LearnedLogistic, PolicyFile, Selection, SentenceBoundary, StepPolicy
+from policies import (
+    AlwaysFull,
+    FixedStride,
+    LearnedLogistic,
+    PolicyFile,
+    RefreshKeys,
+    Selection,
+    SentenceBoundary,
+    StepPolicy,
+)
 from policies.stops import StopRule
 from recycler.evaluate.baselines import streaming_llm_set
 from recycler.evaluate.kascade import Kascade
@@ -22,6 +31,7 @@ from recycler.model.loading import LoadedModel
 from recycler.prompts import Prompt, default_prompts
 
 FULL = "full attention"
+ANEW = "new sets at every step"
 _TUNING_TOKENS = 1536
 _RULES = Path(__file__).parents[1] / "docs/results/exact-tuned.json"
 
@@ -45,7 +55,11 @@ def _scheduled(policy: StepPolicy, selection: Selection) -> Callable[[], Contend
 
 
 def policies_and_strides(files: Mapping[str, PolicyFile]) -> Makers:
-    """Policies that were tuned, and stride 10 with every set that one of them has, pooled and not."""
+    """Policies that were tuned, stride 10 with every set that one of them has, pooled and not, and what sets allow.
+
+    That is every unit looking at all keys at every step, and reading the values of its set alone: what is left then no
+    schedule of such sets takes away.
+    """
     first = next(iter(files.values()))
     found: list[tuple[str, StepPolicy, Selection]] = [(FULL, AlwaysFull(), first.selection)]
     found += [(f"tuned on {file.horizon_steps} steps", file.policy, file.selection) for file in files.values()]
@@ -54,6 +68,8 @@ def policies_and_strides(files: Mapping[str, PolicyFile]) -> Makers:
         sets.setdefault(file.selection.pooled(), f"stride 10, pooled {file.selection.ranking} sets")
         sets.setdefault(file.selection, f"stride 10, unpooled {file.selection.ranking} sets")
     found += [(name, FixedStride(10), selection) for selection, name in sets.items()]
+    longest = max(files.values(), key=lambda file: file.horizon_steps or 0)
+    found += [(ANEW, RefreshKeys(AlwaysFull()), longest.selection)]
     names = [name for name, _, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(f"these policy files make contenders of one name: {', '.join(names)}.")

@@ -1,0 +1,277 @@
+"""`python benchmarks/timing_signals.py`: which signal that a decoder has tells what a unit loses at this step?
+
+The kinds of `benchmarks/timing.py`, whose folder of traces is used if it is there. A regression learns, on half of the
+prompts, to tell lost mass from what a decoder knows before it looks; on the others, units look where the forecast,
+times what the unit costs, is above one threshold. With everything known that is the sensor of the present; with a
+set's age alone it is a clock. What is between is what signals are worth. Writes
+`benchmarks/results/timing-signals.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from machine import machine_name
+from sklearn.ensemble import HistGradientBoostingRegressor
+from timing_oracles import sensor, squared
+from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+
+from policies import PolicyFile
+from recycler import load_model
+from recycler.measure.ablation import measure_prompt_sensitivity
+from recycler.model.attention_hook import AttentionFunction, attention_replaced
+from recycler.model.prefill import prefill
+from recycler.model.shape import model_shape
+from recycler.prompts import TURNING_KINDS, Prompt, default_prompts
+from recycler.record.folder import record_prompts
+from recycler.sets.scores import Scoring
+from traces.reporting.command import run_command
+from traces.reporting.whole_file import write_text
+from tuning.divide.hindsight import follow
+from tuning.divide.tuning_data import unit_cost
+from tuning.replay.trace_batch import TraceBatch
+from tuning.search.split import split_by_prompt
+
+_ROOT = Path(__file__).parents[1]
+_BUDGET = 0.1
+_N_THRESHOLDS = 24
+# What is seen of a set before the unit looks. The first ones are those of today's policies.
+_TODAY = ("unit", "age", "query_similarity", "step_similarity", "refresh_loss", "refresh_mass")
+_NEW = {
+    "fall of the set's own weight since its refresh": ("fall",),
+    "share of the set's attention on sinks": ("sinks",),
+    "agreement of the units that looked at the step before": ("agreement",),
+}
+FEATURES: Mapping[str, tuple[str, ...]] = {
+    "age alone, by unit": ("unit", "age"),
+    "what policies see today": _TODAY,
+    **{f"and {name}": (*_TODAY, *more) for name, more in _NEW.items()},
+    "all of them": (*_TODAY, *(one for more in _NEW.values() for one in more)),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one prompt's decoder would see, over `(steps, units)`, or `(steps, ages, units)` where sets are aged.
+
+    Attributes:
+        lost: Lost mass by age.
+        similarity: Of queries, by age.
+        fresh: Mass of a set chosen at each step; one row more, whose first is the prompt's.
+        log_total: Logarithm of what the softmax divides by, mean over the group; one row more, as in `fresh`.
+        sinks: Attention on the sinks.
+    """
+
+    lost: np.ndarray
+    similarity: np.ndarray
+    fresh: np.ndarray
+    log_total: np.ndarray
+    sinks: np.ndarray
+
+
+def main(
+    policy: Annotated[Path, typer.Option(help="Policy file whose sets are recorded.")] = _ROOT
+    / "docs/results/policy-budget-0.1-512-steps.json",
+    out: Annotated[Path, typer.Option(help="Folder of traces, as of benchmarks/timing.py.")] = Path("results/timing"),
+    steps: Annotated[int, typer.Option(help="Decode steps.", min=64)] = 512,
+    context_tokens: Annotated[int, typer.Option(help="Prompt tokens.")] = 1536,
+    per_kind: Annotated[int, typer.Option(help="Prompts per kind; half of them are learned from.", min=2)] = 4,
+) -> dict[str, Any]:
+    """Say what each signal would be worth."""
+    loaded, selection = load_model(None), PolicyFile.read(policy).selection
+    prompts = default_prompts(
+        loaded.tokenizer, n_per_kind=per_kind, context_tokens=context_tokens, n_steps=steps, kinds=list(TURNING_KINDS)
+    )
+    split = split_by_prompt(prompts)
+    damage = measure_prompt_sensitivity(loaded, out / "sensitivity", split.ablate, selection)
+    traces = {file.name: file for file in record_prompts(loaded, prompts, selection, out / "traces", max_age=steps)}
+    batches = [TraceBatch([traces[prompt.name] for prompt in some]) for some in (split.tune, split.held_out)]
+    cost = unit_cost(batches[0], damage).ravel()
+    learn, judge = (
+        [_seen(loaded.model, batch, i, prompt, selection.sinks) for i, prompt in enumerate(tqdm(some, desc="reading"))]
+        for batch, some in zip(batches, (split.tune, split.held_out), strict=True)
+    )
+    # Where units have been is what is learned from: first on the way of a clock, then on that of the first forecast.
+    visited = _follow(learn, cost, _by_age(learn))
+    found = {}
+    for name, features in FEATURES.items():
+        rows = visited
+        for _ in range(2):
+            forecast = _learned(rows, features)
+            rows = [np.concatenate(both) for both in zip(visited, _follow(learn, cost, forecast), strict=True)]
+        found[name] = _judged(judge, cost, forecast)
+        print(f"{name}: {found[name]['squared']:.5f} at {found[name]['full_share']:.1%}", flush=True)
+    losses = [(one.lost * cost).astype(np.float32) for one in judge]
+    sensed = [follow(lost, sensor(lost, _BUDGET)) for lost in losses]
+    found["sensor of the present"] = {
+        "squared": squared(np.stack([left for _, left in sensed])),
+        "full_share": float(np.mean([full for full, _ in sensed])),
+    }
+    result = {
+        "model": loaded.id,
+        "machine": machine_name(),
+        "steps": steps,
+        "context_tokens": context_tokens,
+        "prompts_learned": len(learn),
+        "prompts_judged": len(judge),
+        "found": found,
+    }
+    write_text(_ROOT / "benchmarks/results/timing-signals.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _seen(model: PreTrainedModel, batch: TraceBatch, trace: int, prompt: Prompt, n_sinks: int) -> Seen:
+    log_total, sinks = _totals(model, prompt, n_sinks)
+    by_age = {name: batch.at_all_ages(name, trace) for name in ("recovered_mass", "query_similarity")}
+    return Seen(
+        lost=np.nan_to_num(1 - by_age["recovered_mass"]).astype(np.float32),
+        similarity=np.nan_to_num(by_age["query_similarity"]).astype(np.float32),
+        fresh=batch.fresh_mass[:, trace].reshape(prompt.n_steps + 1, -1),
+        log_total=log_total,
+        sinks=sinks[1:],
+    )
+
+
+def _totals(model: PreTrainedModel, prompt: Prompt, n_sinks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the prompt's last token and every step: logarithm of the softmax's sum, and attention on sinks; by unit."""
+    shape, found = model_shape(model), []
+
+    def watching(stock: AttentionFunction) -> AttentionFunction:
+        def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+            grouped, tokens = query[0].unflatten(0, (shape.kv_heads, -1)), key.shape[2]
+            logits = Scoring.of_call(key, kwargs).logits(grouped @ key[0, :, None].transpose(-1, -2))
+            first = tokens - query.shape[2]
+            ahead = torch.arange(tokens) > first + torch.arange(query.shape[2])[:, None]
+            total = logits.masked_fill_(ahead, float("-inf")).logsumexp(-1)
+            on_sinks = (logits[..., :n_sinks] - total[..., None]).exp().sum(-1)
+            found.append(torch.stack([total.mean(1), on_sinks.mean(1)]).numpy())
+            return stock(module, query, key, value, mask, **kwargs)
+
+        return attend
+
+    tokens = torch.as_tensor(prompt.tokens.astype(np.int64))[None]
+    first = prompt.n_prompt_tokens - 1
+    cache = prefill(model, tokens[:, :first], 4096)
+    with torch.inference_mode(), attention_replaced(model, watching):
+        model(tokens[:, first:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # (layers, 2, heads, rows) to two of (rows, units).
+    stacked = np.stack(found).transpose(1, 3, 0, 2)
+    total, sinks = stacked.reshape(2, stacked.shape[1], -1)
+    return total, sinks
+
+
+Rows = list[np.ndarray]
+_NAMES = (
+    "unit",
+    "age",
+    "query_similarity",
+    "step_similarity",
+    "refresh_loss",
+    "refresh_mass",
+    "fall",
+    "sinks",
+    "agreement",
+)
+
+
+def _follow(prompts: Sequence[Seen], cost: np.ndarray, forecast: Any, thresholds: Any = None, sample: int = 16) -> Rows:
+    """Steps of all prompts by a forecast, at several thresholds at once.
+
+    Returns:
+        Without thresholds: features and lost mass of a share of what was met at some thresholds. With them: full steps
+        and losses `(thresholds, prompts, steps, units)`.
+    """
+    judging = thresholds is not None
+    levels = np.geomspace(3e-3, 1, 6) if thresholds is None else np.asarray(thresholds)
+    n_steps, _, n_units = prompts[0].lost.shape
+    shape = (len(levels), len(prompts), n_units)
+    _, at_prompt, at_unit = np.indices(shape)
+    by_prompt = {
+        name: np.stack([getattr(one, name) for one in prompts])
+        for name in ("lost", "similarity", "fresh", "log_total", "sinks")
+    }
+    age = np.ones(shape, dtype=np.intp)
+    refresh_loss, looked = np.zeros(shape), np.zeros(shape, dtype=bool)
+    surprise = np.zeros(shape)
+    draw = np.random.default_rng(0)
+    met: list[np.ndarray] = []
+    lost_of: list[np.ndarray] = []
+    full, left = [], []
+    for step in range(n_steps):
+        at = (at_prompt, step, age - 1, at_unit)
+        lost = by_prompt["lost"][at]
+        source = step + 1 - age
+        fresh = by_prompt["fresh"][at_prompt, source, at_unit]
+        log_now = by_prompt["log_total"][at_prompt, step + 1, at_unit] + np.log(np.maximum(1 - lost, 1e-6))
+        log_then = by_prompt["log_total"][at_prompt, source, at_unit] + np.log(np.maximum(fresh, 1e-6))
+        weight = cost * looked
+        agreement = (surprise * weight).sum(-1, keepdims=True) / np.maximum(weight.sum(-1, keepdims=True), 1e-9)
+        columns = (
+            at_unit,
+            age,
+            by_prompt["similarity"][at],
+            by_prompt["similarity"][at_prompt, step, 0, at_unit],
+            refresh_loss,
+            fresh,
+            log_then - log_now,
+            by_prompt["sinks"][at_prompt, step, at_unit] / np.maximum(1 - lost, 1e-6),
+            np.broadcast_to(agreement, shape),
+        )
+        seen = np.stack([np.asarray(column, dtype=np.float32).ravel() for column in columns], axis=1)
+        told = forecast(seen).reshape(shape)
+        now = told * cost > levels[:, None, None]
+        if judging:
+            full.append(now)
+            left.append(np.where(now, 0, lost * cost))
+        else:
+            kept = draw.choice(len(seen), len(seen) // sample, replace=False)
+            met.append(seen[kept])
+            lost_of.append(lost.ravel()[kept])
+        surprise, looked = lost - told, now
+        refresh_loss = np.where(now, lost, refresh_loss)
+        age = np.where(now, 1, age + 1)
+    if judging:
+        return [np.stack(full).transpose(1, 2, 0, 3), np.stack(left).transpose(1, 2, 0, 3)]
+    return [np.concatenate(met), np.concatenate(lost_of)]
+
+
+def _by_age(prompts: Sequence[Seen]) -> Any:
+    """A forecast by unit and age: the mean over steps that have a set of that age."""
+    lost = np.mean([one.lost for one in prompts], axis=0)
+    n_steps = len(lost)
+    old_enough = np.arange(n_steps)[:, None, None] >= np.arange(lost.shape[1])[None, :, None]
+    mean = np.where(old_enough, lost, 0).sum(0) / old_enough.sum(0)
+    return lambda seen: mean[seen[:, 1].astype(np.intp) - 1, seen[:, 0].astype(np.intp)]
+
+
+def _learned(rows: Rows, features: Sequence[str]) -> Any:
+    columns = [_NAMES.index(name) for name in features]
+    model = HistGradientBoostingRegressor(
+        max_iter=150, max_leaf_nodes=63, learning_rate=0.15, categorical_features=[0], random_state=0
+    )
+    model.fit(rows[0][:, columns], rows[1])
+    return lambda seen: model.predict(seen[:, columns])
+
+
+def _judged(prompts: Sequence[Seen], cost: np.ndarray, forecast: Any) -> dict[str, float]:
+    """At the lowest threshold that keeps the budget, found in two passes."""
+    low, high = 1e-4, 10.0
+    for _ in range(2):
+        thresholds = np.geomspace(low, high, _N_THRESHOLDS)
+        full, left = _follow(prompts, cost, forecast, thresholds)
+        kept = int(np.argmax(full.mean((1, 2, 3)) <= _BUDGET))
+        low, high = thresholds[max(kept - 1, 0)], thresholds[kept]
+    return {"squared": squared(left[kept]), "full_share": float(full[kept].mean())}
+
+
+if __name__ == "__main__":
+    run_command(main)
