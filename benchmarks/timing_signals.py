@@ -36,7 +36,7 @@ from recycler.record.folder import record_prompts
 from recycler.sets.scores import Scoring
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
-from tuning.divide.hindsight import follow
+from tuning.divide.hindsight import follow_given
 from tuning.divide.tuning_data import unit_cost
 from tuning.replay.trace_batch import TraceBatch
 from tuning.search.split import split_by_prompt
@@ -111,10 +111,10 @@ def main(
         found[name] = _judged(judge, cost, forecast)
         print(f"{name}: {found[name]['squared']:.5f} at {found[name]['full_share']:.1%}", flush=True)
     losses = [(one.lost * cost).astype(np.float32) for one in judge]
-    sensed = [follow(lost, sensor(lost, _BUDGET)) for lost in losses]
+    sensed = [sensor(lost, _BUDGET) for lost in losses]
     found["sensor of the present"] = {
-        "squared": squared(np.stack([left for _, left in sensed])),
-        "full_share": float(np.mean([full for full, _ in sensed])),
+        "squared": squared(np.stack([follow_given(*both) for both in zip(losses, sensed, strict=True)])),
+        "full_share": float(np.mean(sensed)),
     }
     result = {
         "model": loaded.id,
