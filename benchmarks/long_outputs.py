@@ -60,6 +60,9 @@ def main(
             help="Contenders to decode, separated by semicolons; their rows join those of a JSON file that is there."
         ),
     ] = "",
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of text, separated by commas: not all fill every context.")
+    ] = ",".join(KINDS),
     quick: Annotated[bool, typer.Option("--quick", help="A rehearsal on one prompt.")] = False,
 ) -> dict[str, Any]:
     """Decode long outputs by every policy and by strides, and say how KL grows along them."""
@@ -94,7 +97,7 @@ def main(
         context_tokens=context_tokens,
         n_steps=steps,
         seed=seed,
-        kinds=["copying"] if quick else None,
+        kinds=["copying"] if quick else kinds.split(","),
         first_index=first_index,
     )
     found = _run(ClosedLoopStore(out), loaded, prompts, contenders)
