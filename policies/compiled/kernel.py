@@ -61,13 +61,16 @@ class _KeptFiles(IndexDataCacheFile):  # type: ignore[misc]
 
 
 class _Part(JITCodeLibrary):  # type: ignore[misc]
-    """What is only ever compiled into a kernel: it is optimised there, and no machine code is made of it alone.
+    """What is only ever compiled into a kernel: no machine code is made of it alone.
 
-    numba does both, to no use, of every helper, and three times over of what threads share.
+    numba makes it, to no use, of every helper, and three times over of what threads share.
     """
 
     def _optimize_final_module(self) -> None:
-        pass
+        # What wraps the code that threads share is optimised in the kernel that holds both. Helpers are optimised before
+        # they go there: left to it, full attention over 8,000 tokens takes 3% longer.
+        if not any(wrapper in self.name for wrapper in ("_GufuncWrapper", "parallelgufuncwrapper")):
+            super()._optimize_final_module()
 
     def _finalize_final_module(self) -> None:
         self._finalize_dynamic_globals()
