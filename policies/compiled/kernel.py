@@ -67,8 +67,8 @@ class _Part(JITCodeLibrary):  # type: ignore[misc]
     """
 
     def _optimize_final_module(self) -> None:
-        # What wraps the code that threads share is optimised in the kernel that holds both. Helpers are optimised before
-        # they go there: left to it, full attention over 8,000 tokens takes 3% longer.
+        # What wraps the code that threads share is optimised in the kernel that holds both; helpers before they go
+        # there: left to it, full attention over 8,000 tokens takes 3% longer.
         if not any(wrapper in self.name for wrapper in ("_GufuncWrapper", "parallelgufuncwrapper")):
             super()._optimize_final_module()
 
