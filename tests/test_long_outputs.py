@@ -87,9 +87,24 @@ def test_what_the_readme_says_of_other_prompts_was_measured() -> None:
 
 def test_what_the_readme_says_of_another_model_was_measured() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = re.search(r"(\d+%) of stride 10's KL over 512 steps \((\d+) prompts;", readme)
+    told = re.search(
+        r"(\d+%) of stride 10's KL over 512 steps \((\d+) prompts;[^)]*\), and with `--k 256`, not tuned again, (\d+%)",
+        readme,
+    )
     assert told is not None
-    name = "long-outputs-qwen2.5-coder-0.5b-instruct"
-    result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    stride = min(row["kl"] for who, row in result["rows"].items() if who.startswith("stride 10"))
-    assert list(told.groups()) == [f"{result['rows']['tuned on 512 steps']['kl'] / stride:.0%}", str(result["prompts"])]
+    found = []
+    for sizes in ("", "-1536-512-k256"):
+        path = ROOT / f"docs/results/long-outputs-qwen2.5-coder-0.5b-instruct{sizes}.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        stride = min(row["kl"] for who, row in result["rows"].items() if who.startswith("stride 10"))
+        found += [f"{result['rows']['tuned on 512 steps']['kl'] / stride:.0%}", str(result["prompts"])]
+    assert list(told.groups()) == found[:3]
+
+
+def test_what_the_readme_says_of_another_models_own_words_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"it keeps (\d+%) of full attention's score .* at k = 128, stride 10 (\d+%)", readme)
+    assert told is not None
+    rows = json.loads((ROOT / "docs/results/own-words-qwen2.5-coder-0.5b.json").read_text(encoding="utf-8"))["rows"]
+    kept = {row["method"]: row["value"] for row in rows if (row["task"], row["measure"]) == ("all", "accuracy_kept")}
+    assert list(told.groups()) == [f"{kept[who]:.0%}" for who in ("tuned_cosine_profile", "refreshkv_s10_our_set")]
