@@ -76,6 +76,22 @@ def test_what_the_readme_says_of_make_optimize_is_what_it_found() -> None:
         assert set(numbers) <= known, who
 
 
+def test_what_the_readme_says_of_another_models_speed_was_measured() -> None:
+    path = README.parent / "benchmarks/results/decode-cpu-float32-qwen2.5-coder-0.5b.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    speeds = [
+        ", ".join(
+            f"{row['tokens_per_s']:.1f}"
+            for context in (8000, 16000, 32000)
+            for row in rows
+            if (row["case"], row["beside_context_tokens"]) == (case, context)
+        )
+        for case in ("engine, tuned policy", "generate, static cache", "generate")
+    ]
+    sentence = "16,000 and 32,000 tokens: {}; stock with a static cache {}, with a growing one {}\n".format(*speeds)
+    assert sentence in README.read_text(encoding="utf-8")
+
+
 def test_what_the_readme_says_of_speed_was_measured() -> None:
     root = README.parent
     file = "decode-cpu-float32-2-x-AMD-EPYC-family-25-model-1.json"
