@@ -54,12 +54,12 @@ def test_what_the_readme_says_of_longer_outputs_and_contexts_was_measured() -> N
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     told = re.search(
         r"over 1,024 steps has (\d+%) of stride 10's KL \((\d+) prompts\), and .* with k = 256, .*, "
-        r"(\d+%) \((\d+) prompts\)",
+        r"(\d+%) \((\d+) prompts\), at 6,144 tokens with k = 512 (\d+%) \((\d+) prompts\)",
         readme,
     )
     assert told is not None
     found = []
-    for name in ("long-outputs-1536-1024-k128", "long-outputs-3072-512-k256"):
+    for name in ("long-outputs-1536-1024-k128", "long-outputs-3072-512-k256", "long-outputs-6144-512-k512"):
         result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
         stride = min(row["kl"] for who, row in result["rows"].items() if who.startswith("stride 10"))
         found += [f"{result['rows']['tuned on 512 steps']['kl'] / stride:.0%}", str(result["prompts"])]
