@@ -74,7 +74,7 @@ class TraceHeader:
         """`(layers, kv_heads)`."""
         return self.model["layers"], self.model["kv_heads"]
 
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of each array of the trace, by its name."""
         by_age = ("<f4", (self.n_steps, len(self.ages), *self.units))
         return dict.fromkeys(BY_AGE, by_age) | {
@@ -160,14 +160,14 @@ class Trace:
     token_log_prob: np.ndarray
 
     def __post_init__(self) -> None:
-        for name, (_, shape) in self.header.arrays().items():
+        for name, (_, shape) in self.header.layout().items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, not {shown(getattr(self, name).shape)}.")
 
     @classmethod
     def empty(cls, header: TraceHeader) -> Trace:
         """A trace in memory, to be filled in."""
-        return cls(header, **{name: np.empty(shape, dtype) for name, (dtype, shape) in header.arrays().items()})
+        return cls(header, **{name: np.empty(shape, dtype) for name, (dtype, shape) in header.layout().items()})
 
     @property
     def name(self) -> str:

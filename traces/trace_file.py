@@ -25,10 +25,10 @@ from traces.trace import Trace, TraceHeader
 SUFFIX = ".safetensors"
 # One key only: safetensors writes several in random order, and equal traces would be different bytes.
 METADATA_KEY = "recycled-attention-trace"
-# Of the arrays of a trace, as safetensors names them.
-_DTYPES = {"F32": "<f4", "I32": "<i4"}
+# Of the arrays of a trace, as safetensors names them, in the order in which it has them.
+DTYPES = {"F32": "<f4", "I32": "<i4"}
 # The first bytes of a safetensors file say how long its header is.
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,12 @@ class TraceFile:
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot map the trace {self.path}: {error}.") from error
         try:
-            data_start = _LENGTH_BYTES + int.from_bytes(whole[:_LENGTH_BYTES].tobytes(), "little")
-            entries = json.loads(whole[_LENGTH_BYTES:data_start].tobytes())
+            data_start = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES].tobytes(), "little")
+            entries = json.loads(whole[LENGTH_BYTES:data_start].tobytes())
             header = TraceHeader.from_json(entries.pop("__metadata__")[METADATA_KEY])
-            trace = Trace(header=header, **{name: _array(name, entries[name], whole[data_start:]) for name in entries})
+            trace = Trace(
+                header=header, **{name: array_of(name, entries[name], whole[data_start:]) for name in entries}
+            )
             trace.check_values(checked)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(sentence(f"{self.path} is no whole trace: {error}")) from error
@@ -148,13 +150,13 @@ def _check_dtype(name: str, dtype: np.dtype[Any]) -> None:
         raise ValueError(f"{name} is of type {dtype}, not {np.dtype(wanted)}.")
 
 
-def _array(name: str, entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
+def array_of(name: str, entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
     """An array of a safetensors file, by its entry in the header and the bytes behind that."""
-    if entry["dtype"] not in _DTYPES:
+    if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of type {entry['dtype']}, which no array of a trace has")
-    _check_dtype(name, np.dtype(_DTYPES[entry["dtype"]]))
+    _check_dtype(name, np.dtype(DTYPES[entry["dtype"]]))
     begin, end = entry["data_offsets"]
-    return data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def write_trace(trace: Trace, folder: Path | str) -> TraceFile:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from traces.reporting.whole_file import whole_file
 from traces.trace import Trace, TraceHeader
-from traces.trace_file import METADATA_KEY, SUFFIX
+from traces.trace_file import DTYPES, LENGTH_BYTES, METADATA_KEY, SUFFIX, array_of
 
-# Names of the types in a safetensors file, in the order in which it has their arrays.
-_NAMES = {"<f4": "F32", "<i4": "I32"}
-_ALIGNMENT_BYTES = 8
 _PART_BYTES = 2**20
 
 
@@ -32,30 +31,25 @@ def trace_on_disk(header: TraceHeader, folder: Path | str) -> Iterator[Trace]:
     Raises:
         OSError: If the file cannot be written.
     """
-    entries, offset = {}, 0
-    for dtype in _NAMES:
-        for name, (of_type, shape) in sorted(header.arrays().items()):
+    entries: dict[str, dict[str, Any]] = {}
+    n_bytes = 0
+    for kind, dtype in DTYPES.items():
+        for name, (of_type, shape) in sorted(header.layout().items()):
             if of_type == dtype:
-                n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-                entries[name] = (dtype, shape, [offset, offset + n_bytes])
-                offset += n_bytes
-    said = {
-        name: {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": at}
-        for name, (dtype, shape, at) in entries.items()
-    }
-    metadata = {"__metadata__": {METADATA_KEY: header.to_json()}}
-    head = json.dumps({**metadata, **said}, separators=(",", ":"), ensure_ascii=False).encode()
-    head += b" " * (-len(head) % _ALIGNMENT_BYTES)
-    head = len(head).to_bytes(_ALIGNMENT_BYTES, "little") + head
+                end = n_bytes + math.prod(shape) * np.dtype(dtype).itemsize
+                entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [n_bytes, end]}
+                n_bytes = end
+    said = {"__metadata__": {METADATA_KEY: header.to_json()}, **entries}
+    head = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+    # Arrays begin at whole eights of bytes.
+    head += b" " * (-len(head) % LENGTH_BYTES)
+    head = len(head).to_bytes(LENGTH_BYTES, "little") + head
     with whole_file(Path(folder) / (header.prompt["name"] + SUFFIX)) as partial:
         with partial.open("wb") as file:
             file.write(head)
-            for begin in range(0, offset, _PART_BYTES):
-                file.write(bytes(min(_PART_BYTES, offset - begin)))
+            for begin in range(0, n_bytes, _PART_BYTES):
+                file.write(bytes(min(_PART_BYTES, n_bytes - begin)))
         mapped = np.memmap(partial, np.uint8, "r+")
         data = mapped.view(np.ndarray)[len(head) :]
-        yield Trace(
-            header=header,
-            **{name: data[at[0] : at[1]].view(dtype).reshape(shape) for name, (dtype, shape, at) in entries.items()},
-        )
+        yield Trace(header=header, **{name: array_of(name, entry, data) for name, entry in entries.items()})
         mapped.flush()
