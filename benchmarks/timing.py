@@ -31,25 +31,23 @@ from timing_oracles import (
     squared,
 )
 from timing_report import draw, report
+from timing_traces import TurningTraces, turning_traces
 
 from policies import CosineThreshold, FixedStride, PolicyFile, Selection, StepPolicy
 from recycler.evaluate.sentence_ends import sentence_end_tokens
-from recycler.measure.ablation import measure_prompt_sensitivity
 from recycler.measure.closed_loop import run_closed_loops
 from recycler.measure.store import Store, digest_of_tokens
 from recycler.model.loading import LoadedModel, load_model
-from recycler.prompts import TURNING_KINDS, Prompt, default_prompts
-from recycler.record.folder import record_prompts
+from recycler.prompts import TURNING_KINDS, Prompt
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
 from tuning.divide.allocation import STRIDES
 from tuning.divide.hindsight import follow_given, hindsight
-from tuning.divide.tuning_data import TuningData, unit_cost
+from tuning.divide.tuning_data import TuningData
 from tuning.families import FAMILIES
 from tuning.families.fit import fit_logistic
 from tuning.families.logistic import shifted
 from tuning.replay.trace_batch import TraceBatch
-from tuning.search.split import split_by_prompt
 from tuning.search.study import search_family
 
 _DOCS = Path(__file__).parents[1] / "docs"
@@ -73,24 +71,13 @@ def main(
     began = time.perf_counter()
     loaded, file = load_model(None), PolicyFile.read(policy)
     selection = file.selection
-    prompts = default_prompts(
-        loaded.tokenizer,
-        n_per_kind=per_kind,
-        context_tokens=context_tokens,
-        n_steps=steps,
-        kinds=list(TURNING_KINDS),
-    )
-    split = split_by_prompt(prompts)
-    damage = measure_prompt_sensitivity(loaded, out / "sensitivity", split.ablate, selection)
-    traces = {file.name: file for file in record_prompts(loaded, prompts, selection, out / "traces", max_age=steps)}
-    learn, judge = (TraceBatch([traces[prompt.name] for prompt in some]) for some in (split.tune, split.held_out))
-    cost = unit_cost(learn, damage)
+    traces = turning_traces(loaded, selection, out, steps=steps, context_tokens=context_tokens, per_kind=per_kind)
     ends = sentence_end_tokens(loaded.tokenizer)
-    replayed, schedules = _replay(learn, judge, [list(split.tune), list(split.held_out)], cost, ends)
+    replayed, schedules = _replay(traces, ends)
     tuned = {
         name: search_family(
             FAMILIES[name],
-            TuningData(learn, _BUDGET, cost),
+            TuningData(traces.learn, _BUDGET, traces.unit_cost),
             n_trials=trials,
             n_candidates=1,
             seed=0,
@@ -106,15 +93,15 @@ def main(
         "exported, tuned on other kinds": file.policy,
         **{f"{name}, tuned on these kinds": one for name, one in tuned.items()},
     }
-    rows = _decode(Store(out / "decoded"), loaded, split.held_out, selection, schedules, same)
+    rows = _decode(Store(out / "decoded"), loaded, traces.judged, selection, schedules, same)
     result: dict[str, Any] = {
         "model": loaded.id,
         "machine": machine_name(),
         "steps": steps,
         "context_tokens": context_tokens,
         "kinds": list(TURNING_KINDS),
-        "prompts_learned": len(split.tune),
-        "prompts_judged": len(split.held_out),
+        "prompts_learned": len(traces.learned),
+        "prompts_judged": len(traces.judged),
         "replayed": replayed,
         "decoded": rows,
     }
@@ -126,15 +113,10 @@ def main(
     return {"minutes": round((time.perf_counter() - began) / 60, 1)}
 
 
-def _replay(
-    learn: TraceBatch,
-    judge: TraceBatch,
-    prompts: Sequence[Sequence[Prompt]],
-    cost: np.ndarray,
-    ends: Sequence[int],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _replay(traces: TurningTraces, ends: Sequence[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """By schedule what it loses by kind, and full steps `(traces, steps, units)` of it at the budget over all kinds."""
-    losses = [Losses.of(traces, cost) for traces in (learn, judge)]
+    learn, judge, cost, prompts = traces.learn, traces.judge, traces.unit_cost, (traces.learned, traces.judged)
+    losses = [Losses.of(some, cost) for some in (learn, judge)]
     events = [[prompt.events for prompt in some] for some in prompts]
     told = Options.of(*(clocks_and_told(*both) for both in zip(losses, events, strict=True)))
     n_clocks = len(STRIDES)

@@ -10,10 +10,10 @@ set's age alone it is a clock. What is between is what signals are worth. Writes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,29 +21,28 @@ import typer
 from machine import machine_name
 from sklearn.ensemble import HistGradientBoostingRegressor
 from timing_oracles import sensor, squared
+from timing_traces import turning_traces
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from policies import PolicyFile
 from recycler import load_model
-from recycler.measure.ablation import measure_prompt_sensitivity
 from recycler.model.attention_hook import AttentionFunction, attention_replaced
 from recycler.model.prefill import prefill
 from recycler.model.shape import model_shape
-from recycler.prompts import TURNING_KINDS, Prompt, default_prompts
-from recycler.record.folder import record_prompts
+from recycler.prompts import Prompt
 from recycler.sets.scores import Scoring
 from traces.reporting.command import run_command
 from traces.reporting.whole_file import write_text
 from tuning.divide.hindsight import follow_given
-from tuning.divide.tuning_data import unit_cost
 from tuning.replay.trace_batch import TraceBatch
-from tuning.search.split import split_by_prompt
 
 _ROOT = Path(__file__).parents[1]
 _BUDGET = 0.1
 _N_THRESHOLDS = 24
+# Of attention, where a logarithm or a quotient is taken of it.
+_LEAST_MASS = 1e-6
 # What is seen of a set before the unit looks. The first ones are those of today's policies.
 _TODAY = ("unit", "age", "query_similarity", "step_similarity", "refresh_loss", "refresh_mass")
 _NEW = {
@@ -88,26 +87,21 @@ def main(
 ) -> dict[str, Any]:
     """Say what each signal would be worth."""
     loaded, selection = load_model(None), PolicyFile.read(policy).selection
-    prompts = default_prompts(
-        loaded.tokenizer, n_per_kind=per_kind, context_tokens=context_tokens, n_steps=steps, kinds=list(TURNING_KINDS)
-    )
-    split = split_by_prompt(prompts)
-    damage = measure_prompt_sensitivity(loaded, out / "sensitivity", split.ablate, selection)
-    traces = {file.name: file for file in record_prompts(loaded, prompts, selection, out / "traces", max_age=steps)}
-    batches = [TraceBatch([traces[prompt.name] for prompt in some]) for some in (split.tune, split.held_out)]
-    cost = unit_cost(batches[0], damage).ravel()
+    traces = turning_traces(loaded, selection, out, steps=steps, context_tokens=context_tokens, per_kind=per_kind)
+    cost = traces.unit_cost.ravel()
     learn, judge = (
         [_seen(loaded.model, batch, i, prompt, selection.sinks) for i, prompt in enumerate(tqdm(some, desc="reading"))]
-        for batch, some in zip(batches, (split.tune, split.held_out), strict=True)
+        for batch, some in ((traces.learn, traces.learned), (traces.judge, traces.judged))
     )
     # Where units have been is what is learned from: first on the way of a clock, then on that of the first forecast.
-    visited = _follow(learn, cost, _by_age(learn))
+    visited = _met(learn, cost, _by_age(learn))
     found = {}
     for name, features in FEATURES.items():
         rows = visited
         for _ in range(2):
-            forecast = _learned(rows, features)
-            rows = [np.concatenate(both) for both in zip(visited, _follow(learn, cost, forecast), strict=True)]
+            forecast = _learned(*rows, features)
+            met = _met(learn, cost, forecast)
+            rows = np.concatenate([visited[0], met[0]]), np.concatenate([visited[1], met[1]])
         found[name] = _judged(judge, cost, forecast)
         print(f"{name}: {found[name]['squared']:.5f} at {found[name]['full_share']:.1%}", flush=True)
     losses = [(one.lost * cost).astype(np.float32) for one in judge]
@@ -169,7 +163,8 @@ def _totals(model: PreTrainedModel, prompt: Prompt, n_sinks: int) -> tuple[np.nd
     return total, sinks
 
 
-Rows = list[np.ndarray]
+# Of features `(n, features)`, and lost mass `(n,)` of each.
+Forecast = Callable[[np.ndarray], np.ndarray]
 _NAMES = (
     "unit",
     "age",
@@ -183,68 +178,72 @@ _NAMES = (
 )
 
 
-def _follow(prompts: Sequence[Seen], cost: np.ndarray, forecast: Any, thresholds: Any = None, sample: int = 16) -> Rows:
-    """Steps of all prompts by a forecast, at several thresholds at once.
+class _Step(NamedTuple):
+    """A step of all prompts, `(thresholds, prompts, units)` each.
 
-    Returns:
-        Without thresholds: features and lost mass of a share of what was met at some thresholds. With them: full steps
-        and losses `(thresholds, prompts, steps, units)`.
+    Attributes:
+        seen: float32 `(thresholds x prompts x units, features)`: what was known before, in the order of `_NAMES`.
+        lost: Lost mass of the sets as they were.
+        full: bool: who looks.
     """
-    judging = thresholds is not None
-    levels = np.geomspace(3e-3, 1, 6) if thresholds is None else np.asarray(thresholds)
+
+    seen: np.ndarray
+    lost: np.ndarray
+    full: np.ndarray
+
+
+def _walk(prompts: Sequence[Seen], cost: np.ndarray, forecast: Forecast, thresholds: np.ndarray) -> Iterator[_Step]:
+    """All steps, where units look whose forecast loss, times cost, is above a threshold: at several at once."""
     n_steps, _, n_units = prompts[0].lost.shape
-    shape = (len(levels), len(prompts), n_units)
+    shape = (len(thresholds), len(prompts), n_units)
     _, at_prompt, at_unit = np.indices(shape)
-    by_prompt = {
-        name: np.stack([getattr(one, name) for one in prompts])
-        for name in ("lost", "similarity", "fresh", "log_total", "sinks")
-    }
+    similarity, losses, fresh_mass, log_total, sinks = (
+        np.stack([getattr(one, name) for one in prompts])
+        for name in ("similarity", "lost", "fresh", "log_total", "sinks")
+    )
     age = np.ones(shape, dtype=np.intp)
-    refresh_loss, looked = np.zeros(shape), np.zeros(shape, dtype=bool)
-    surprise = np.zeros(shape)
-    draw = np.random.default_rng(0)
-    met: list[np.ndarray] = []
-    lost_of: list[np.ndarray] = []
-    full, left = [], []
+    refresh_loss, surprise, full = np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=bool)
     for step in range(n_steps):
-        at = (at_prompt, step, age - 1, at_unit)
-        lost = by_prompt["lost"][at]
-        source = step + 1 - age
-        fresh = by_prompt["fresh"][at_prompt, source, at_unit]
-        log_now = by_prompt["log_total"][at_prompt, step + 1, at_unit] + np.log(np.maximum(1 - lost, 1e-6))
-        log_then = by_prompt["log_total"][at_prompt, source, at_unit] + np.log(np.maximum(fresh, 1e-6))
-        weight = cost * looked
-        agreement = (surprise * weight).sum(-1, keepdims=True) / np.maximum(weight.sum(-1, keepdims=True), 1e-9)
-        columns = (
+        lost = losses[at_prompt, step, age - 1, at_unit]
+        mass = np.maximum(1 - lost, _LEAST_MASS)
+        source = (at_prompt, step + 1 - age, at_unit)
+        weight_then = log_total[source] + np.log(np.maximum(fresh_mass[source], _LEAST_MASS))
+        weight_now = log_total[at_prompt, step + 1, at_unit] + np.log(mass)
+        who_looked = cost * full
+        agreement = (surprise * who_looked).sum(-1, keepdims=True) / np.maximum(
+            who_looked.sum(-1, keepdims=True), _LEAST_MASS
+        )
+        features = (
             at_unit,
             age,
-            by_prompt["similarity"][at],
-            by_prompt["similarity"][at_prompt, step, 0, at_unit],
+            similarity[at_prompt, step, age - 1, at_unit],
+            similarity[at_prompt, step, 0, at_unit],
             refresh_loss,
-            fresh,
-            log_then - log_now,
-            by_prompt["sinks"][at_prompt, step, at_unit] / np.maximum(1 - lost, 1e-6),
+            fresh_mass[source],
+            weight_then - weight_now,
+            sinks[at_prompt, step, at_unit] / mass,
             np.broadcast_to(agreement, shape),
         )
-        seen = np.stack([np.asarray(column, dtype=np.float32).ravel() for column in columns], axis=1)
+        seen = np.stack([np.asarray(feature, dtype=np.float32).ravel() for feature in features], axis=1)
         told = forecast(seen).reshape(shape)
-        now = told * cost > levels[:, None, None]
-        if judging:
-            full.append(now)
-            left.append(np.where(now, 0, lost * cost))
-        else:
-            kept = draw.choice(len(seen), len(seen) // sample, replace=False)
-            met.append(seen[kept])
-            lost_of.append(lost.ravel()[kept])
-        surprise, looked = lost - told, now
-        refresh_loss = np.where(now, lost, refresh_loss)
-        age = np.where(now, 1, age + 1)
-    if judging:
-        return [np.stack(full).transpose(1, 2, 0, 3), np.stack(left).transpose(1, 2, 0, 3)]
-    return [np.concatenate(met), np.concatenate(lost_of)]
+        full = told * cost > thresholds[:, None, None]
+        yield _Step(seen, lost, full)
+        surprise = lost - told
+        refresh_loss = np.where(full, lost, refresh_loss)
+        age = np.where(full, 1, age + 1)
 
 
-def _by_age(prompts: Sequence[Seen]) -> Any:
+def _met(prompts: Sequence[Seen], cost: np.ndarray, forecast: Forecast) -> tuple[np.ndarray, np.ndarray]:
+    """Features `(n, features)` and lost mass `(n,)` of a sixteenth of what is met at six thresholds."""
+    draw, seen, lost = np.random.default_rng(0), [], []
+    for step in _walk(prompts, cost, forecast, np.geomspace(3e-3, 1, 6)):
+        kept = draw.choice(len(step.seen), len(step.seen) // 16, replace=False)
+        seen.append(step.seen[kept])
+        lost.append(step.lost.ravel()[kept])
+    return np.concatenate(seen), np.concatenate(lost)
+
+
+def _by_age(prompts: Sequence[Seen]) -> Forecast:
     """A forecast by unit and age: the mean over steps that have a set of that age."""
     lost = np.mean([one.lost for one in prompts], axis=0)
     n_steps = len(lost)
@@ -253,24 +252,28 @@ def _by_age(prompts: Sequence[Seen]) -> Any:
     return lambda seen: mean[seen[:, 1].astype(np.intp) - 1, seen[:, 0].astype(np.intp)]
 
 
-def _learned(rows: Rows, features: Sequence[str]) -> Any:
+def _learned(seen: np.ndarray, lost: np.ndarray, features: Sequence[str]) -> Forecast:
     columns = [_NAMES.index(name) for name in features]
     model = HistGradientBoostingRegressor(
         max_iter=150, max_leaf_nodes=63, learning_rate=0.15, categorical_features=[0], random_state=0
     )
-    model.fit(rows[0][:, columns], rows[1])
+    model.fit(seen[:, columns], lost)
     return lambda seen: model.predict(seen[:, columns])
 
 
-def _judged(prompts: Sequence[Seen], cost: np.ndarray, forecast: Any) -> dict[str, float]:
+def _judged(prompts: Sequence[Seen], cost: np.ndarray, forecast: Forecast) -> dict[str, float]:
     """At the lowest threshold that keeps the budget, found in two passes."""
     low, high = 1e-4, 10.0
     for _ in range(2):
         thresholds = np.geomspace(low, high, _N_THRESHOLDS)
-        full, left = _follow(prompts, cost, forecast, thresholds)
-        kept = int(np.argmax(full.mean((1, 2, 3)) <= _BUDGET))
+        steps = [
+            (step.full, np.where(step.full, 0, step.lost * cost)) for step in _walk(prompts, cost, forecast, thresholds)
+        ]
+        # (steps, thresholds, prompts, units)
+        full, left = (np.stack(some) for some in zip(*steps, strict=True))
+        kept = int(np.argmax(full.mean((0, 2, 3)) <= _BUDGET))
         low, high = thresholds[max(kept - 1, 0)], thresholds[kept]
-    return {"squared": squared(left[kept]), "full_share": float(full[kept].mean())}
+    return {"squared": squared(left[:, kept]), "full_share": float(full[:, kept].mean())}
 
 
 if __name__ == "__main__":
