@@ -83,6 +83,10 @@ def test_what_the_readme_says_of_other_prompts_was_measured() -> None:
         stride = min(row["kl"] for who, row in result["rows"].items() if who.startswith("stride 10"))
         found += [f"{kl:.3f}", f"{kl / stride:.0%}", f"{stride:.3f}"]
     assert numbers == found
+    # Of the last one, new sets at every step as well.
+    rows = result["rows"]
+    beside = f"{rows['tuned on 512 steps']['kl']:.3f} beside {rows['new sets at every step']['kl']:.3f}"
+    assert f"with the policy of seed 2 on other texts (below), {beside}." in readme
 
 
 def test_what_the_readme_says_of_another_model_was_measured() -> None:
