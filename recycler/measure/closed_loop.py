@@ -196,7 +196,7 @@ def run_closed_loops(
     queries = (selection.prompt_queries,)
     read = [
         read_prompt(model, tokens[:n_prompt_tokens], n_steps, prompt_queries=queries, chunk_tokens=chunk_tokens)
-        for tokens in text
+        for tokens in tqdm(text, desc=f"{desc}: reading", unit="prompt", disable=not desc, leave=False)
     ]
     prompt = ReadPrompt.side_by_side(read)
     del read
