@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from long_outputs_aims import aims
 from matplotlib.figure import Figure
 
 from traces.reporting import picture_style as style
@@ -31,7 +32,7 @@ def page(folder: Path) -> str:
     for name, section in (("left-out.json", _left_out), ("turns.json", _turns), ("peers.json", _peers)):
         if (folder / name).exists():
             sections.append("\n".join(section(_read(folder / name))))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join([*sections, "\n".join(aims(folder))]) + "\n"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -51,13 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def benchmark_module() -> Callable[[str], Any]:
     """Imports a benchmark, which is a command and in no package, by its name."""
 
+    folder = Path(__file__).parents[1] / "benchmarks"
+
     def module(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         # Dataclasses look their module up.
         sys.modules[name] = found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
+        # As of a command, whose folder comes first: one may import another.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(folder)
+            spec.loader.exec_module(found)
         return found
 
     return module

@@ -24,6 +24,17 @@ def test_the_page_is_what_the_benchmark_writes_of_its_json(report: Any) -> None:
     assert (ROOT / "docs" / "long_outputs.md").read_text(encoding="utf-8") == report.page(ROOT / "docs" / "results")
 
 
+@pytest.mark.parametrize(
+    ("at_most", "found", "met"),
+    [(True, [0.07, 0.08], "yes"), (True, [0.09], "no"), (False, [0.07, 0.08], "1 of 2"), (False, [0.07], "no")],
+)
+def test_an_aim_is_met_where_the_number_is_on_its_side(
+    benchmark_module: Callable[[str], Any], at_most: bool, found: list[float], met: str
+) -> None:
+    aim = benchmark_module("long_outputs_aims").Aim("a share", 0.08, at_most, found)
+    assert aim.line.split(" | ")[3] == met
+
+
 def test_the_readmes_table_has_rows_of_the_json(report: Any) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     head, *rows = report.table(RESULT, [name for name in RESULT["rows"] if name != "full attention"])
