@@ -66,12 +66,6 @@ class _Part(JITCodeLibrary):  # type: ignore[misc]
     numba makes it, to no use, of every helper, and three times over of what threads share.
     """
 
-    def _optimize_final_module(self) -> None:
-        # What wraps the code that threads share is optimised in the kernel that holds both; helpers before they go
-        # there: left to it, full attention over 8,000 tokens takes 3% longer.
-        if not any(wrapper in self.name for wrapper in ("_GufuncWrapper", "parallelgufuncwrapper")):
-            super()._optimize_final_module()
-
     def _finalize_final_module(self) -> None:
         self._finalize_dynamic_globals()
         self._verify_declare_only_symbols()
