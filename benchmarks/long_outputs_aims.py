@@ -88,7 +88,7 @@ def _aims(folder: Path) -> Iterator[Aim]:
 
 
 _SEEDS = ("long-outputs", "long-outputs-seed1-from12", "long-outputs-seed2-from0")
-_OF_QWEN = {"": "k = 128", "-1536-512-k256": "k = 256", "-16000-512-k800": "16,000 tokens, k = 800 (5%)"}
+_OF_QWEN = {"": "k = 128", "-1536-512-k256": "k = 256", "-16000-512-k800-seed1-from1": "16,000 tokens, k = 800 (5%)"}
 
 
 def _both(
