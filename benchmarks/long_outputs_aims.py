@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Result = Mapping[str, Any]
-_TUNED, _ANEW, _FULL = "tuned on 512 steps", "new sets at every step", "full attention"
+from long_outputs_measures import (
+    FULL,
+    TUNED,
+    Result,
+    Row,
+    better_stride,
+    copying_share,
+    kl_share,
+    last_over_first,
+    read_result,
+    worst_kind,
+)
+
+_ANEW = "new sets at every step"
 # At equal tokens read.
 _OTHERS = ("SFI, gap 8 to 12", "DuoAttention-like", "FreeKV-like")
 _QWEN = "long-outputs-qwen2.5-coder-0.5b-instruct"
+_SEEDS = ("long-outputs", "long-outputs-seed1-from12", "long-outputs-seed2-from0")
+_OF_QWEN = {"": "k = 128", "-1536-512-k256": "k = 256", "-16000-512-k800-seed1-from1": "16,000 tokens, k = 800 (5%)"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Aim:
 
 
 def aims(folder: Path) -> list[str]:
-    """Lines of the section, from the JSON files in a folder that are there."""
+    """Lines of the section, from the JSON files in a folder."""
     return [
         "## What was aimed at",
         "",
@@ -57,80 +69,65 @@ def aims(folder: Path) -> list[str]:
 
 
 def _aims(folder: Path) -> Iterator[Aim]:
-    seeds = [_read(folder / f"{name}.json") for name in _SEEDS]
+    seeds = [read_result(folder / f"{name}.json") for name in _SEEDS]
     first = seeds[0]
     yield Aim("KL, share of the better stride 10's", 0.08, True, *_both(seeds, _share))
     yield Aim("the same of the worst kind", 0.3, True, *_both(seeds, _worst_share))
     yield Aim("last quarter's KL over the first's", 1.3, True, *_both(seeds, _last_over_first))
     yield Aim("copying accuracy, share of full attention's", 0.98, False, *_both(seeds, _copying))
     yield Aim(
-        "KL over 1,024 steps, share", 0.1, True, *_both([_read(folder / "long-outputs-1536-1024-k128.json")], _share)
+        "KL over 1,024 steps, share",
+        0.1,
+        True,
+        *_both([read_result(folder / "long-outputs-1536-1024-k128.json")], _share),
     )
-    kinds = _read(folder / "left-out.json")["kinds"].values()
+    kinds = read_result(folder / "left-out.json")["kinds"].values()
     without = [kind["tuned without it"] / kind["stride 10"] for kind in kinds]
     yield Aim("KL of a kind that tuning never saw, share, each in turn", 0.2, True, without)
     for name in _OTHERS:
-        tuned, other = first["rows"][_TUNED], first["rows"][name]
-        worst = max(tuned["kinds"][kind]["kl"] / other["kinds"][kind]["kl"] for kind in first["kinds"])
-        yield Aim(f"KL over that of {name}", 1.0, True, [tuned["kl"] / other["kl"]])
-        yield Aim(f"the same of the worst kind, {name}", 1.1, True, [worst])
-    spearman = _read(folder / "replay-validity.json")["spearman"]["weighted"]["all"]
+        tuned, other = first["rows"][TUNED], first["rows"][name]
+        yield Aim(f"KL over that of {name}", 1.0, True, [kl_share(tuned, other)])
+        yield Aim(f"the same of the worst kind, {name}", 1.1, True, [worst_kind(tuned, other)[1]])
+    spearman = read_result(folder / "replay-validity.json")["spearman"]["weighted"]["all"]
     yield Aim("rank correlation of replayed loss and KL", 0.9, False, [spearman])
-    of_64 = _read(folder / "optimize-budget-0.1-64-steps.json")
+    of_64 = read_result(folder / "optimize-budget-0.1-64-steps.json")
     exported = next(one for one in of_64["families"] if one["family"] == of_64["exported"])
     yield Aim(
         "KL of a policy tuned on 64 steps, over 64, share", 0.1, True, [exported["kl_share_of_baseline"]["value"]]
     )
     for sizes, said in _OF_QWEN.items():
         if (path := folder / f"{_QWEN}{sizes}.json").exists():
-            yield Aim(f"Qwen2.5-Coder-0.5B, {said}: KL, share", 0.1, True, *_both([_read(path)], _share))
+            yield Aim(f"Qwen2.5-Coder-0.5B, {said}: KL, share", 0.1, True, *_both([read_result(path)], _share))
     yield Aim("the same in its own words: share of full attention's score", 0.95, False, [_own_words(folder)])
 
 
-_SEEDS = ("long-outputs", "long-outputs-seed1-from12", "long-outputs-seed2-from0")
-_OF_QWEN = {"": "k = 128", "-1536-512-k256": "k = 256", "-16000-512-k800-seed1-from1": "16,000 tokens, k = 800 (5%)"}
-
-
-def _both(
-    results: Sequence[Result], measure: Callable[[Result, Mapping[str, Any]], float]
-) -> tuple[list[float], list[float]]:
+def _both(results: Sequence[Result], measure: Callable[[Result, Row], float]) -> tuple[list[float], list[float]]:
     """A measure of the tuned policy, and of new sets at every step where they were decoded."""
-    found = [measure(result, result["rows"][_TUNED]) for result in results]
+    found = [measure(result, result["rows"][TUNED]) for result in results]
     return found, [measure(result, result["rows"][_ANEW]) for result in results if _ANEW in result["rows"]]
 
 
-def _share(result: Result, row: Mapping[str, Any]) -> float:
-    return float(row["kl"] / _stride(result)["kl"])
+def _share(result: Result, row: Row) -> float:
+    return kl_share(row, better_stride(result["rows"]))
 
 
-def _worst_share(result: Result, row: Mapping[str, Any]) -> float:
-    of_stride = _stride(result)["kinds"]
-    return max(float(row["kinds"][kind]["kl"] / of_stride[kind]["kl"]) for kind in result["kinds"])
+def _worst_share(result: Result, row: Row) -> float:
+    return worst_kind(row, better_stride(result["rows"]))[1]
 
 
-def _last_over_first(_: Result, row: Mapping[str, Any]) -> float:
-    return float(row["quarters"][-1] / row["quarters"][0])
+def _last_over_first(_: Result, row: Row) -> float:
+    return last_over_first(row)
 
 
-def _copying(result: Result, row: Mapping[str, Any]) -> float:
-    return float(row["kinds"]["copying"]["accuracy"] / result["rows"][_FULL]["kinds"]["copying"]["accuracy"])
+def _copying(result: Result, row: Row) -> float:
+    return copying_share(row, result["rows"][FULL])
 
 
 def _own_words(folder: Path) -> float:
-    rows = _read(folder / "own-words-qwen2.5-coder-0.5b.json")["rows"]
+    rows = read_result(folder / "own-words-qwen2.5-coder-0.5b.json")["rows"]
     found = {row["method"]: row["value"] for row in rows if (row["task"], row["measure"]) == ("all", "accuracy_kept")}
     return float(next(value for method, value in found.items() if method.startswith("tuned")))
 
 
 def _told(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
-
-
-def _read(path: Path) -> Result:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
-def _stride(result: Result) -> Mapping[str, Any]:
-    rows = [row for name, row in result["rows"].items() if name.startswith("stride 10")]
-    return min(rows, key=lambda row: float(row["kl"]))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from long_outputs_aims import aims
+from long_outputs_measures import (
+    FULL,
+    TUNED,
+    better_stride,
+    copying_share,
+    kl_share,
+    last_over_first,
+    read_result,
+    worst_kind,
+)
 from matplotlib.figure import Figure
 
 from traces.reporting import picture_style as style
 
-_TUNED = "tuned on 512 steps"
 # Steps over which a curve is smoothed.
 _SMOOTHED = 32
 # Of sums in another order.
@@ -24,20 +32,15 @@ def page(folder: Path) -> str:
     """The page on all that was measured over long outputs, from the JSON files in a folder."""
     usual = folder / "long-outputs.json"
     others = sorted(path for path in folder.glob("long-outputs-*.json") if path != usual)
-    results = [_read(path) for path in (usual, *others)]
+    results = [read_result(path) for path in (usual, *others)]
     of_prompts = [result for result in results[1:] if _same_but_for_prompts(results[0], result)]
     sections = [report([result for result in results if result not in of_prompts]).rstrip("\n")]
     if of_prompts:
         sections.append("\n".join(_other_prompts(results[0], of_prompts)))
     for name, section in (("left-out.json", _left_out), ("turns.json", _turns), ("peers.json", _peers)):
         if (folder / name).exists():
-            sections.append("\n".join(section(_read(folder / name))))
+            sections.append("\n".join(section(read_result(folder / name))))
     return "\n\n".join([*sections, "\n".join(aims(folder))]) + "\n"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
 
 
 def _same_but_for_prompts(usual: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
@@ -61,18 +64,17 @@ def _other_prompts(usual: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in (usual, *others):
-        row, stride = result["rows"][_TUNED], _baseline(result["rows"])
-        shares = {kind: row["kinds"][kind]["kl"] / stride["kinds"][kind]["kl"] for kind in result["kinds"]}
-        worst = max(shares, key=lambda kind: shares[kind])
+        row, stride = result["rows"][TUNED], better_stride(result["rows"])
+        worst, worst_share = worst_kind(row, stride)
         first, n = result["first_index"], result["prompts"] // len(result["kinds"])
         cells = [
             f"{result['seed']}, {first} to {first + n - 1}",
             f"{row['kl']:.3f}",
-            f"{row['kl'] / stride['kl']:.3f}",
+            f"{kl_share(row, stride):.3f}",
             _numbers(row["quarters"]),
-            f"{row['quarters'][-1] / row['quarters'][0]:.2f}",
-            f"{worst}, {shares[worst]:.2f}",
-            _copying(row, result["rows"]["full attention"]),
+            f"{last_over_first(row):.2f}",
+            f"{worst}, {worst_share:.2f}",
+            _copying(row, result["rows"][FULL]),
             f"{row['full_share']:.1%}",
             f"{row['read_share']:.1%}",
             result["machine"],
@@ -157,11 +159,6 @@ def _peers(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _baseline(rows: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The stride with least KL."""
-    return min((row for name, row in rows.items() if name.startswith("stride")), key=lambda row: row["kl"])
-
-
 def draw(result: Mapping[str, Any]) -> Figure:
     """KL along the output, smoothed, a panel for each kind of text."""
     caption = (
@@ -218,8 +215,8 @@ def _sizes(usual: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def _tables(result: Mapping[str, Any]) -> list[str]:
-    rows = {name: row for name, row in result["rows"].items() if name != "full attention"}
-    baseline = _baseline(rows)
+    rows = {name: row for name, row in result["rows"].items() if name != FULL}
+    baseline = better_stride(rows)
     lines = [
         f"{result['model']}, {result['prompts']} prompts of {len(result['kinds'])} kinds, measured on "
         f"{result['machine']}.",
@@ -251,23 +248,23 @@ def _notes(rows: Mapping[str, Any]) -> Iterator[str]:
 
 def table(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Lines of the table over all prompts; the README has some of them."""
-    rows, full = result["rows"], result["rows"]["full attention"]
-    baseline = _baseline(rows)
+    rows, full = result["rows"], result["rows"][FULL]
+    baseline = better_stride(rows)
     lines = [
         "| who decides | full share | tokens read | KL | share of stride 10's | by quarter of the output "
         "| last / first | 95th percentile | above 1 nat | copying accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        row, quarters = rows[name], rows[name]["quarters"]
+        row = rows[name]
         cells = [
             name,
             f"{row['full_share']:.1%}",
             f"{row['read_share']:.1%}",
             f"{row['kl']:.3f}",
-            f"{row['kl'] / baseline['kl']:.2f}",
-            _numbers(quarters),
-            f"{quarters[-1] / max(quarters[0], 1e-9):.1f}",
+            f"{kl_share(row, baseline):.2f}",
+            _numbers(row["quarters"]),
+            f"{last_over_first(row):.1f}",
             f"{row['p95']:.2f}",
             f"{row['above_1_nat']:.1%}",
             _copying(row, full),
@@ -277,9 +274,8 @@ def table(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _copying(row: Mapping[str, Any], full: Mapping[str, Any]) -> str:
-    if "copying" not in row["kinds"]:
-        return "not measured"
-    return f"{row['kinds']['copying']['accuracy'] / full['kinds']['copying']['accuracy']:.3f}"
+    share = copying_share(row, full)
+    return "not measured" if np.isnan(share) else f"{share:.3f}"
 
 
 def _numbers(values: Sequence[float]) -> str:
