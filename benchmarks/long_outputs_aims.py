@@ -18,6 +18,7 @@ from long_outputs_measures import (
     read_result,
     worst_kind,
 )
+from timing_report import CLOCKS, TOLD, ways_gone
 
 _ANEW = "new sets at every step"
 # At equal tokens read.
@@ -90,15 +91,27 @@ def _aims(folder: Path) -> Iterator[Aim]:
         yield Aim(f"the same of the worst kind, {name}", 1.1, True, [worst_kind(tuned, other)[1]])
     spearman = read_result(folder / "replay-validity.json")["spearman"]["weighted"]["all"]
     yield Aim("rank correlation of replayed loss and KL", 0.9, False, [spearman])
+    timing = read_result(folder / "timing.json")
+    told, clocks = (timing["replayed"][name] for name in (TOLD, CLOCKS))
+    losses = [told[kind]["squared"] / clocks[kind]["squared"] for kind in timing["kinds"]]
+    yield Aim("squared loss of who is told when the output turns, over clocks', kinds that turn", 0.75, True, losses)
+    sensor, hindsight = ways_gone(timing["decoded"], "cosine_profile, tuned on these kinds")
+    yield Aim("way from clocks to a sensor of the present that is gone, the same kinds", 0.5, False, [sensor])
+    yield Aim("the same to hindsight", 0.25, False, [hindsight])
     of_64 = read_result(folder / "optimize-budget-0.1-64-steps.json")
     exported = next(one for one in of_64["families"] if one["family"] == of_64["exported"])
     yield Aim(
         "KL of a policy tuned on 64 steps, over 64, share", 0.1, True, [exported["kl_share_of_baseline"]["value"]]
     )
     for sizes, said in _OF_QWEN.items():
-        if (path := folder / f"{_QWEN}{sizes}.json").exists():
-            yield Aim(f"Qwen2.5-Coder-0.5B, {said}: KL, share", 0.1, True, *_both([read_result(path)], _share))
-    yield Aim("the same in its own words: share of full attention's score", 0.95, False, [_own_words(folder)])
+        result = read_result(folder / f"{_QWEN}{sizes}.json")
+        yield Aim(f"Qwen2.5-Coder-0.5B, {said}: KL, share", 0.1, True, *_both([result], _share))
+    yield Aim(
+        "Qwen2.5-Coder-0.5B, k = 128, in its own words: share of full attention's score",
+        0.95,
+        False,
+        [_own_words(folder)],
+    )
 
 
 def _both(results: Sequence[Result], measure: Callable[[Result, Row], float]) -> tuple[list[float], list[float]]:

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from traces.reporting import picture_style as style
 
-_CLOCKS, _SENSOR, _HINDSIGHT = "clocks per unit", "sensor of the present", "hindsight"
+CLOCKS, TOLD = "clocks per unit", "told when the output turns"
+_SENSOR, _HINDSIGHT = "sensor of the present", "hindsight"
 _TUNED_CLOCKS = "stride_profile, tuned on these kinds"
 
 
@@ -58,7 +59,7 @@ def report(result: Mapping[str, Any]) -> str:
     ]
     for name, row in replayed.items():
         cells = [
-            f"{row[kind]['squared']:.5f} ({row[kind]['squared'] / replayed[_CLOCKS][kind]['squared']:.2f})"
+            f"{row[kind]['squared']:.5f} ({row[kind]['squared'] / replayed[CLOCKS][kind]['squared']:.2f})"
             for kind in ("all", *kinds)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -78,13 +79,17 @@ def report(result: Mapping[str, Any]) -> str:
         f"| schedule | full share | tokens read | KL | {' | '.join(kinds)} | to the sensor | to hindsight |",
         "|---|" + "---|" * (5 + len(kinds)),
     ]
-    clocks = min(decoded[name]["kl"] for name in (_CLOCKS, _TUNED_CLOCKS))
-    ways = [clocks - decoded[name]["kl"] for name in (_SENSOR, _HINDSIGHT)]
     for name, row in decoded.items():
-        gone = [f"{(clocks - row['kl']) / way:.0%}" if row["kl"] < clocks else "-" for way in ways]
+        gone = [f"{part:.0%}" if part > 0 else "-" for part in ways_gone(decoded, name)]
         cells = [f"{row['kinds'][kind]:.4f}" for kind in kinds]
         lines.append(
             f"| {name} | {row['full_share']:.1%} | {row['read_share']:.1%} | {row['kl']:.4f} | {' | '.join(cells)} "
             f"| {' | '.join(gone)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def ways_gone(decoded: Mapping[str, Any], name: str) -> list[float]:
+    """What part of the way from the better clocks to the sensor, and to hindsight, a schedule has gone in KL."""
+    clocks = min(decoded[one]["kl"] for one in (CLOCKS, _TUNED_CLOCKS))
+    return [float((clocks - decoded[name]["kl"]) / (clocks - decoded[end]["kl"])) for end in (_SENSOR, _HINDSIGHT)]
